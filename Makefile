@@ -1,0 +1,31 @@
+# Two commands for a fresh machine: `make demo` and `make test`. Both make their own .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt --editable
+
+demo: .venv/demo.stamp
+	$(BIN)/scorer models fetch smollm2-135m
+	$(BIN)/scorer filter examples/alpaca.json examples/conversations.jsonl examples/sharegpt.jsonl \
+		--output demo/best.jsonl --run demo/run --keep 10% --with-scores --rejected demo/rejected.jsonl
+
+test: .venv/test.stamp
+	$(BIN)/pytest
+
+lint: .venv/test.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy cli.py scorer kernels/scorer_kernels bench
+
+.venv/demo.stamp: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(INSTALL) .
+	touch $@
+
+.venv/test.stamp: .venv/demo.stamp
+	$(INSTALL) '.[test,lint]'
+	touch $@
+
+clean:
+	rm -rf .venv demo build *.egg-info
+
+.PHONY: demo test lint clean

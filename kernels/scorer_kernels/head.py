@@ -1,0 +1,29 @@
+"""One entry for whoever holds tensors: the device that they are on picks the path."""
+
+from __future__ import annotations
+
+import torch
+
+from .blocked import blocked_nll
+
+
+def nll_head(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    vocab_size: int | None = None,
+) -> torch.Tensor:
+    """-log softmax(x)[target] in nats, x = softcap * tanh((scale * hidden @ weight.T + bias) / softcap).
+
+    `hidden` [N, D] and `weight` [V, D] are float32, bfloat16 or float16, of one dtype; `targets` [N] is int64; `bias`
+    [V] is of any of the three; all are on one device. `softcap` None leaves the tanh out. Rows of `weight` from
+    `vocab_size` on are padding. Returns float32 [N], with sums in float32 or better.
+
+    A target outside the vocabulary gives NaN; with SCORER_KERNELS_DEBUG=1 in the environment, IndexError. Wrong shapes,
+    dtypes or devices raise AssertionError.
+    """
+    return blocked_nll(hidden, weight, targets, bias=bias, scale=scale, softcap=softcap, vocab_size=vocab_size)

@@ -1,0 +1,48 @@
+"""Files that are whole or absent. Knows paths and the operating system's errors; nothing of what is written."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from scorer.types import EngineError, ScorerError
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`, to be written; then flush it to the disk and rename it to `path`.
+
+    If the block raises, the temporary file is removed and `path` stays as it was. An OSError becomes EngineError where
+    the disk is full, and ScorerError where the place can't be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise storage_error(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def storage_error(path: Path, error: OSError) -> ScorerError:
+    """The error to raise instead of an OSError met while writing `path`."""
+    if error.errno in FULL:
+        return EngineError(f"{path}: the disk is full; free some space and run the same command again")
+    return ScorerError(f"{path}: can't be written ({error.strerror or error})")
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,119 @@
+"""What the command line shows: progress, the summary of a run, the outcome of a selection, the table of models.
+
+Everything goes to standard error, so that standard output stays free for data. Knows rich; computes nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+
+from scorer.models import ModelRow
+from scorer.rundir import Run
+from scorer.select import Selection
+from scorer.summary import QUANTILES, summarise
+
+console = Console(stderr=True, highlight=False)
+PLAIN_SECONDS = 10.0  # between two lines where there is no terminal
+
+
+class ConsoleProgress:
+    """`scorer.run.Progress` on a terminal as a bar, elsewhere as a plain line now and then."""
+
+    def __init__(self) -> None:
+        self.bar = RichProgress(
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("rows  {task.fields[rates]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self.task: TaskID | None = None
+        self.records = self.done = self.tokens = self.scored = 0
+        self.began = self.printed = time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.stop()
+
+    def say(self, message: str) -> None:
+        """One line."""
+        console.print(message, markup=False, soft_wrap=True)
+
+    def begin(self, records: int, done: int) -> None:
+        """Scoring begins: `records` in all, of which an earlier run did `done`."""
+        if done:
+            self.say(f"resuming after {done:,} of {records:,} records")
+        self.records, self.done = records, done
+        self.began = self.printed = time.monotonic()
+        self.task = self.bar.add_task("", total=records, completed=done, rates="")
+        self.bar.start()
+
+    def advance(self, records: int, tokens: int) -> None:
+        """So many more records are done."""
+        self.done += records
+        self.scored += records
+        self.tokens += tokens
+        now = time.monotonic()
+        seconds = max(now - self.began, 1e-6)
+        rates = f"{self.scored / seconds:,.1f} rows/s  {self.tokens / seconds:,.0f} tokens/s"
+        if self.task is not None:
+            self.bar.update(self.task, completed=self.done, rates=rates)
+        if not console.is_terminal and now - self.printed >= PLAIN_SECONDS:
+            self.printed = now
+            left = (self.records - self.done) * seconds / max(self.scored, 1)
+            self.say(f"{self.done:,} of {self.records:,} records  {rates}  {left:,.0f} s left")
+
+
+def show_run(run: Run) -> None:
+    """The summary of a finished run."""
+    manifest = run.manifest
+    scores = run.scores()
+    summary = summarise(scores)
+    table = Table(title=f"{run.path}: {manifest['records']:,} records, {scores.height:,} rows", title_justify="left")
+    table.add_column("")
+    for quantile in QUANTILES:
+        table.add_column(f"{quantile:.0%}", justify="right")
+    for name, values in summary.quantiles.items():
+        table.add_row(name, *(f"{v:,.0f}" if name.endswith("tokens") else f"{v:,.4g}" for v in values))
+    console.print(table)
+    console.print("status: " + ", ".join(f"{count:,} {status}" for status, count in summary.status.items()))
+    if summary.length_bias is not None:
+        console.print(f"Spearman of ifd with response length: {summary.length_bias:+.3f}")
+    if manifest["seconds"]:
+        rate = manifest["tokens"] / manifest["seconds"]
+        console.print(f"{manifest['tokens']:,} tokens in {manifest['seconds']:,.1f} s: {rate:,.0f} tokens/s")
+
+
+def show_selection(selection: Selection, output: str) -> None:
+    """How many were kept, and why the others were not."""
+    kept = selection.kept.height
+    console.print(f"kept {kept:,} of {selection.total:,} records: {output}", soft_wrap=True)
+    reasons = Counter(selection.rejected["reason"].to_list())
+    if reasons:
+        console.print("dropped: " + ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common()))
+    if kept < selection.requested:
+        console.print(f"{selection.requested:,} were asked for; no more could be ranked")
+
+
+def show_models(rows: Sequence[ModelRow]) -> None:
+    """The table of known models."""
+    table = Table("name", "from", "what", "on disk")
+    for row in rows:
+        table.add_row(row.name, row.origin, row.what, f"{row.megabytes:,.0f} MB  {row.path}" if row.path else "no")
+    console.print(table)
+    console.print("Any other Hugging Face name or local folder works too.")

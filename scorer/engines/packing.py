@@ -1,0 +1,80 @@
+"""Sequences -> padding-free batches under a token budget.
+
+Knows lengths and targets, and the tensors that a packed forward pass reads; nothing of models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+
+from scorer.types import Span, TokenSequence
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """Sequences laid end to end, T tokens in all, of which N states predict a scored token; S spans.
+
+    A sequence is laid up to the state that predicts its last target: what follows has no use.
+    """
+
+    sequences: tuple[TokenSequence, ...]
+    lengths: tuple[int, ...]  # laid tokens of each sequence, descending
+    input_ids: torch.Tensor  # int64 [T]
+    position_ids: torch.Tensor  # int64 [T], from 0 in each sequence
+    rows: torch.Tensor  # int64 [N]: where in T the predicting states are
+    targets: torch.Tensor  # int64 [N]: the tokens that they predict
+    span_tokens: torch.Tensor  # int64 [S]: how many of N belong to each span
+
+    @property
+    def spans(self) -> list[tuple[TokenSequence, Span]]:
+        """The S spans with their sequences, in the order of `span_tokens`."""
+        return [(sequence, span) for sequence in self.sequences for span in sequence.targets]
+
+
+def laid_tokens(sequence: TokenSequence) -> int:
+    """How many tokens of a sequence have to pass through the model."""
+    return sequence.targets[-1].end - 1
+
+
+def plan_batches(sequences: Sequence[TokenSequence], budget: int) -> list[list[TokenSequence]]:
+    """Groups of sequences of at most `budget` laid tokens, longest records first.
+
+    All sequences of a record stay together: views of a sample share a pass. A record above the budget is a batch of
+    its own. Records of like length become neighbours, which is what variable-length attention runs best on, and an
+    out-of-memory shows at once.
+    """
+    records = [list(group) for _, group in groupby(sequences, key=lambda s: s.record_id)]
+    sized = sorted(((sum(map(laid_tokens, record)), record) for record in records), key=lambda pair: -pair[0])
+    batches: list[list[TokenSequence]] = []
+    room = 0
+    for size, record in sized:
+        if size > room:
+            batches.append([])
+            room = budget
+        batches[-1] += record
+        room -= size
+    return batches
+
+
+def pack(sequences: Sequence[TokenSequence]) -> PackedBatch:
+    """Lay sequences end to end, longest first, on the CPU."""
+    ordered = tuple(sorted(sequences, key=laid_tokens, reverse=True))
+    lengths = tuple(laid_tokens(sequence) for sequence in ordered)
+    input_ids: list[int] = []
+    position_ids: list[int] = []
+    rows: list[int] = []
+    targets: list[int] = []
+    span_tokens: list[int] = []
+    for sequence, length in zip(ordered, lengths, strict=True):
+        base = len(input_ids)
+        input_ids += sequence.token_ids[:length]
+        position_ids += range(length)
+        for span in sequence.targets:
+            rows += range(base + span.start - 1, base + span.end - 1)
+            targets += sequence.token_ids[span.start : span.end]
+            span_tokens.append(span.end - span.start)
+    return PackedBatch(ordered, lengths, *map(torch.tensor, (input_ids, position_ids, rows, targets, span_tokens)))

@@ -1,0 +1,115 @@
+"""A selection -> the records themselves, as they came.
+
+Knows run directories, raw records and files; not how a selection is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from scorer.files import RawRecord, RecordWriter, inspect_input, read_raw
+from scorer.rundir import Run
+from scorer.select import SelectConfig, Selection, choose, parse_keep
+from scorer.types import ScorerError
+
+SCORES_KEY = "scorer"  # what a record's scores and reason are written under
+
+
+def select(
+    run: Run | str | Path,
+    output: str | Path | None = None,
+    *,
+    keep: str | float | int = "10%",
+    by: str | None = None,
+    lowest: bool | None = None,
+    with_scores: bool = False,
+    rejected: str | Path | None = None,
+    **options: Any,
+) -> Selection:
+    """Choose records of a finished run, and write them to `output` as they came.
+
+    keep: a share ("10%", 0.1) or a number of records. by, lowest: what to rank by; None is the protocol's own.
+    with_scores: add each record's scores under the key `scorer`. rejected: a file for every other record, with the
+    reason under the same key. options: the other fields of SelectConfig. The formats are those of the suffixes.
+
+    Raises ScorerError where the run is unfinished, where its data changed since, and where a file can't be written.
+    """
+    run = run if isinstance(run, Run) else Run(run)
+    manifest = run.manifest
+    if manifest["state"] != "complete":
+        raise ScorerError(f"{run.path} is unfinished: run the same `scorer score` command again to finish it")
+    ranking = manifest["ranking"]
+    config = SelectConfig(
+        keep=parse_keep(keep),
+        by=ranking["by"] if by is None else by,
+        lowest=(ranking["lowest"] and by is None) if lowest is None else lowest,
+        **options,
+    )
+    selection = choose(run.scores(), config)
+    if output is None and rejected is None:
+        return selection
+    paths = [entry["path"] for entry in manifest["inputs"]]
+    targets = [Path(path) for path in (output, rejected) if path is not None]
+    _refuse_overwriting(targets, paths)
+    _refuse_changed(manifest["inputs"])
+    # Both writers end well or neither file appears.
+    with ExitStack() as stack:
+        limit = manifest["identity"]["config"]["limit"]
+        if output is not None:
+            writer = stack.enter_context(RecordWriter(output))
+            _write(writer.write, paths, limit, _notes(selection.kept) if with_scores else None, selection.kept)
+        if rejected is not None:
+            writer = stack.enter_context(RecordWriter(rejected))
+            _write(writer.write, paths, limit, _notes(selection.rejected), selection.rejected)
+    return selection
+
+
+def _write(
+    write: Callable[[Any], None],
+    paths: list[str],
+    limit: int | None,
+    notes: dict[int, dict[str, Any]] | None,
+    table: pl.DataFrame,
+) -> None:
+    """Write the records of `table`, in its order, each with its note."""
+    ids = table["record_id"].to_list()
+    wanted = set(ids)
+    chosen = (raw for raw in read_raw(paths, limit=limit) if raw.record_id in wanted)
+    if ids != sorted(ids):
+        held = {raw.record_id: raw for raw in chosen}  # ranked: the file's order is not the wanted one
+        chosen = (held[i] for i in ids)
+    for raw in chosen:
+        write(_noted(raw, notes[raw.record_id] if notes is not None else None))
+
+
+def _noted(raw: RawRecord, note: dict[str, Any] | None) -> Any:
+    if note is None:
+        return raw.value
+    if not isinstance(raw.value, dict):  # a line that is no JSON object can be rejected only
+        return {"record": raw.value, SCORES_KEY: note}
+    if SCORES_KEY in raw.value:
+        raise ScorerError(f"{raw.source} has a field '{SCORES_KEY}' already: rename it, or write no scores")
+    return {**raw.value, SCORES_KEY: note}
+
+
+def _notes(table: pl.DataFrame) -> dict[int, dict[str, Any]]:
+    return {row["record_id"]: row for row in table.iter_rows(named=True)}
+
+
+def _refuse_overwriting(targets: list[Path], inputs: list[str]) -> None:
+    resolved = [target.resolve() for target in targets]
+    for target in resolved:
+        if str(target) in inputs or resolved.count(target) > 1:
+            raise ScorerError(f"{target} would be overwritten: write to another file")
+
+
+def _refuse_changed(inputs: list[dict[str, Any]]) -> None:
+    for entry in inputs:
+        now = inspect_input(entry["path"])
+        if (now.size, now.sha256) != (entry["size"], entry["sha256"]):
+            raise ScorerError(f"{entry['path']} changed since it was scored: score it again")

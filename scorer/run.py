@@ -1,0 +1,273 @@
+"""Scoring a whole dataset into a run directory: what is computed, what is left of it, and in what order.
+
+Knows every other room by its public names; no formula, no file format, no model architecture.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+from scorer.atomic import replacing
+from scorer.config import PROTOCOLS, ScoreConfig
+from scorer.encode import Encoder
+from scorer.engines import open_engine
+from scorer.models import ModelFiles, choose_device, choose_dtype, find_model, load_tokenizer
+from scorer.records import count_records, inspect_input, read_records
+from scorer.rundir import MANIFEST, STDIN, Run
+from scorer.scores import score_table
+from scorer.types import EncodedTurn, Record, RowStatus, ScorerError, SpanNLL, TokenSequence
+
+FORMAT = 1  # raised whenever the meaning of a shard changes, so that an older run is not continued
+BATCH_TOKENS = {"cpu": 1024, "cuda": 65536}
+CONTEXT_KEYS = ("max_position_embeddings", "n_positions")
+
+
+class Progress(Protocol):
+    """What a run tells whoever watches it."""
+
+    def say(self, message: str) -> None: ...
+    def begin(self, records: int, done: int) -> None: ...
+    def advance(self, records: int, tokens: int) -> None: ...
+
+
+class Silent:
+    """Tells nobody."""
+
+    def say(self, message: str) -> None:
+        pass
+
+    def begin(self, records: int, done: int) -> None:
+        pass
+
+    def advance(self, records: int, tokens: int) -> None:
+        pass
+
+
+def score(
+    data: str | Path | Sequence[str | Path],
+    output: str | Path | None = None,
+    *,
+    fresh: bool = False,
+    strict: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Run:
+    """Score every record of `data` and return its run directory; the same call again resumes an unfinished one.
+
+    data: JSON, JSON Lines or Parquet files; "-" is standard input. output: the run directory; None chooses one under
+    `scorer-runs`, by the first file's name and what is computed. fresh: discard what an earlier run left there. strict:
+    the first record that can't be scored raises. options: the fields of ScoreConfig.
+
+    Raises ScorerError for input, options or a directory that the user has to mend, EngineError where the machine
+    failed; what was scored until then stays.
+    """
+    progress = progress or Silent()
+    config = ScoreConfig.from_dict(options)
+    paths = [str(p) for p in ([data] if isinstance(data, str | Path) else data)]
+    if not paths:
+        raise ScorerError("no data: name at least one file, or - for standard input")
+    if "-" in paths:
+        if output is None:
+            raise ScorerError("data from standard input needs an output directory, which keeps a copy of it")
+        paths = [_spool(Path(output)) if p == "-" else p for p in paths]
+    inputs = [inspect_input(p) for p in paths]
+    files = find_model(config.model, revision=config.revision, allow_pickle=config.allow_pickle, report=progress.say)
+    config = choose(config, files)
+    identity = {
+        "format": FORMAT,
+        "config": config.to_dict(),
+        "model_revision": files.revision,
+        "inputs": [{"size": i.size, "sha256": i.sha256} for i in inputs],
+    }
+    fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    if output is None:
+        output = Path("scorer-runs") / f"{Path(paths[0]).name.split('.')[0]}-{fingerprint[:12]}"
+    run = Run(output)
+    with run.locked():
+        if fresh:
+            run.clear()
+        if (run.path / MANIFEST).exists():
+            manifest = run.manifest
+            _refuse_changes(run, manifest["identity"], identity)
+            if manifest["state"] == "complete":
+                progress.say(f"{run.path} is complete already; --fresh would start over")
+                return run
+        else:
+            run.clear()  # shards that no manifest describes
+            records = min(count_records(paths), config.limit or sys.maxsize)
+            if not records:
+                raise ScorerError(f"{', '.join(paths)}: there are no records to score")
+            manifest = _manifest(config, identity, fingerprint, files, [asdict(i) for i in inputs], records)
+            run.write_manifest(manifest)
+        _score_shards(run, manifest, config, files, paths, strict, progress)
+    return run
+
+
+def choose(config: ScoreConfig, files: ModelFiles) -> ScoreConfig:
+    """The configuration with everything chosen that was left open. Raises ScorerError for what the model can't do."""
+    device = choose_device(config.device)
+    protocol = PROTOCOLS[config.protocol]
+    context = _context_length(files)
+    if config.max_length is not None and context is not None and config.max_length > context:
+        raise ScorerError(f"max_length: {config.max_length} is more than the {context} tokens that {files.name} takes")
+    return replace(
+        config,
+        device=device,
+        dtype=choose_dtype(config.dtype, device),
+        engine="packed" if config.engine == "auto" else config.engine,
+        max_length=config.max_length or min(protocol.max_length, context or protocol.max_length),
+        batch_tokens=config.batch_tokens or BATCH_TOKENS[device],
+    )
+
+
+def _context_length(files: ModelFiles) -> int | None:
+    settings = json.loads((files.path / "config.json").read_text(encoding="utf-8"))
+    return next((int(settings[key]) for key in CONTEXT_KEYS if isinstance(settings.get(key), int)), None)
+
+
+def _spool(directory: Path) -> str:
+    """Keep standard input in the run directory, where resuming and selecting find it again."""
+    run = Run(directory)
+    path = directory / STDIN
+    with run.locked(), replacing(path) as temporary, temporary.open("wb") as file:
+        shutil.copyfileobj(sys.stdin.buffer, file)
+    return str(path)
+
+
+def _refuse_changes(run: Run, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise ScorerError naming every field in which a run differs from what is now asked for."""
+    changes = [
+        f"{name} was {before['config'].get(name)}, is {value}"
+        for name, value in now["config"].items()
+        if before["config"].get(name) != value
+    ]
+    changes += [f"{name} changed" for name in ("format", "model_revision", "inputs") if before[name] != now[name]]
+    if changes:
+        raise ScorerError(
+            f"{run.path} holds another run ({'; '.join(changes)}): use --fresh to discard it, or another -o"
+        )
+
+
+def _manifest(
+    config: ScoreConfig,
+    identity: dict[str, Any],
+    fingerprint: str,
+    files: ModelFiles,
+    inputs: list[dict[str, Any]],
+    records: int,
+) -> dict[str, Any]:
+    return {
+        "state": "running",
+        "fingerprint": fingerprint,
+        "identity": identity,
+        "inputs": [{**i, "path": str(Path(i["path"]).resolve())} for i in inputs],
+        "model": {"name": files.name, "revision": files.revision, "origin": files.origin, "path": str(files.path)},
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("ifd-scorer", "torch", "transformers", "polars")},
+        "device": _device_name(config.device),
+        "ranking": {"by": PROTOCOLS[config.protocol].rank_by, "lowest": PROTOCOLS[config.protocol].lowest},
+        "records": records,
+        "status": {},
+        "tokens": 0,
+        "seconds": 0.0,
+    }
+
+
+def _device_name(device: str) -> str:
+    import torch
+
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+@dataclass(frozen=True, slots=True)
+class _Shard:
+    records: list[Record]
+    turns: list[EncodedTurn]
+    sequences: list[TokenSequence]
+
+
+def _encoded_shards(records: Iterable[Record], encoder: Encoder, shard_rows: int) -> Iterator[_Shard]:
+    iterator = iter(records)
+    while chunk := list(islice(iterator, shard_rows)):
+        yield _Shard(chunk, *encoder.encode(chunk))
+
+
+def _score_shards(
+    run: Run,
+    manifest: dict[str, Any],
+    config: ScoreConfig,
+    files: ModelFiles,
+    paths: list[str],
+    strict: bool,
+    progress: Progress,
+) -> None:
+    assert config.max_length is not None
+    protocol = PROTOCOLS[config.protocol]
+    encoder = Encoder(
+        load_tokenizer(files, trust_remote_code=config.trust_remote_code),
+        protocol,
+        config.max_length,
+        files.document_token_id,
+    )
+    done = len(run.shards())
+    start = min(done * config.shard_rows, manifest["records"])
+    shards = _encoded_shards(
+        read_records(paths, columns=config.columns, start=start, limit=config.limit), encoder, config.shard_rows
+    )
+    progress.say(f"loading {files.name} ({config.engine}, {config.dtype}, {manifest['device']})")
+    engine = open_engine(config, files)
+    progress.begin(manifest["records"], start)
+    # One thread reads and tokenises the next shard while the engine scores this one.
+    with closing(engine), ThreadPoolExecutor(1, thread_name_prefix="scorer-reader") as reader:
+        upcoming = reader.submit(next, shards, None)
+        while (shard := upcoming.result()) is not None:
+            upcoming = reader.submit(next, shards, None)
+            clock = time.monotonic()
+            if strict:
+                _refuse_faults(shard.records, ((t.record_id, t.status) for t in shard.turns))
+            spans = list(_watched(engine.score(shard.sequences), shard, progress))
+            table = score_table(shard.turns, spans, two_views=protocol.alone is not None)
+            if strict:
+                _refuse_faults(shard.records, zip(table["record_id"], map(RowStatus, table["status"]), strict=True))
+            run.write_shard(done, table)
+            done += 1
+            manifest["tokens"] += sum(len(s.token_ids) for s in shard.sequences)
+            manifest["seconds"] = round(manifest["seconds"] + time.monotonic() - clock, 3)
+            run.write_manifest(manifest)
+    status = run.scores()["status"].value_counts(sort=True)
+    run.write_manifest(manifest | {"state": "complete", "status": dict(status.iter_rows())})
+
+
+def _watched(batches: Iterator[list[SpanNLL]], shard: _Shard, progress: Progress) -> Iterator[SpanNLL]:
+    """The spans of `batches`, telling `progress` of each record at its first span."""
+    tokens: Counter[int] = Counter()
+    for sequence in shard.sequences:
+        tokens[sequence.record_id] += len(sequence.token_ids)
+    progress.advance(len(shard.records) - len(tokens), 0)
+    for batch in batches:
+        finished = {span.record_id for span in batch} & tokens.keys()
+        progress.advance(len(finished), sum(tokens.pop(record_id) for record_id in finished))
+        yield from batch
+
+
+def _refuse_faults(records: Sequence[Record], statuses: Iterable[tuple[int, RowStatus]]) -> None:
+    for record_id, status in statuses:
+        if not status.scored:
+            source = next(r.source for r in records if r.record_id == record_id)
+            raise ScorerError(f"{source}: {status} (--strict refuses what can't be scored)")

@@ -1,0 +1,73 @@
+"""Sums and counts -> the score table. The only file with the formulas of the measures.
+
+Knows Polars; neither models nor files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import polars as pl
+
+from scorer.types import EncodedTurn, EngineError, RowStatus, SpanNLL, View
+
+SCHEMA = {
+    "record_id": pl.Int64,
+    "turn": pl.Int32,
+    "status": pl.String,
+    "prompt_tokens": pl.Int32,
+    "response_tokens": pl.Int32,
+    "alone_tokens": pl.Int32,
+    "nll_conditioned": pl.Float64,
+    "nll_alone": pl.Float64,
+    "ppl_conditioned": pl.Float64,
+    "ppl_alone": pl.Float64,
+    "ifd": pl.Float64,
+    "ifd_loss": pl.Float64,
+}
+MEASURES = ("nll_conditioned", "nll_alone", "ppl_conditioned", "ppl_alone", "ifd", "ifd_loss")
+
+
+def score_table(turns: Sequence[EncodedTurn], spans: Iterable[SpanNLL], *, two_views: bool) -> pl.DataFrame:
+    """The score table of `turns`, in their order, with columns SCHEMA.
+
+    NLL sums are in nats; ppl = exp(nll / tokens); ifd = ppl_conditioned / ppl_alone (arXiv 2402.00530, section 2.1);
+    ifd_loss = mean conditioned NLL / mean alone NLL (arXiv 2308.12032, equation 3). Without `two_views` the alone
+    columns and the ratios are null. Raises EngineError where a turn that was to be scored has no span.
+    """
+    found = {(s.record_id, s.turn, s.view): s for s in spans}
+    return pl.DataFrame([_row(turn, found, two_views) for turn in turns], schema=SCHEMA, orient="row")
+
+
+def _row(turn: EncodedTurn, found: dict[tuple[int, int, View], SpanNLL], two_views: bool) -> tuple[object, ...]:
+    key = (turn.record_id, turn.turn, str(turn.status), turn.prompt_tokens)
+    if not turn.status.scored:
+        return (*key, *[None] * 8)
+    views = (View.CONDITIONED, View.ALONE) if two_views else (View.CONDITIONED,)
+    spans = [found.get((turn.record_id, turn.turn, view)) for view in views]
+    if None in spans:
+        raise EngineError(f"the engine gave no score for record {turn.record_id}, turn {turn.turn}")
+    fault = next((s.status for s in spans if s is not None and s.status != RowStatus.OK), None)
+    counts = [s.tokens for s in spans if s is not None]
+    sums = [s.nll_sum for s in spans if s is not None and s.nll_sum is not None]
+    if fault is None:
+        measures = _measures(sums, counts)
+        if all(m is None or math.isfinite(m) for m in measures):
+            return (*key, counts[0], counts[1] if two_views else None, *measures)
+        fault = RowStatus.NON_FINITE
+    return (turn.record_id, turn.turn, str(fault), turn.prompt_tokens, *[None] * 8)
+
+
+def _measures(sums: Sequence[float], counts: Sequence[int]) -> tuple[float | None, ...]:
+    """MEASURES of one turn, from one view's sums and counts or from both."""
+    means = [total / count for total, count in zip(sums, counts, strict=True)]
+    ppls = [_exp(mean) for mean in means]
+    if len(sums) == 1:
+        return (sums[0], None, ppls[0], None, None, None)
+    ifd_loss = means[0] / means[1] if means[1] else math.inf
+    return (*sums, *ppls, _exp(means[0] - means[1]), ifd_loss)
+
+
+def _exp(x: float) -> float:
+    return math.exp(x) if x < 709.0 else math.inf  # float64 ends at exp(709.78)

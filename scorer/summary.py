@@ -1,0 +1,35 @@
+"""A score table -> what a person wants to know of it first. Pure Polars."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import polars as pl
+
+QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
+COLUMNS = ("ifd", "ifd_loss", "ppl_conditioned", "ppl_alone", "prompt_tokens", "response_tokens")
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """Rows by status, QUANTILES of those of COLUMNS that have values, and a known bias.
+
+    `length_bias` is Spearman's correlation of IFD with the number of response tokens; None for fewer than three rows.
+    """
+
+    status: dict[str, int]
+    quantiles: dict[str, list[float]]
+    length_bias: float | None
+
+
+def summarise(scores: pl.DataFrame) -> Summary:
+    """The summary of a score table."""
+    scored = scores.drop_nulls("response_tokens")
+    columns = [name for name in COLUMNS if scored[name].count()]
+    pairs = scored.drop_nulls("ifd")
+    bias = pairs.select(pl.corr("ifd", "response_tokens", method="spearman")).item() if pairs.height > 2 else None
+    return Summary(
+        dict(scores["status"].value_counts(sort=True).iter_rows()),
+        {name: [float(scored[name].quantile(q, "linear") or 0.0) for q in QUANTILES] for name in columns},
+        None if bias is None or bias != bias else bias,
+    )

@@ -1,0 +1,133 @@
+"""The words every room shares: records, token sequences, their scores, statuses and errors.
+
+Imports nothing of ours, and no heavy library. It does not know how any of these are made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class ScorerError(Exception):
+    """A fault that the user can mend; its text says what to do. The command line prints it on one line."""
+
+    exit_code = 2
+
+
+class EngineError(ScorerError):
+    """The machine failed, not the input (an engine died, a disk filled up): the same command resumes."""
+
+    exit_code = 1
+
+
+class RowStatus(StrEnum):
+    """Why a row of the score table has the scores that it has. All but OK and TRUNCATED mean null scores."""
+
+    OK = "ok"
+    TRUNCATED = "truncated"  # scored, on the tokens that the length limit left
+    BAD_JSON = "bad_json"  # the line is not JSON, or not UTF-8
+    UNKNOWN_FORMAT = "unknown_format"  # none of the known columns, or a role that no format has
+    MISSING_FIELD = "missing_field"  # a column of its format is absent or null
+    NOT_TEXT = "not_text"  # a number, a list, or a string that is not valid Unicode
+    NO_ASSISTANT_TURN = "no_assistant_turn"
+    EMPTY_PROMPT = "empty_prompt"
+    EMPTY_RESPONSE = "empty_response"
+    CHAT_TEMPLATE_ERROR = "chat_template_error"  # the model's template refuses the conversation
+    PROMPT_TOO_LONG = "prompt_too_long"  # the length limit leaves no response token
+    NO_SCORABLE_TOKEN = "no_scorable_token"  # such as a one-token response that nothing precedes
+    NON_FINITE = "non_finite"  # the model gave infinity or NaN
+    OOM = "oom"  # did not fit in memory, even by itself
+
+    @property
+    def scored(self) -> bool:
+        """Whether a row of this status has scores."""
+        return self in (RowStatus.OK, RowStatus.TRUNCATED)
+
+
+class View(StrEnum):
+    """The two sights of a response: after its prompt, and by itself."""
+
+    CONDITIONED = "conditioned"
+    ALONE = "alone"
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message of a conversation; `role` is system, user, assistant or tool."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One response, and the messages between the previous response (or the start) and it.
+
+    `input` is Alpaca's second prompt column, "" where there is none.
+    """
+
+    prompt: tuple[Message, ...]
+    response: str
+    input: str = ""
+    status: RowStatus = RowStatus.OK
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One sample of the data: `record_id` is its 0-based position over all inputs, `source` its file and line.
+
+    A record that could not be read has no turns, and a status that says why.
+    """
+
+    record_id: int
+    source: str
+    turns: tuple[Turn, ...] = ()
+    status: RowStatus = RowStatus.OK
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedTurn:
+    """One row of the score table, before its scores.
+
+    `prompt_tokens` counts the tokens of the conditioned view before the response; None where there is no such view.
+    """
+
+    record_id: int
+    turn: int
+    status: RowStatus
+    prompt_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Tokens `start` to `end` (exclusive) of a sequence, to be scored as the response of `turn`; `start` >= 1."""
+
+    turn: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSequence:
+    """What an engine is given: token ids, and the spans of them to score, in order and apart."""
+
+    record_id: int
+    view: View
+    token_ids: list[int]
+    targets: tuple[Span, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SpanNLL:
+    """What an engine gives back: the sum over a span of -log p(token | all before it), in nats, and its length.
+
+    `nll_sum` is None unless `status` is OK.
+    """
+
+    record_id: int
+    turn: int
+    view: View
+    nll_sum: float | None
+    tokens: int
+    status: RowStatus = RowStatus.OK

@@ -1,0 +1,333 @@
+"""Bytes to raw values and back, in every kind of file, and what a user is told of a file that cannot be read."""
+
+from __future__ import annotations
+
+import datetime
+import gzip
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+import zstandard
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from scorer.records import RecordWriter, count_records, inspect_input, read_raw
+from scorer.types import RowStatus, ScorerError
+
+JSON_NAMES = [f"data{kind}{packed}" for kind in (".json", ".jsonl", ".ndjson") for packed in ("", ".gz", ".zst")]
+NAMES = [*JSON_NAMES, "data.parquet"]
+ROWS = [{"instruction": f"q{i}", "input": None, "output": "é🙂\x00 ‏ש" * i, "tags": [i]} for i in range(10)]
+
+
+def write(path: Path, rows: Iterable[Any]) -> Path:
+    with RecordWriter(path) as writer:
+        for row in rows:
+            writer.write(row)
+    return path
+
+
+def values(*paths: Path, start: int = 0, limit: int | None = None) -> list[Any]:
+    return [raw.value for raw in read_raw(paths, start=start, limit=limit)]
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(ScorerError) as caught:
+        list(read_raw([path]))
+    text = str(caught.value)
+    assert str(path) in text
+    assert "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_written_is_read(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path / name, ROWS)
+    assert values(path) == ROWS
+    assert [p.name for p in tmp_path.iterdir()] == [name]  # no temporary file is left
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_start_and_limit_count_over_all_files(tmp_path: Path, name: str) -> None:
+    paths = [
+        write(tmp_path / "a.jsonl", ROWS[:3]),
+        write(tmp_path / name, ROWS[3:6]),
+        write(tmp_path / "c.json", ROWS[6:]),
+    ]
+    assert count_records(paths) == 10
+    for start in range(12):
+        for limit in (None, 1, 3, 5, 6, 10, 20):
+            found = list(read_raw(paths, start=start, limit=limit))
+            ids = list(range(start, min(10, 10 if limit is None else limit)))
+            assert [raw.record_id for raw in found] == ids
+            assert [raw.value for raw in found] == [ROWS[i] for i in ids]
+    assert [raw.source for raw in read_raw(paths, start=5, limit=7)][1] == f"{tmp_path}/c.json[0]"
+
+
+def test_skipped_rows_of_parquet_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "d.parquet"
+    pl.DataFrame({"n": range(1000)}).write_parquet(path, row_group_size=300)
+    monkeypatch.setattr("scorer.files.PARQUET_BATCH_ROWS", 70)
+    assert [row["n"] for row in values(path, start=137, limit=913)] == list(range(137, 913))
+
+
+def test_lines_are_numbered_from_one_and_blank_ones_are_no_records(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf\n{"a": 1}\r\n  \r\n{"a": NaN\n{"a": "\xff"}\n[1]\n{"a": Infinity}')
+    found = list(read_raw([path]))
+    assert [raw.source for raw in found] == [f"{path}:{line}" for line in (2, 4, 5, 6, 7)]
+    assert [raw.value for raw in found] == [{"a": 1}, '{"a": NaN', '{"a": "\\xff"}', [1], {"a": float("inf")}]
+    bad = RowStatus.BAD_JSON
+    assert [raw.status for raw in found] == [RowStatus.OK, bad, bad, RowStatus.OK, RowStatus.OK]
+
+
+def test_deep_json_and_endless_integers_are_bad_rows(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"a": 1}\n' + "[" * 100_000 + "\n" + '{"a": ' + "1" * 5000 + "}\n")
+    assert [raw.status for raw in read_raw([path])] == [RowStatus.OK, RowStatus.BAD_JSON, RowStatus.BAD_JSON]
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+@pytest.mark.parametrize(
+    "text",
+    ['[{"a": 1}, {"a": 2}]', ' \n[\n {"a": 1},\n {"a": 2}\n]\n', '[{"a": 1},\n{"a": 2}]', '{"a": 1}\n{"a": 2}\n'],
+)
+def test_content_tells_arrays_from_lines(tmp_path: Path, suffix: str, text: str) -> None:
+    path = tmp_path / f"d.{suffix}"
+    for bom in (b"", b"\xef\xbb\xbf"):
+        path.write_bytes(bom + text.encode())
+        assert values(path) == [{"a": 1}, {"a": 2}]
+
+
+def test_json_object_where_an_array_is_expected(tmp_path: Path) -> None:
+    path = tmp_path / "d.json"
+    for text in ('{"data": [1, 2]}', '{\n "data": [1, 2]\n}'):
+        path.write_text(text)
+        assert "a JSON object where an array is expected" in refusal(path)
+    path.write_text("hello")
+    assert "where an array is expected" in refusal(path)
+
+
+def test_invalid_array_names_line_and_column(tmp_path: Path) -> None:
+    path = tmp_path / "d.json"
+    path.write_text('[\n{"a": 1},\n{"a": }\n]')
+    assert "line 3, column 7" in refusal(path)
+    path.write_bytes(b'[\n"\xff"]')
+    assert "not UTF-8 at line 2" in refusal(path)
+    path.write_text("[" * 100_000)
+    assert "cannot be read" in refusal(path)
+
+
+@pytest.mark.parametrize("name", JSON_NAMES)
+def test_files_without_records(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path / name, [])
+    assert "hold no records" in refusal(path)
+    path.write_bytes(b"")
+    assert "hold no records" in refusal(path)
+    assert count_records([path]) == 0
+    full = write(tmp_path / "full.jsonl", ROWS)
+    assert values(path, full) == ROWS
+    assert values(full, path, start=10) == []
+
+
+def test_empty_table_and_no_inputs(tmp_path: Path) -> None:
+    assert "hold no records" in refusal(write(tmp_path / "d.parquet", []))
+    with pytest.raises(ScorerError, match="hold no records"):
+        list(read_raw([]))
+
+
+@pytest.mark.parametrize("name", ["d.jsonl.gz", "d.json.gz", "d.jsonl.zst", "d.json.zst", "d.parquet"])
+def test_truncated_and_damaged_files(tmp_path: Path, name: str) -> None:
+    rows = [{"a": hashlib.sha256(str(i).encode()).hexdigest()} for i in range(5000)]
+    path = write(tmp_path / name, rows)
+    whole = path.read_bytes()
+    holed = whole[:1000] + b"\xff" * 2000 + whole[3000:]
+    if name == "d.parquet":  # its pages carry no checksum; its footer can be checked
+        holed = whole[:-100] + b"\xff" * 92 + whole[-8:]
+    for data in (whole[:-1], whole[: len(whole) // 2], whole[:30], b"not it", holed):
+        path.write_bytes(data)
+        assert "truncated or damaged" in refusal(path)
+
+
+def test_compressed_files_of_several_parts(tmp_path: Path) -> None:
+    one, two = b'{"a": 1}\n', b'{"a": 2}\n' * 50_000
+    (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(one) + gzip.compress(two))
+    pack = zstandard.ZstdCompressor().compress
+    skippable = b"\x50\x2a\x4d\x18\x04\x00\x00\x00abcd"  # as pzstd writes in front of every frame
+    (tmp_path / "d.jsonl.zst").write_bytes(skippable + pack(one) + pack(two))
+    for name in ("d.jsonl.gz", "d.jsonl.zst"):
+        assert sum(row["a"] for row in values(tmp_path / name)) == 100_001
+
+
+def test_paths_that_are_no_data(tmp_path: Path) -> None:
+    assert "no such file" in refusal(tmp_path / "missing.json")
+    assert "is a folder" in refusal(tmp_path)
+    other = tmp_path / "data.csv"
+    other.write_text("a,b")
+    assert ".jsonl.zst" in refusal(other)
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    assert "not a regular file" in refusal(tmp_path / "pipe.jsonl")
+    with pytest.raises(ScorerError, match="no such file"):
+        inspect_input(tmp_path / "missing.json")
+    # found before anything is read
+    with pytest.raises(ScorerError, match="no such file"):
+        next(read_raw([write(tmp_path / "a.jsonl", ROWS), tmp_path / "missing.json"]))
+
+
+def test_inspect_input_describes_the_bytes_on_disk(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl.gz"
+    path.write_bytes(b"abc")
+    digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, example B.1
+    assert asdict(inspect_input(path)) == {"path": str(path), "size": 3, "sha256": digest}
+
+
+@pytest.mark.parametrize("name", JSON_NAMES)
+def test_lone_surrogates_go_out_as_they_came_in(tmp_path: Path, name: str) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"a": "\\\\\\ud800 \\udc00 \\ud83d\\ude42"}\n')
+    rows = values(source)
+    assert rows == [{"a": "\\\ud800 \udc00 🙂"}]
+    assert values(write(tmp_path / name, rows)) == rows
+
+
+def test_text_is_written_as_utf8(tmp_path: Path) -> None:
+    assert write(tmp_path / "d.json", [{"a": "é"}, "b"]).read_bytes() == '[\n{"a": "é"},\n"b"\n]\n'.encode()
+    assert write(tmp_path / "d.jsonl", [{"a": "🙂"}]).read_bytes() == '{"a": "🙂"}\n'.encode()
+
+
+texts = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False) | st.text(st.characters()),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@pytest.mark.parametrize("name", ["d.json", "d.jsonl", "d.jsonl.gz", "d.ndjson.zst"])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=st.lists(st.dictionaries(st.text(max_size=5), texts, max_size=4), min_size=2, max_size=5))
+def test_any_json_rows_round_trip(tmp_path: Path, name: str, rows: list[dict[str, Any]]) -> None:
+    rows = json.loads(json.dumps(rows))  # two lone surrogates that make a pair are one character in JSON
+    assert values(write(tmp_path / name, rows)) == rows
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=st.lists(st.dictionaries(st.sampled_from("abc"), texts, min_size=1, max_size=3), min_size=1, max_size=5))
+def test_parquet_holds_rows_as_they_are_or_refuses(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+    path = tmp_path / "d.parquet"
+    try:
+        write(path, rows)
+    except ScorerError as error:
+        assert ".jsonl" in str(error)  # noqa: PT017 (either outcome is right)
+        return
+    for row, back in zip(rows, values(path), strict=True):
+        assert {k: without_nulls(v) for k, v in row.items() if v is not None} == without_nulls(back)
+
+
+def without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("rows", [[{"a": 1}, {"a": "x"}], [{"a": "\ud800"}], [{"a": True}, {"a": 2}], ["text"]])
+def test_parquet_refuses_what_it_would_change(tmp_path: Path, rows: list[Any]) -> None:
+    with pytest.raises(ScorerError, match=r"\.jsonl"):
+        write(tmp_path / "d.parquet", rows)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_parquet_values_in_json(tmp_path: Path) -> None:
+    [out] = values(write(tmp_path / "d.jsonl", [{"day": datetime.date(2024, 2, 29)}]))
+    assert out == {"day": "2024-02-29"}
+    with pytest.raises(ScorerError, match="bytes"):
+        write(tmp_path / "e.jsonl", [{"image": b"\x00"}])
+
+
+def test_error_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    for name in NAMES:
+        path = write(tmp_path / name, ROWS)
+        with pytest.raises(ZeroDivisionError):
+            write(path, ({"a": 1 // (2 - i)} for i in range(3)))
+        assert values(path) == ROWS
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(NAMES)
+
+
+def test_outputs_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path, text in (
+        (tmp_path / "none" / "d.json", "no folder"),
+        (tmp_path / "file" / "d.json", "no folder"),
+        (tmp_path / "d.csv", ".jsonl.zst"),
+        (Path("/proc/d.json"), "/proc/d.json"),
+    ):
+        with pytest.raises(ScorerError, match=text):
+            write(path, ROWS)
+    (tmp_path / "d.json").mkdir()
+    with pytest.raises(ScorerError, match="is a folder"):
+        write(tmp_path / "d.json", ROWS)
+
+
+FILL = """
+import random, sys
+from pathlib import Path
+from scorer.records import RecordWriter
+from scorer.types import EngineError
+try:
+    with RecordWriter(Path(sys.argv[1]) / sys.argv[2]) as writer:
+        for i in range(3000):
+            writer.write({"a": random.randbytes(500).hex()})
+except EngineError as error:
+    print(error)
+print(list(Path(sys.argv[1]).iterdir()))
+"""
+
+
+@pytest.mark.parametrize("name", ["d.json", "d.jsonl.gz", "d.jsonl.zst", "d.parquet"])
+def test_full_disk(tmp_path: Path, name: str) -> None:
+    inside = 'mount -t tmpfs -o size=200k tmpfs "$1" && exec "$2" -c "$3" "$1" "$4"'
+    unshare = ["unshare", "--user", "--map-root-user", "--mount"]
+    if shutil.which("unshare") is None or subprocess.run([*unshare, "true"], capture_output=True).returncode:
+        pytest.skip("this machine lets no user mount a small disk")
+    command = [*unshare, "sh", "-c", inside, "sh", str(tmp_path), sys.executable, FILL, name]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "the disk is full" in done.stdout
+    assert done.stdout.endswith("[]\n")
+
+
+PEAK = """
+import resource, sys
+from scorer.records import read_records
+rows = sum(len(record.turns) for record in read_records([sys.argv[1]]))
+print(rows, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
+"""
+
+
+def peak(path: Path) -> tuple[int, int]:
+    done = subprocess.run([sys.executable, "-c", PEAK, str(path)], capture_output=True, text=True, check=True)
+    rows, mib = map(int, done.stdout.split())
+    return rows, mib
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
+    number = pl.int_range(60_000)
+    rows = pl.select(
+        instruction=pl.format("Say {} in words.", number),
+        output=number.hash(1).cast(pl.String).repeat_by(100).list.join(" "),
+    )  # 120 MB of text
+    rows.write_parquet(tmp_path / "d.parquet", row_group_size=60_000)
+    rows.write_ndjson(tmp_path / "d.jsonl")
+    rows.head(2000).write_parquet(tmp_path / "small.parquet")
+    _, small = peak(tmp_path / "small.parquet")
+    for name in ("d.parquet", "d.jsonl"):
+        count, mib = peak(tmp_path / name)
+        assert count == 60_000
+        assert mib - small < 80, (name, small, mib)

