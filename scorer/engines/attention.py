@@ -1,4 +1,4 @@
-"""Causal attention over sequences that lie end to end in one row: variable-length, with no mask and no padding.
+"""Causal attention over sequences that lie end to end in one row: variable-length, with no padded token in the model.
 
 Registered with transformers under NAME, which is no mask function there, so that no mask is ever built. Knows
 tensors and lengths; nothing of models.
@@ -6,7 +6,7 @@ tensors and lengths; nothing of models.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -16,66 +16,65 @@ from transformers import AttentionInterface
 
 NAME = "scorer_varlen"
 
-# Plain batched products beat torch's fused CPU attention up to these lengths (measured on AMD EPYC with AVX512-BF16,
-# 9 heads of 64); beyond, the fused one, which skips the masked half, wins.
+# On CPU, plain batched products beat torch's fused attention up to these lengths; beyond, the fused one, which skips
+# the masked half, wins. Measured on AMD EPYC with AVX512-BF16, 9 heads of 64.
 PLAIN_LENGTH = {torch.bfloat16: 384, torch.float16: 384, torch.float32: 48}
-# Sequences whose lengths differ by at most this factor share a padded product on CPU.
+# Sequences whose lengths differ by at most this factor share one product, padded to the longest of them.
 GROUP_RATIO = 1.15
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """Where each sequence lies, in one of two forms: `offsets` for the CUDA kernel, `groups` for everything else."""
-
-    groups: list[Group] = field(default_factory=list)
-    offsets: torch.Tensor | None = None  # int32 [sequences + 1]
-    longest: int = 0
-
-
-@dataclass(frozen=True, slots=True)
 class Group:
-    """Neighbouring sequences of like length: tokens `start` to `end`, `count` sequences padded to `length`.
+    """Neighbouring sequences of like length: tokens `start` to `start + sum(lengths)`, descending `lengths`."""
 
-    `gather` [count * length] names the token of each padded place (any token where there is none: causality keeps
-    what follows a sequence out of it); `scatter` [end - start] names the padded place of each token. Both are None
-    where all lengths are equal.
+    def __init__(self, start: int, lengths: Sequence[int], device: torch.device):
+        self.start, self.end = start, start + sum(lengths)
+        self.count, self.length = len(lengths), lengths[0]
+        self.device = device
+        sizes = torch.tensor(lengths)
+        places = torch.arange(self.length)
+        starts = start + sizes.cumsum(0) - sizes
+        # The token of each padded place; where there is none, any: causality keeps what follows a sequence out of it.
+        self.tokens = (starts[:, None] + places).clamp_(max=self.end - 1)  # [count, length]
+        self.filled = places < sizes[:, None]  # [count, length]
+        self._rows: dict[int, torch.Tensor] = {}
+        self._places: dict[int, torch.Tensor] = {}
+
+    def rows(self, heads: int) -> torch.Tensor:
+        """Rows of a [T * heads, d] matrix in the order [count, heads, length]; the layers of a model share it."""
+        if heads not in self._rows:
+            rows = self.tokens[:, None] * heads + torch.arange(heads)[:, None]
+            self._rows[heads] = rows.flatten().to(self.device)
+        return self._rows[heads]
+
+    def places(self, heads: int) -> torch.Tensor:
+        """Rows of a [count * heads * length, d] matrix in the order [tokens of the group, heads]."""
+        if heads not in self._places:
+            sequence, place = self.filled.nonzero(as_tuple=True)
+            rows = (sequence[:, None] * heads + torch.arange(heads)) * self.length + place[:, None]
+            self._places[heads] = rows.flatten().to(self.device)
+        return self._places[heads]
+
+
+class Layout:
+    """Where each sequence of a batch lies: descending `lengths`, from token 0.
+
+    CUDA's kernel reads `offsets` (int32 [sequences + 1]) and takes 16-bit numbers only; all else runs over `groups`.
     """
 
-    start: int
-    end: int
-    count: int
-    length: int
-    gather: torch.Tensor | None
-    scatter: torch.Tensor | None
-
-
-def layout(lengths: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Layout:
-    """The layout of sequences of descending `lengths` laid end to end. The CUDA kernel takes 16-bit numbers only."""
-    if device.type == "cuda" and dtype != torch.float32:
-        offsets = torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0).int()
-        return Layout(offsets=offsets.to(device, non_blocking=True), longest=lengths[0])
-    groups = []
-    first = start = 0
-    while first < len(lengths):
-        length = lengths[first]
-        last = first + 1
-        while last < len(lengths) and lengths[last] * GROUP_RATIO >= length:
-            last += 1
-        groups.append(_group(start, lengths[first:last], device))
-        start, first = groups[-1].end, last
-    return Layout(groups=groups)
-
-
-def _group(start: int, lengths: tuple[int, ...], device: torch.device) -> Group:
-    count, length, end = len(lengths), lengths[0], start + sum(lengths)
-    if lengths[-1] == length:
-        return Group(start, end, count, length, None, None)
-    sizes = torch.tensor(lengths)
-    starts = sizes.cumsum(0) - sizes
-    places = torch.arange(length)
-    gather = (starts[:, None] + places).clamp_(max=end - start - 1).flatten()
-    scatter = (torch.arange(count)[:, None] * length + places)[places < sizes[:, None]]
-    return Group(start, end, count, length, gather.to(device), scatter.to(device))
+    def __init__(self, lengths: Sequence[int], device: torch.device, dtype: torch.dtype):
+        self.longest = lengths[0]
+        self.offsets: torch.Tensor | None = None
+        self.groups: list[Group] = []
+        if device.type == "cuda" and dtype != torch.float32:
+            self.offsets = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32, non_blocking=True)
+            return
+        first = start = 0
+        while first < len(lengths):
+            last = first + 1
+            while last < len(lengths) and lengths[last] * GROUP_RATIO >= lengths[first]:
+                last += 1
+            self.groups.append(Group(start, lengths[first:last], device))
+            start, first = self.groups[-1].end, last
 
 
 def varlen_attention(
@@ -90,61 +89,51 @@ def varlen_attention(
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention contract: query [1, H, T, d], key and value [1, Hk, T, d] -> [1, T, H, d]."""
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    _, heads, tokens, width = query.shape
+    scale = width**-0.5 if scaling is None else scaling
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, d], mostly as it lies in memory
     if scorer_layout.offsets is not None:
-        return _cuda_attention(query, key, value, scorer_layout, scale), None
-    output = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
+        return _cuda_attention(q, k, v, scorer_layout.offsets, scorer_layout.longest, scale)[None], None
+    q, k, v = (x.reshape(-1, width) for x in (q, k, v))
+    output = q.new_empty(tokens * heads, width)
     for group in scorer_layout.groups:
-        output[0, group.start : group.end] = _group_attention(query[0], key[0], value[0], group, scale)
-    return output, None
+        mixed = _group_attention(q, k, v, group, heads, key.shape[1], scale)
+        torch.index_select(mixed, 0, group.places(heads), out=output[group.start * heads : group.end * heads])
+    return output.view(1, tokens, heads, width), None
 
 
 def _cuda_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, offsets: torch.Tensor, longest: int, scale: float
 ) -> torch.Tensor:
+    """query [T, H, d], key and value [T, Hk, d] -> [T, H, d], by torch's FlashAttention."""
     from torch.nn.attention.varlen import varlen_attn
 
-    assert layout.offsets is not None
-    repeats = query.shape[1] // key.shape[1]
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    if repeats > 1:
-        k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
-    output = varlen_attn(
-        q, k, v, layout.offsets, layout.offsets, layout.longest, layout.longest, scale=scale, window_size=(-1, 0)
-    )
+    if (repeats := query.shape[1] // key.shape[1]) > 1:
+        key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
+    output = varlen_attn(query, key, value, offsets, offsets, longest, longest, scale=scale, window_size=(-1, 0))
     assert isinstance(output, torch.Tensor)  # a tuple only where the log-sum-exp is asked for
-    return output[None]
+    return output
 
 
 def _group_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, group: Group, scale: float
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, group: Group, heads: int, kv_heads: int, scale: float
 ) -> torch.Tensor:
-    """One group: query [H, T, d], key and value [Hk, T, d] -> [tokens of the group, H, d]."""
-    heads, _, width = query.shape
-    kv_heads = key.shape[0]
-    count, length = group.count, group.length
-
-    def padded(x: torch.Tensor) -> torch.Tensor:  # [h, T, d] -> [h, count, length, d]
-        x = x[:, group.start : group.end]
-        return (x if group.gather is None else x[:, group.gather]).reshape(-1, count, length, width)
-
-    q, k, v = padded(query), padded(key), padded(value)
+    """query [T * H, d], key and value [T * Hk, d] -> [count * H * length, d]."""
+    count, length, width = group.count, group.length, query.shape[1]
+    q = query.index_select(0, group.rows(heads))
+    k = key.index_select(0, group.rows(kv_heads))
+    v = value.index_select(0, group.rows(kv_heads))
     if length > PLAIN_LENGTH[query.dtype]:
-        q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+        q, k, v = (x.view(count, -1, length, width) for x in (q, k, v))
         mixed = functional.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=scale, enable_gqa=heads != kv_heads
         )
-        mixed = mixed.permute(0, 2, 1, 3)  # [count, length, H, d]
-    else:
-        repeats = heads // kv_heads  # query heads that share a key head are rows of one product
-        q = q.view(kv_heads, repeats, count, length, width).permute(0, 2, 1, 3, 4)
-        q = q.reshape(kv_heads * count, repeats * length, width)
-        k, v = (x.reshape(kv_heads * count, length, width) for x in (k, v))
-        scores = torch.baddbmm(_causal_mask(length, repeats, q.dtype, q.device), q, k.transpose(1, 2), alpha=scale)
-        mixed = torch.bmm(scores.softmax(-1), v).view(kv_heads, count, repeats, length, width)
-        mixed = mixed.permute(1, 3, 0, 2, 4)  # [count, length, Hk, repeats, d]
-    mixed = mixed.reshape(count * length, heads, width)
-    return mixed if group.scatter is None else mixed[group.scatter]
+        return mixed.reshape(-1, width)
+    repeats = heads // kv_heads  # query heads that share a key head are rows of one product
+    q = q.view(count * kv_heads, repeats * length, width)
+    k, v = (x.view(count * kv_heads, length, width) for x in (k, v))
+    scores = torch.baddbmm(_causal_mask(length, repeats, q.dtype, q.device), q, k.transpose(1, 2), alpha=scale)
+    return torch.bmm(scores.softmax(-1), v).view(-1, width)
 
 
 @lru_cache(maxsize=512)

@@ -16,7 +16,7 @@ from scorer_kernels import nll_head
 
 from scorer.config import ScoreConfig
 from scorer.engines.attention import NAME as ATTENTION
-from scorer.engines.attention import layout
+from scorer.engines.attention import Layout
 from scorer.engines.packing import PackedBatch, pack, plan_batches
 from scorer.models import ModelFiles, load_causal_lm
 from scorer.types import EngineError, RowStatus, ScorerError, SpanNLL, TokenSequence
@@ -99,7 +99,7 @@ class PackedEngine:
             input_ids=batch.input_ids[None].to(self.device, non_blocking=True),
             position_ids=batch.position_ids[None].to(self.device, non_blocking=True),
             use_cache=False,
-            scorer_layout=layout(batch.lengths, self.device, self.model.dtype),
+            scorer_layout=Layout(batch.lengths, self.device, self.model.dtype),
         ).last_hidden_state[0]
         rows = states.index_select(0, batch.rows.to(self.device, non_blocking=True))
         nll = nll_head(rows, self.head.weight, batch.targets.to(self.device, non_blocking=True), bias=self.head.bias)

@@ -1,0 +1,63 @@
+"""The figures in the README: taken from bench/results, never written by hand.
+
+Between `<!-- bench:NAME -->` and `<!-- /bench -->` stands a table made from the results whose benchmark is NAME.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bench.report import RESULTS
+
+README = Path(__file__).parent.parent / "README.md"
+SECTION = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
+
+
+def engines_table(result: dict[str, Any]) -> str:
+    """One line an engine, and what the table can't say below it."""
+    lines = [
+        f"{_where(result)}; {result['model']}, {result['rows']} rows of `{result['data']}`, {result['tokens']:,} tokens:",
+        "",
+        "| engine | rows/s | tokens/s | × reference | of the bound |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for name, figures in result["engines"].items():
+        lines.append(
+            f"| {name} | {figures['rows_per_second']:.2f} | {figures['tokens_per_second']:,.0f} "
+            f"| {figures['times_reference']:.2f} | {figures['fraction_of_bound']:.0%} |"
+        )
+    agreement = result["bfloat16_against_float32"]
+    lines += [
+        "",
+        f"packed against reference in float32: largest relative error {result['largest_relative_error']:.0e}. bfloat16 "
+        f"against float32 over {agreement['rows']:,} rows: Spearman of IFD {agreement['spearman_ifd']:.4f}, overlap of the "
+        f"top tenth {agreement['top_10_percent_overlap']:.2f}. Reading, tokenising and writing: "
+        f"{result['overhead_fraction']:.1%} of a run. (`{result['command']}`)",
+    ]
+    return "\n".join(lines)
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"engines": engines_table}
+
+
+def update(check: bool) -> None:
+    """Write the tables into the README, or with `check` fail where they differ."""
+    text = README.read_text(encoding="utf-8")
+    made = SECTION.sub(lambda match: match[1] + _tables(match[2]) + match[3], text)
+    if check and made != text:
+        raise SystemExit("README.md is not what bench/results says: run `python -m bench readme`")
+    README.write_text(made, encoding="utf-8")
+
+
+def _tables(name: str) -> str:
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))]
+    return "".join(TABLES[name](result) + "\n" for result in results if result["benchmark"] == name)
+
+
+def _where(result: dict[str, Any]) -> str:
+    machine = result["machine"]
+    return str(machine["gpu"] or f"{machine['cpu']}, {machine['threads']} cores")

@@ -1,0 +1,42 @@
+"""What every benchmark reports beside its figures: the machine, the versions, the command."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> dict[str, Any]:
+    """The device that torch would compute on, in words, and what it runs."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        cpu = next((line.split(":", 1)[1].strip() for line in info.open() if line.startswith("model name")), cpu)
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+    } | {name: version(name) for name in ("torch", "transformers")}
+
+
+def finish(name: str, result: dict[str, Any], save: bool) -> None:
+    """Print the result as one line of JSON; with `save`, keep it as bench/results/NAME-DEVICE.json too."""
+    command = shlex.join(["python", "-m", "bench", *sys.argv[1:]])
+    document = {"benchmark": name, "command": command, "machine": machine(), **result}
+    if save:
+        device = (document["machine"]["gpu"] or document["machine"]["cpu"]).lower().replace(" ", "-")
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"{name}-{device}.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(document))

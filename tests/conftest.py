@@ -1,0 +1,91 @@
+"""What the tests share: tiny random models of every packed family, with a real byte-level tokenizer, and real files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import (
+    GPT2Config,
+    LlamaConfig,
+    OPTConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+from scorer.models import ModelFiles, find_model
+
+# The 256 bytes, then the document separator: every text has as many tokens as it has UTF-8 bytes.
+VOCABULARY = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))} | {"<|end|>": 256}
+SIZES = {"vocab_size": 257, "bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 256}
+LLAMA = {
+    **SIZES,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.3,
+}
+OPT = {**SIZES, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "init_std": 0.3}
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "gpt2": lambda: GPT2Config(**SIZES, n_embd=48, n_layer=2, n_head=4, n_positions=1024, initializer_range=0.3),
+    "opt": lambda: OPTConfig(**OPT, hidden_size=48, word_embed_proj_dim=48),
+    # as OPT-350M: narrower embeddings than hidden states, and the norm after each block
+    "opt-projected": lambda: OPTConfig(**OPT, hidden_size=48, word_embed_proj_dim=32, do_layer_norm_before=False),
+    "llama": lambda: LlamaConfig(**LLAMA),
+    "qwen2": lambda: Qwen2Config(**LLAMA),
+    "qwen3": lambda: Qwen3Config(**LLAMA, head_dim=16),
+}
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte; no BOS is added."""
+    tokenizer = Tokenizer(BPE(VOCABULARY, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|end|>", eos_token="<|end|>")
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ModelFiles]:
+    """`tiny(family)`: the files of a random model, made once, large enough weights for NLLs that differ."""
+    made: dict[str, ModelFiles] = {}
+
+    def files(family: str) -> ModelFiles:
+        if family not in made:
+            folder = tmp_path_factory.mktemp(family)
+            torch.manual_seed(0)
+            AutoModelForCausalLM.from_config(CONFIGS[family]()).save_pretrained(folder)
+            byte_tokenizer().save_pretrained(folder)
+            made[family] = find_model(str(folder))
+        return made[family]
+
+    return files
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> ModelFiles:
+    """The embedded model, fetched if it is not in the cache."""
+    return find_model("smollm2-135m")
+
+
+@pytest.fixture
+def write_jsonl(tmp_path: Path) -> Callable[..., Path]:
+    """`write_jsonl(rows, name="data.jsonl")` writes rows as JSON Lines."""
+
+    def write(rows: list[Any], name: str = "data.jsonl") -> Path:
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        return path
+
+    return write
