@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -22,16 +22,18 @@ Command = Callable[..., None]
 def main() -> None:
     """The console command `scorer`."""
     try:
-        cli.main(standalone_mode=False)
+        cli.main(sys.argv[1:] or ["--help"], standalone_mode=False)
     except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
+        _end(error.format_message(), error.exit_code)
     except ScorerError as error:
-        click.echo(f"scorer: {error}", err=True)
-        sys.exit(error.exit_code)
+        _end(str(error), error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("scorer: interrupted; the same command resumes a run after its last whole shard", err=True)
-        sys.exit(130)
+        _end("interrupted; the same command resumes a run after its last whole shard", 130)
+
+
+def _end(message: str, exit_code: int) -> NoReturn:
+    click.echo(f"scorer: {' '.join(message.split())}", err=True)
+    sys.exit(exit_code)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -96,7 +98,11 @@ def select_options(command: Command) -> Command:
         (
             click.option("--keep", default="10%", help="A share of all records, or a number of records."),
             click.option("--by", help="Column to rank by.  [default: the protocol's own, mostly ifd]"),
-            click.option("--lowest/--highest", default=None, help="Which end to keep.  [default: highest]"),
+            click.option(
+                "--lowest/--highest",
+                default=None,
+                help="Which end to keep.  [default: the protocol's own, mostly highest]",
+            ),
             click.option("--max-ifd", type=float, default=1.0, help="Drop records whose ifd is not below this."),
             click.option("--no-max-ifd", is_flag=True, help="Keep records of any ifd.  [default: no]"),
             click.option("--random", is_flag=True, help="Draw at random instead of ranking.  [default: no]"),
@@ -111,7 +117,11 @@ def select_options(command: Command) -> Command:
                 "--order", type=click.Choice(("input", "rank")), default="input", help="Order of the kept records."
             ),
             click.option("--with-scores", is_flag=True, help="Add each record's scores under 'scorer'.  [default: no]"),
-            click.option("--rejected", metavar="FILE", help="Write every other record there, with the reason."),
+            click.option(
+                "--rejected",
+                metavar="FILE",
+                help="Write every other record there, with the reason.  [default: not written]",
+            ),
         )
     ):
         command = option(command)
@@ -148,7 +158,7 @@ def score(data: tuple[str, ...], output: str, fresh: bool, strict: bool, **optio
 @select_options
 def select(run: str, output: str, **options: Any) -> None:
     """Keep the best records of the finished run RUN, as they came."""
-    _select(run, output, options)
+    _select(run, output, _selection(options))
 
 
 @cli.command(name="filter")
@@ -160,7 +170,10 @@ def select(run: str, output: str, **options: Any) -> None:
 @select_options
 def filter_(data: tuple[str, ...], output: str, run: str | None, strict: bool, **options: Any) -> None:
     """Score DATA and select from it in one go."""
-    selection = {name: options.pop(name) for name in SELECT_NAMES}
+    from scorer.export import check_options
+
+    selection = _selection({name: options.pop(name) for name in SELECT_NAMES})
+    check_options(data, output, **selection)
     directory = run or f"{output}.run"
     _score(data, directory, False, strict, options)
     _select(directory, output, selection)
@@ -198,10 +211,13 @@ def _score(data: tuple[str, ...], output: str, fresh: bool, strict: bool, option
     show_run(run)
 
 
+def _selection(options: dict[str, Any]) -> dict[str, Any]:
+    """The library's options: --no-max-ifd is a limit of None there."""
+    return options | {"max_ifd": None} if options.pop("no_max_ifd") else options
+
+
 def _select(run: str, output: str, options: dict[str, Any]) -> None:
     from scorer.console import show_selection
     from scorer.export import select as select_records
 
-    if options.pop("no_max_ifd"):
-        options["max_ifd"] = None
     show_selection(select_records(run, output, **options), output)

@@ -30,6 +30,28 @@ def engines(data: str, rows: int, model: str, repeats: int, agreement_rows: int,
 
 
 @bench.command()
+@click.option("--milliseconds", default=1000, help="How long each rival is timed on each shape.")
+@click.option("--save", is_flag=True, help="Write the result under bench/results.")
+def kernel(milliseconds: int, save: bool) -> None:
+    """The fused head against its rivals (on a GPU, install the extra `bench` first)."""
+    from bench.kernel import run
+    from bench.report import finish
+
+    finish("kernel", run(milliseconds), save)
+
+
+@bench.command()
+@click.option("--milliseconds", default=200, help="How long each configuration is timed on each shape.")
+@click.option("--save", is_flag=True, help="Write the result under bench/results.")
+def tune(milliseconds: int, save: bool) -> None:
+    """Every configuration of the head on this GPU, for scorer_kernels/table.py."""
+    from bench.kernel import tune as tune_head
+    from bench.report import finish
+
+    finish("tune", tune_head(milliseconds), save)
+
+
+@bench.command()
 @click.option("--check", is_flag=True, help="Fail if the README is not what the results say.")
 def readme(check: bool) -> None:
     """Put the figures of bench/results into the README."""

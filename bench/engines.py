@@ -157,8 +157,9 @@ def _overhead(sample: Rows, table: pl.DataFrame) -> float:
 
 
 def _largest_error(ours: pl.DataFrame, oracle: pl.DataFrame) -> float:
-    errors = [(ours[name] / oracle[name] - 1).abs().to_list() for name in ("nll_conditioned", "nll_alone")]
-    return max(e for column in errors for e in column if e is not None)
+    columns = ("nll_conditioned", "nll_alone")
+    errors = [float(e) for name in columns for e in (ours[name] / oracle[name] - 1).drop_nulls()]
+    return max(map(abs, errors))
 
 
 def _agreement(ours: pl.DataFrame, oracle: pl.DataFrame) -> dict[str, float]:
@@ -185,7 +186,7 @@ def _linears(model: Any) -> list[torch.Size]:
 def _flop(model: Any, sample: Rows) -> float:
     backbone = sum(shape.numel() for shape in _linears(model))
     head = model.get_output_embeddings().weight.numel()
-    return 2.0 * (backbone * sample.tokens + head * sample.scored_tokens)
+    return 2.0 * float(backbone * sample.tokens + head * sample.scored_tokens)
 
 
 def _product_rates(model: Any, dtype: str, device: str) -> dict[str, float]:

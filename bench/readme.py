@@ -20,7 +20,8 @@ SECTION = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 def engines_table(result: dict[str, Any]) -> str:
     """One line an engine, and what the table can't say below it."""
     lines = [
-        f"{_where(result)}; {result['model']}, {result['rows']} rows of `{result['data']}`, {result['tokens']:,} tokens:",
+        f"{_where(result)}; {result['model']}, {result['rows']} rows of `{result['data']}`, "
+        f"{result['tokens']:,} tokens:",
         "",
         "| engine | rows/s | tokens/s | × reference | of the bound |",
         "| --- | ---: | ---: | ---: | ---: |",
@@ -34,8 +35,8 @@ def engines_table(result: dict[str, Any]) -> str:
     lines += [
         "",
         f"packed against reference in float32: largest relative error {result['largest_relative_error']:.0e}. bfloat16 "
-        f"against float32 over {agreement['rows']:,} rows: Spearman of IFD {agreement['spearman_ifd']:.4f}, overlap of the "
-        f"top tenth {agreement['top_10_percent_overlap']:.2f}. Reading, tokenising and writing: "
+        f"against float32 over {agreement['rows']:,} rows: Spearman of IFD {agreement['spearman_ifd']:.4f}, overlap of "
+        f"the top tenth {agreement['top_10_percent_overlap']:.2f}. Reading, tokenising and writing: "
         f"{result['overhead_fraction']:.1%} of a run. (`{result['command']}`)",
     ]
     return "\n".join(lines)

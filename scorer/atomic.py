@@ -5,12 +5,13 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from scorer.types import EngineError, ScorerError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+SUFFIX = ".tmp"
 
 
 @contextmanager
@@ -20,17 +21,23 @@ def replacing(path: Path) -> Iterator[Path]:
     If the block raises, the temporary file is removed and `path` stays as it was. An OSError becomes EngineError where
     the disk is full, and ScorerError where the place can't be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{SUFFIX}")
     try:
         yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
+        sync(temporary)
         temporary.replace(path)
-        _sync_folder(path.parent)
+        sync(path.parent)
     except OSError as error:
         raise storage_error(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # where even this fails, the error to see is the one that came before
+            temporary.unlink()
+
+
+def remove_temporaries(path: Path) -> None:
+    """Remove what killed processes left of `replacing(path)`, which nobody else is writing; its name may hold a `*`."""
+    for temporary in path.parent.glob(f".{path.name}.*{SUFFIX}"):
+        temporary.unlink()
 
 
 def storage_error(path: Path, error: OSError) -> ScorerError:
@@ -40,8 +47,9 @@ def storage_error(path: Path, error: OSError) -> ScorerError:
     return ScorerError(f"{path}: can't be written ({error.strerror or error})")
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Force a file's content, or the names in a folder, onto the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -8,20 +8,22 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
-from rich.table import Table
+from rich.table import Column, Table
 
 from scorer.models import ModelRow
 from scorer.rundir import Run
 from scorer.select import Selection
 from scorer.summary import QUANTILES, summarise
 
-console = Console(stderr=True, highlight=False)
+console = Console(stderr=True, highlight=False, markup=False, emoji=False)  # paths may hold [brackets] and :colons:
+line = partial(console.print, soft_wrap=True)  # prints a line that stays one, however long
 PLAIN_SECONDS = 10.0  # between two lines where there is no terminal
 
 
@@ -52,7 +54,7 @@ class ConsoleProgress:
 
     def say(self, message: str) -> None:
         """One line."""
-        console.print(message, markup=False, soft_wrap=True)
+        line(message)
 
     def begin(self, records: int, done: int) -> None:
         """Scoring begins: `records` in all, of which an earlier run did `done`."""
@@ -91,29 +93,29 @@ def show_run(run: Run) -> None:
     for name, values in summary.quantiles.items():
         table.add_row(name, *(f"{v:,.0f}" if name.endswith("tokens") else f"{v:,.4g}" for v in values))
     console.print(table)
-    console.print("status: " + ", ".join(f"{count:,} {status}" for status, count in summary.status.items()))
+    line("status: " + ", ".join(f"{count:,} {status}" for status, count in summary.status.items()))
     if summary.length_bias is not None:
-        console.print(f"Spearman of ifd with response length: {summary.length_bias:+.3f}")
+        line(f"Spearman of ifd with response length: {summary.length_bias:+.3f}")
     if manifest["seconds"]:
         rate = manifest["tokens"] / manifest["seconds"]
-        console.print(f"{manifest['tokens']:,} tokens in {manifest['seconds']:,.1f} s: {rate:,.0f} tokens/s")
+        line(f"{manifest['tokens']:,} tokens in {manifest['seconds']:,.1f} s: {rate:,.0f} tokens/s")
 
 
 def show_selection(selection: Selection, output: str) -> None:
     """How many were kept, and why the others were not."""
     kept = selection.kept.height
-    console.print(f"kept {kept:,} of {selection.total:,} records: {output}", soft_wrap=True)
+    line(f"kept {kept:,} of {selection.total:,} records: {output}")
     reasons = Counter(selection.rejected["reason"].to_list())
     if reasons:
-        console.print("dropped: " + ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common()))
+        line("dropped: " + ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common()))
     if kept < selection.requested:
-        console.print(f"{selection.requested:,} were asked for; no more could be ranked")
+        line(f"{selection.requested:,} were asked for; no more could be ranked")
 
 
 def show_models(rows: Sequence[ModelRow]) -> None:
     """The table of known models."""
-    table = Table("name", "from", "what", "on disk")
+    table = Table(*(Column(title, overflow="fold") for title in ("name", "from", "what", "on disk")))
     for row in rows:
         table.add_row(row.name, row.origin, row.what, f"{row.megabytes:,.0f} MB  {row.path}" if row.path else "no")
     console.print(table)
-    console.print("Any other Hugging Face name or local folder works too.")
+    line("Any other Hugging Face name or local folder works too.")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from jinja2 import TemplateError
@@ -80,7 +81,7 @@ class Encoder:
         if not record.turns:
             return [EncodedTurn(record.record_id, 0, record.status)], []
         rows = [EncodedTurn(record.record_id, number, turn.status) for number, turn in enumerate(record.turns)]
-        readable = [turn for turn in record.turns if turn.status in READABLE]  # faults last to the end of a record
+        readable = list(takewhile(lambda turn: turn.status in READABLE, record.turns))
         if all(turn.status != RowStatus.OK for turn in readable):
             return rows, []
         if self.protocol.template is None:
@@ -102,31 +103,32 @@ class Encoder:
         written = ""
         for number, turn in enumerate(turns):
             history += [_chat_message(message, turn.input) for message in turn.prompt]
-            try:
-                text = self.tokenizer.apply_chat_template(history, tokenize=False, add_generation_prompt=True)
-            except TemplateError:
-                for later in range(number, len(turns)):
-                    rows[later] = EncodedTurn(rows[later].record_id, later, RowStatus.CHAT_TEMPLATE_ERROR)
-                break
-            if not segments or not text.startswith(written):
-                segments.append([])
-                written = ""
-            segments[-1].append(_Piece(number, text[len(written) :], turn.response))
-            written = text + turn.response
+            if turn.status == RowStatus.OK:  # any other is history only: nothing asks the template for its prompt
+                try:
+                    text = self.tokenizer.apply_chat_template(history, tokenize=False, add_generation_prompt=True)
+                except TemplateError:
+                    rows[number] = EncodedTurn(rows[number].record_id, number, RowStatus.CHAT_TEMPLATE_ERROR)
+                else:
+                    if not segments or not text.startswith(written):
+                        segments.append([])
+                        written = ""
+                    segments[-1].append(_Piece(number, text[len(written) :], turn.response))
+                    written = text + turn.response
             history.append({"role": "assistant", "content": turn.response})
         return segments
 
     def _texts(self, pieces: list[_Piece]) -> Iterator[str]:
-        """What `_sequences` needs tokenised, in its order."""
-        written = ""
+        """What `_sequences` needs tokenised, in its order.
+
+        Turns are tokenised apart, so that no later turn changes the tokens that an earlier one is scored on.
+        """
         for piece in pieces:
             if self.protocol.join == Join.CONCATENATED:
                 yield from (piece.prompt, piece.response)
                 continue
-            yield from (written + piece.prompt, written + piece.prompt + piece.response)
+            yield from (piece.prompt, piece.prompt + piece.response)
             if self.protocol.alone is not None:
                 yield self.protocol.alone.prefix + piece.response
-            written += piece.prompt + piece.response
 
     def _sequences(
         self, rows: list[EncodedTurn], pieces: list[_Piece], ids: Iterator[list[int]]
@@ -136,17 +138,15 @@ class Encoder:
         targets: list[Span] = []
         alones: list[TokenSequence] = []
         for piece in pieces:
+            prompt = next(ids)
+            start = len(conditioned) + len(prompt)
             if self.protocol.join == Join.CONCATENATED:
-                conditioned += next(ids)
-                start = len(conditioned)
                 response = next(ids)
-                conditioned += response
+                conditioned += prompt + response
                 alone_ids = self.alone_start + response
             else:
-                start = len(self.bos) + len(next(ids))
-                conditioned = self.bos + next(ids)
-                if alone is not None:
-                    alone_ids = self.bos + next(ids)
+                conditioned += next(ids)
+                alone_ids = [] if alone is None else self.bos + next(ids)
             row = rows[piece.turn]
             if row.status != RowStatus.OK:
                 continue

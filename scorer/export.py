@@ -5,17 +5,20 @@ Knows run directories, raw records and files; not how a selection is made.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
-from scorer.files import RawRecord, RecordWriter, inspect_input, read_raw
+from scorer.config import one_of
+from scorer.files import RawRecord, inspect_input, read_raw
 from scorer.rundir import Run
-from scorer.select import SelectConfig, Selection, choose, parse_keep
+from scorer.scores import SCHEMA
+from scorer.select import KEYS, SelectConfig, Selection, choose, parse_keep
 from scorer.types import ScorerError
+from scorer.writer import RecordWriter
 
 SCORES_KEY = "scorer"  # what a record's scores and reason are written under
 
@@ -41,23 +44,17 @@ def select(
     """
     run = run if isinstance(run, Run) else Run(run)
     manifest = run.manifest
-    if manifest["state"] != "complete":
+    if not run.complete:
         raise ScorerError(f"{run.path} is unfinished: run the same `scorer score` command again to finish it")
     ranking = manifest["ranking"]
-    config = SelectConfig(
-        keep=parse_keep(keep),
-        by=ranking["by"] if by is None else by,
-        lowest=(ranking["lowest"] and by is None) if lowest is None else lowest,
-        **options,
-    )
+    by, lowest = by or ranking["by"], (ranking["lowest"] and by is None) if lowest is None else lowest
+    paths = [entry["path"] for entry in manifest["inputs"]]
+    config = check_options(paths, output, keep=keep, by=by, lowest=lowest, rejected=rejected, **options)
     selection = choose(run.scores(), config)
     if output is None and rejected is None:
         return selection
-    paths = [entry["path"] for entry in manifest["inputs"]]
-    targets = [Path(path) for path in (output, rejected) if path is not None]
-    _refuse_overwriting(targets, paths)
     _refuse_changed(manifest["inputs"])
-    # Both writers end well or neither file appears.
+    # A record that can't be written leaves neither file.
     with ExitStack() as stack:
         limit = manifest["identity"]["config"]["limit"]
         if output is not None:
@@ -67,6 +64,30 @@ def select(
             writer = stack.enter_context(RecordWriter(rejected))
             _write(writer.write, paths, limit, _notes(selection.rejected), selection.rejected)
     return selection
+
+
+def check_options(
+    paths: Sequence[str],
+    output: str | Path | None,
+    *,
+    keep: str | float | int = "10%",
+    by: str | None = None,
+    lowest: bool | None = None,
+    with_scores: bool = False,
+    rejected: str | Path | None = None,
+    **options: Any,
+) -> SelectConfig:
+    """The configuration of a selection from the data `paths`, as far as it is known before there are scores.
+
+    Raises ScorerError for all that `select` would refuse of its options, so that nobody waits for scores first.
+    """
+    targets = [Path(path) for path in (output, rejected) if path is not None]
+    for target in targets:
+        RecordWriter(target)
+    _refuse_overwriting(targets, paths)
+    if by is not None:
+        one_of("by", by, tuple(name for name, dtype in SCHEMA.items() if dtype.is_numeric() and name not in KEYS))
+    return SelectConfig(keep=parse_keep(keep), by=by or "ifd", lowest=bool(lowest), **options)
 
 
 def _write(
@@ -101,10 +122,10 @@ def _notes(table: pl.DataFrame) -> dict[int, dict[str, Any]]:
     return {row["record_id"]: row for row in table.iter_rows(named=True)}
 
 
-def _refuse_overwriting(targets: list[Path], inputs: list[str]) -> None:
+def _refuse_overwriting(targets: Sequence[Path], inputs: Sequence[str]) -> None:
     resolved = [target.resolve() for target in targets]
     for target in resolved:
-        if str(target) in inputs or resolved.count(target) > 1:
+        if target in [Path(path).resolve() for path in inputs] or resolved.count(target) > 1:
             raise ScorerError(f"{target} would be overwritten: write to another file")
 
 

@@ -1,6 +1,7 @@
-"""Files in and out: bytes on disk <-> the raw values of their rows (JSON arrays, JSON Lines, Parquet).
+"""Files in: bytes on disk -> the raw values of their rows (JSON arrays, JSON Lines, Parquet).
 
-Every row of every file gets a record id, whatever is in it. It does not know what a prompt or a response is.
+Every row of every file gets a record id, whatever is in it. It does not know what a prompt or a response is, nor how
+files are written (scorer.writer).
 JSON Lines is read line by line. Parquet is read some thousand rows at a time, which holds the compressed bytes of one
 row group in memory (Polars reads whole column chunks). A JSON array is parsed whole.
 """
@@ -8,8 +9,6 @@ row group in memory (Polars reads whole column chunks). A JSON array is parsed w
 from __future__ import annotations
 
 import contextlib
-import datetime
-import decimal
 import gzip
 import hashlib
 import io
@@ -19,13 +18,11 @@ import zlib
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO, Self, cast
+from typing import Any, BinaryIO, cast
 
 import polars as pl
 import zstandard
 
-from scorer.atomic import replacing
 from scorer.types import RowStatus, ScorerError
 
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
@@ -106,13 +103,22 @@ def count_records(paths: Sequence[str | Path]) -> int:
     return next_id
 
 
-def _suffix(path: Path) -> str:
-    """The known suffix that the name ends with, or ""."""
-    return max((s for s in SUFFIXES if path.name.lower().endswith(s)), key=len, default="")
+def known_suffix(path: Path) -> str:
+    """The suffix that says what kind of file it is, such as ".jsonl.gz". Raises ScorerError where it is not known."""
+    known = [suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)]
+    if not known:
+        raise ScorerError(f"{path}: unknown kind of file; rename it to end in one of {', '.join(SUFFIXES)}")
+    return max(known, key=len)
 
 
-def _is_json(suffix: str) -> bool:
+def is_array(suffix: str) -> bool:
+    """Whether a file of this suffix is to hold one JSON array, compressed or not."""
     return suffix.removeprefix(".json") in COMPRESSIONS
+
+
+def first_line(error: Exception) -> str:
+    """The first line of the error's text."""
+    return str(error).partition("\n")[0]
 
 
 def _check_input(path: Path) -> None:
@@ -122,12 +128,7 @@ def _check_input(path: Path) -> None:
         raise ScorerError(f"{path}: no such file; check the path")
     if not path.is_file():
         raise ScorerError(f"{path}: is not a regular file; copy the data to one")
-    _check_suffix(path)
-
-
-def _check_suffix(path: Path) -> None:
-    if not _suffix(path):
-        raise ScorerError(f"{path}: unknown kind of file; rename it to end in one of {', '.join(SUFFIXES)}")
+    known_suffix(path)
 
 
 @contextlib.contextmanager
@@ -139,21 +140,17 @@ def _reading(path: Path) -> Iterator[None]:
     except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
         raise ScorerError(f"{path}: cannot be decompressed ({error}); {damaged}") from error
     except pl.exceptions.PolarsError as error:
-        raise ScorerError(f"{path}: cannot be read as Parquet ({_line(error)}); {damaged}") from error
+        raise ScorerError(f"{path}: cannot be read as Parquet ({first_line(error)}); {damaged}") from error
     except OSError as error:
-        raise ScorerError(f"{path}: cannot be read ({error.strerror or _line(error)}); check the file") from error
-
-
-def _line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
+        raise ScorerError(f"{path}: cannot be read ({error.strerror or first_line(error)}); check the file") from error
 
 
 def _read_file(path: Path, first_id: int, start: int, limit: int | None) -> Rows:
     with _reading(path):
-        if _suffix(path) == ".parquet":
+        if known_suffix(path) == ".parquet":
             return (yield from _parquet(path, first_id, start, limit))
         with _open(path) as stream:
-            read = _json_lines if _is_json_lines(stream, _suffix(path)) else _json_array
+            read = _json_lines if _is_json_lines(stream, known_suffix(path)) else _json_array
         with _open(path) as stream:
             return (yield from read(path, stream, first_id, start, limit))
 
@@ -176,7 +173,7 @@ def _is_json_lines(stream: BinaryIO, suffix: str) -> bool:
     """Whether the text is one record a line. The content decides: both kinds are found under either suffix."""
     lines = (line.strip() for line in _lines(stream) if line.strip())
     first = next(lines, b"")
-    if not first.startswith(b"[") and not _is_json(suffix):
+    if not first.startswith(b"[") and not is_array(suffix):
         return True
     return next(lines, None) is not None and _parse(first)[1] is RowStatus.OK
 
@@ -224,7 +221,7 @@ def _json_array(path: Path, stream: BinaryIO, first_id: int, start: int, limit: 
             f"{path}: invalid JSON at {where} ({error.msg}); mend it, or write one record a line"
         ) from error
     except (ValueError, RecursionError) as error:
-        raise ScorerError(f"{path}: JSON that cannot be read ({_line(error)}); write one record a line") from error
+        raise ScorerError(f"{path}: JSON that cannot be read ({first_line(error)}); write one record a line") from error
     end = len(values) if limit is None else min(len(values), limit - first_id)
     for row in range(max(0, start - first_id), end):
         yield RawRecord(first_id + row, f"{path}[{row}]", values[row])
@@ -233,9 +230,9 @@ def _json_array(path: Path, stream: BinaryIO, first_id: int, start: int, limit: 
 
 def _open(path: Path) -> BinaryIO:
     """The bytes of a file, decompressed."""
-    if _suffix(path).endswith(".gz"):
+    if known_suffix(path).endswith(".gz"):
         return cast(BinaryIO, gzip.open(path, "rb"))
-    if _suffix(path).endswith(".zst"):
+    if known_suffix(path).endswith(".zst"):
         return io.BufferedReader(_ZstdReader(path), 1 << 16)
     return open(path, "rb")
 
@@ -269,99 +266,3 @@ class _ZstdReader(io.RawIOBase):
     def close(self) -> None:
         self._file.close()
         super().close()
-
-
-class RecordWriter:
-    """Writes raw values to a file, its format by its suffix; the file appears whole when the block ends without error.
-
-    Strings that hold lone surrogates are written as JSON escapes. JSON and JSON Lines are streamed; for Parquet all
-    rows are held in memory and framed at the end. Raises ScorerError for a suffix that is not known, a place that
-    cannot be written and a value that the format cannot hold; EngineError where the disk is full.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        _check_suffix(self.path)
-        if self.path.is_dir():
-            raise ScorerError(f"{path}: is a folder; name a file")
-        if not self.path.parent.is_dir():
-            raise ScorerError(f"{path}: there is no folder {self.path.parent}; create it")
-        self._suffix = _suffix(self.path)
-        self._files = contextlib.ExitStack()
-        self._encode = json.JSONEncoder(ensure_ascii=False, default=_json_value).encode
-        self._rows: list[Any] = []  # of Parquet
-        self._written = 0
-
-    def __enter__(self) -> Self:
-        with contextlib.ExitStack() as files:
-            temporary = files.enter_context(replacing(self.path))
-            self._stream: BinaryIO = files.enter_context(temporary.open("wb"))
-            if self._suffix.endswith(".gz"):  # no time and no name inside: the same records give the same bytes
-                packed: Any = gzip.GzipFile(filename="", mode="wb", compresslevel=6, fileobj=self._stream, mtime=0)
-                self._stream = cast(BinaryIO, files.enter_context(packed))
-            elif self._suffix.endswith(".zst"):
-                packed = zstandard.ZstdCompressor(write_checksum=True).stream_writer(self._stream, closefd=False)
-                self._stream = cast(BinaryIO, files.enter_context(packed))
-            self._files = files.pop_all()
-        return self
-
-    def write(self, value: Any) -> None:
-        """Write one record: a JSON value, or a Parquet row. Called inside the `with` block."""
-        if self._suffix == ".parquet":
-            if not isinstance(value, dict):
-                raise ScorerError(f"{self.path}: record {self._written} is no object; write to JSON Lines (.jsonl)")
-            self._rows.append(value)
-        else:
-            before = (",\n" if self._written else "[\n") if _is_json(self._suffix) else ""
-            after = "" if _is_json(self._suffix) else "\n"
-            try:
-                text = before + self._encode(value) + after
-            except (TypeError, RecursionError) as error:
-                raise ScorerError(f"{self.path}: record {self._written} cannot be JSON ({_line(error)})") from error
-            self._stream.write(text.encode("utf-8", "backslashreplace"))  # only lone surrogates cannot be encoded
-        self._written += 1
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool | None:
-        if error is not None:
-            return self._files.__exit__(kind, error, trace)
-        with self._files:
-            if self._suffix == ".parquet":
-                self._stream.write(_parquet_bytes(self.path, self._rows))
-            elif _is_json(self._suffix):
-                self._stream.write(b"\n]\n" if self._written else b"[]\n")
-        return None
-
-
-def _json_value(value: Any) -> str:
-    """What Parquet can hold and JSON cannot, where text says the same."""
-    if isinstance(value, (datetime.date, datetime.time)):
-        return value.isoformat()
-    if isinstance(value, (datetime.timedelta, decimal.Decimal)):
-        return str(value)
-    raise TypeError(f"it holds {type(value).__name__}; leave that column out, or write to .parquet")
-
-
-def _parquet_bytes(path: Path, rows: list[Any]) -> memoryview:
-    unlike = f"{path}: these records do not fit into the columns of one table; write to JSON Lines (.jsonl)"
-    buffer = io.BytesIO()
-    try:
-        frame = pl.from_dicts(rows, infer_schema_length=None) if rows else pl.DataFrame()
-        frame.write_parquet(buffer)
-    except (pl.exceptions.PolarsError, TypeError, ValueError, OverflowError) as error:  # ValueError: lone surrogates
-        raise ScorerError(f"{unlike} ({_line(error)})") from error
-    # Polars makes text of a number in a column of texts, and rounds large integers in a column of fractions.
-    if frame.height != len(rows) or not all(map(_same, rows, frame.iter_rows(named=True))):
-        raise ScorerError(unlike)
-    return buffer.getbuffer()
-
-
-def _same(value: Any, framed: Any) -> bool:
-    """Whether a table holds a value as it was, but for keys that are absent (null there) and whole fractions."""
-    if isinstance(value, dict) and isinstance(framed, dict):
-        return all(_same(value.get(key), framed[key]) for key in framed) and value.keys() <= framed.keys()
-    if isinstance(value, list) and isinstance(framed, list):
-        return len(value) == len(framed) and all(map(_same, value, framed))
-    alike = type(value) is type(framed) or {type(value), type(framed)} == {int, float}
-    return alike and (value == framed or value != value)

@@ -1,4 +1,4 @@
-"""Datasets in and out: raw rows -> records, by the formats that instruction data comes in.
+"""Datasets in: raw rows -> records, by the formats that instruction data comes in.
 
 A row that does not fit becomes a record with a status; it is never dropped and never guessed at. It does not know
 how files are read (scorer.files), nor what is done with a text.
@@ -13,19 +13,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from scorer.files import InputFile, RawRecord, RecordWriter, count_records, inspect_input, read_raw
+from scorer.files import RawRecord, read_raw
 from scorer.types import Message, Record, RowStatus, ScorerError, Turn
-
-__all__ = [
-    "InputFile",
-    "RawRecord",
-    "RecordWriter",
-    "count_records",
-    "inspect_input",
-    "read_raw",
-    "read_records",
-    "to_record",
-]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,20 +66,24 @@ def read_records(
 ) -> Iterator[Record]:
     """The records of all files in order, those with `start <= record_id < limit`; see `to_record`.
 
-    Raises ScorerError for a file that cannot be read, or none of whose rows has a known format (looked at as the file
-    is reached, so before any of its records is given).
+    Raises ScorerError for a file that cannot be read, or in which no row has all the required keys of a format (looked
+    at as the file is reached, so before any of its records is given).
     """
+    formats = FORMATS if columns is None else (Format(**columns, named=True),)
+
+    def whole(raw: RawRecord) -> bool:
+        return isinstance(raw.value, dict) and any(all(key in raw.value for key in f.required) for f in formats)
 
     def check(path: Path, rows: Iterator[RawRecord]) -> None:
         first = next(rows, None)
-        if first is None or any(_format(raw, columns) for raw in chain((first,), rows)):
+        if first is None or any(map(whole, chain((first,), rows))):
             return
         held = (
             f"its first row holds {', '.join(first.value)}"
             if isinstance(first.value, dict) and first.value
             else _describe(first)
         )
-        missed = f"has a column named {' or '.join(columns.values())}" if columns else "has a known format"
+        missed = f"has {' and '.join(columns.values())}" if columns else "has a known format"
         raise ScorerError(f"{path}: no row {missed} ({held}); name them: --columns prompt=...,response=...")
 
     return (to_record(raw, columns) for raw in read_raw(paths, start=start, limit=limit, check=check))

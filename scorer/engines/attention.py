@@ -86,7 +86,7 @@ def varlen_attention(
     *,
     scorer_layout: Layout,
     scaling: float | None = None,
-    **_: Any,
+    **unused: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention contract: query [1, H, T, d], key and value [1, Hk, T, d] -> [1, T, H, d]."""
     _, heads, tokens, width = query.shape

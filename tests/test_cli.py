@@ -1,0 +1,197 @@
+"""The command line: its help, its speed, and what a user is told who asks for what can't be."""
+
+from __future__ import annotations
+
+import gzip
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from pathlib import Path
+
+import click
+import polars as pl
+import pytest
+
+import cli
+from scorer.config import ScoreConfig
+from scorer.models import ModelFiles
+from scorer.select import SelectConfig
+from tests.command import CONSOLE_SCRIPT, Commands, alpaca
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Commands:
+    return Commands(tmp_path)
+
+
+def test_help_is_fast() -> None:
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        shown = subprocess.run([CONSOLE_SCRIPT, "--help"], capture_output=True, text=True, check=True)
+        seconds.append(time.perf_counter() - began)
+        assert {"score", "select", "filter", "models"} <= set(re.findall(r"^  (\w+)", shown.stdout, re.MULTILINE))
+    assert statistics.median(seconds) < 0.3
+
+
+@pytest.mark.parametrize("statement", ["import scorer", "import cli", "from scorer import ScorerError, ScoreConfig"])
+def test_heavy_libraries_wait_until_they_are_needed(statement: str) -> None:
+    code = f"{statement}; import sys; print({{'torch', 'transformers', 'polars', 'vllm', 'rich'}} & set(sys.modules))"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout == "set()\n"
+
+
+def commands(group: click.Group, name: str) -> Iterator[tuple[str, click.Command]]:
+    for key, command in group.commands.items():
+        yield f"{name} {key}", command
+        if isinstance(command, click.Group):
+            yield from commands(command, f"{name} {key}")
+
+
+ALL = dict(commands(cli.cli, "scorer"))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_option_has_help_and_shows_its_default(name: str) -> None:
+    command = ALL[name]
+    assert command.help
+    with click.Context(command, info_name=name, **cli.cli.context_settings) as context:
+        for option in command.params:
+            if not isinstance(option, click.Option):
+                continue
+            record = option.get_help_record(context)
+            assert record is not None
+            assert option.help, record
+            assert re.search(r"\[(default: \S+|.*required)", record[1]), record
+
+
+def test_options_of_the_library_are_options_of_the_command() -> None:
+    scoring = {field.name for field in fields(ScoreConfig)}
+    selecting = {field.name for field in fields(SelectConfig)}
+    assert scoring <= {parameter.name for parameter in ALL["scorer score"].params}
+    assert selecting <= {parameter.name for parameter in ALL["scorer select"].params}
+    assert scoring | selecting <= {parameter.name for parameter in ALL["scorer filter"].params}
+    for config, name in ((ScoreConfig(), "scorer score"), (SelectConfig(1), "scorer select")):
+        defaults = ALL[name].make_context(name, ["data", "-o", "output"]).params
+        for field in fields(config):
+            if field.name not in ("keep", "by", "lowest"):  # which are of the protocol
+                assert defaults[field.name] == getattr(config, field.name), field.name
+
+
+WRONG_OPTIONS = {
+    ("--engine", "fast"): ("'auto', 'packed', 'reference'",),
+    ("--protocol", "best"): ("superfiltering", "cherry", "small2large", "aligned", "chat"),
+    ("--dtype", "int8"): ("bfloat16", "float16", "float32"),
+    ("--device", "tpu"): ("cpu", "cuda"),
+    ("--max-length", "many"): ("--max-length", "integer"),
+    ("--max-length", "0"): ("max_length", "at least 1"),
+    ("--max-length", "100000"): ("max_length", "1024"),
+    ("--shard-rows", "-1"): ("shard_rows", "at least 1"),
+    ("--batch-tokens", "0"): ("batch_tokens", "at least 1"),
+    ("--limit", "0"): ("limit", "at least 1"),
+    ("--columns", "prompt"): ("prompt=NAME,response=NAME",),
+    ("--columns", "prompt=a"): ("prompt=", "response="),
+    ("--columns", "question=a,response=b"): ("prompt", "response", "messages"),
+    ("--revision", "main"): ("--revision",),
+    ("--engin", "packed"): ("--engine",),
+    ("--fsesh",): ("--fresh",),
+    ("--model", "no-such-model"): ("no-such-model", "smollm2-135m", "gpt2"),
+    ("--model", "."): ("config.json",),
+}
+
+
+@pytest.mark.parametrize("option", WRONG_OPTIONS)
+def test_a_wrong_option_names_the_right_ones(
+    command: Commands, tiny: Callable[[str], ModelFiles], tmp_path: Path, option: tuple[str, ...]
+) -> None:
+    (tmp_path / "d.json").write_text('[{"instruction": "a", "output": "some text"}]')
+    given = ("score", "d.json", "-o", "run", "--model", tiny("gpt2").path, "--device", "cpu", *option)
+    line = command(*given).line()
+    assert line.startswith("scorer: ")
+    for word in WRONG_OPTIONS[option]:
+        assert word in line
+    assert not (tmp_path / "run").exists()
+
+
+WRONG_FILES: dict[str, tuple[bytes | None, str]] = {
+    "empty.jsonl": (b"", "no records"),
+    "blank.jsonl": (b"\n\n \n", "no records"),
+    "array.json": (b"[]", "no records"),
+    "object.json": (b'{"data": []}', "where an array is expected"),
+    "cut.json": (b'[{"instruction": "a"},', "line 1"),
+    "unknown.jsonl": (b'{"question": "a", "answer": "b"}\n' * 3, "--columns prompt=...,response=..."),
+    "nothing.jsonl": (b"not json\nnor this\n", "known format"),
+    "cut.jsonl.gz": (gzip.compress(b'{"instruction": "a", "output": "b"}\n' * 9)[:-12], "truncated or damaged"),
+    "plain.jsonl.gz": (b'{"instruction": "a", "output": "b"}\n', "truncated or damaged"),
+    "plain.jsonl.zst": (b'{"instruction": "a", "output": "b"}\n', "truncated or damaged"),
+    "broken.parquet": (b"PAR1 and so on", "Parquet"),
+    "table.csv": (b"instruction,output\na,b\n", ".jsonl"),
+    "missing.json": (None, "no such file"),
+    ".": (None, "folder"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_FILES)
+def test_a_wrong_file_is_one_line(
+    command: Commands, tiny: Callable[[str], ModelFiles], tmp_path: Path, name: str
+) -> None:
+    content, words = WRONG_FILES[name]
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    line = command("score", name, "-o", "run", "--model", tiny("gpt2").path, "--device", "cpu").line()
+    assert line.startswith(f"scorer: {name}")
+    assert words in line
+
+
+def test_parquet_with_other_columns(command: Commands, tiny: Callable[[str], ModelFiles], tmp_path: Path) -> None:
+    pl.DataFrame({"frage": ["Wie geht es?"], "antwort": ["Gut geht es."]}).write_parquet(tmp_path / "d.parquet")
+    given = ("score", "d.parquet", "-o", "run", "--model", tiny("gpt2").path, "--device", "cpu")
+    line = command(*given).line()
+    assert "frage, antwort" in line
+    assert "--columns" in line
+    assert "fräge" in command(*given, "--columns", "prompt=fräge,response=antwort").line()
+    shown = command(*given, "--columns", "prompt=frage,response=antwort").done()
+    assert "status: 1 ok" in shown
+
+
+def test_without_arguments_and_unknown_commands(command: Commands) -> None:
+    ended = command()
+    assert ended.code == 0
+    assert "Usage: scorer" in ended.out
+    assert "'store'" in command("store").line()
+    assert "DATA" in command("score").line()
+    assert "--output" in command("score", "d.json").line()
+    assert "RUN" in command("select").line()
+    assert command("--version").out.startswith("scorer, version ")
+
+
+def test_the_summary_of_a_run(command: Commands, tiny: Callable[[str], ModelFiles], tmp_path: Path) -> None:
+    rows = [*alpaca(30), {"instruction": "a", "output": ""}]
+    pl.DataFrame(rows).write_ndjson(tmp_path / "d.jsonl")
+    given = ("score", "d.jsonl", "--model", tiny("gpt2").path, "--device", "cpu", "--dtype", "float32")
+    name = "a[red]b:smile:[/]"  # not markup
+    ended = command(*given, "-o", name)
+    shown = ended.done()
+    assert ended.out == ""  # standard output stays free
+    assert f"{name}: 31 records, 31 rows" in shown
+    assert "status: 30 ok, 1 empty_response" in shown
+    assert re.search(r"Spearman of ifd with response length: [+-]0\.\d{3}", shown)
+    assert re.search(r"[\d,]+ tokens in [\d.]+ s: [\d,]+ tokens/s", shown)
+    for measure in ("ifd", "ifd_loss", "ppl_conditioned", "ppl_alone", "prompt_tokens", "response_tokens"):
+        assert len(re.findall(rf"{measure} +│(?: +[\d.,e+]+ │){{7}}", shown)) == 1
+    assert (
+        f"kept 2 of 31 records: {name}/best.jsonl"
+        in command("select", name, "-o", f"{name}/best.jsonl", "--keep", 2, "--no-max-ifd").done()
+    )
+
+
+def test_models_are_listed(command: Commands) -> None:
+    shown = command("models").done()
+    for name in ("smollm2-135m", "all-minilm-l6-v2", "gpt2"):
+        assert re.search(rf"│ {name} ", shown)
+    assert "…" not in shown
+    assert "no-such-model" in command("models", "fetch", "no-such-model").line()

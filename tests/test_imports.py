@@ -1,0 +1,251 @@
+"""Imports point one way: read from the sources, and seen in fresh processes."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import scorer
+
+ROOT = Path(__file__).parents[1]
+
+# Every module of ours, and which of ours it may import, at its top or inside a function. A new module needs a line.
+ALLOWED: dict[str, set[str]] = {
+    "scorer.types": set(),
+    "scorer.config": {"scorer.types"},
+    "scorer.atomic": {"scorer.types"},
+    "scorer.loading": {"scorer.types"},
+    "scorer.files": {"scorer.types"},
+    "scorer.writer": {"scorer.atomic", "scorer.files", "scorer.types"},
+    "scorer.records": {"scorer.files", "scorer.types"},
+    "scorer.encode": {"scorer.config", "scorer.types"},
+    "scorer.scores": {"scorer.types"},
+    "scorer.embedded": {"scorer.atomic", "scorer.config", "scorer.loading", "scorer.types"},
+    "scorer.models": {"scorer.config", "scorer.embedded", "scorer.loading", "scorer.types"},
+    "scorer.engines.attention": set(),
+    "scorer.engines.packing": {"scorer.types"},
+    "scorer.engines.packed": {
+        "scorer.config",
+        "scorer.engines.attention",
+        "scorer.engines.packing",
+        "scorer.models",
+        "scorer.types",
+        "scorer_kernels",
+    },
+    "scorer.engines.reference": {"scorer.config", "scorer.models", "scorer.types"},
+    "scorer.engines": {
+        "scorer.config",
+        "scorer.engines.packed",
+        "scorer.engines.reference",
+        "scorer.models",
+        "scorer.types",
+    },
+    "scorer.rundir": {"scorer.atomic", "scorer.types"},
+    "scorer.run": {
+        "scorer.atomic",
+        "scorer.config",
+        "scorer.encode",
+        "scorer.engines",
+        "scorer.files",
+        "scorer.models",
+        "scorer.records",
+        "scorer.rundir",
+        "scorer.scores",
+        "scorer.types",
+    },
+    "scorer.select": {"scorer.config", "scorer.types"},
+    "scorer.export": {
+        "scorer.config",
+        "scorer.files",
+        "scorer.rundir",
+        "scorer.scores",
+        "scorer.select",
+        "scorer.types",
+        "scorer.writer",
+    },
+    "scorer.summary": set(),
+    "scorer.console": {"scorer.models", "scorer.rundir", "scorer.select", "scorer.summary"},
+    "scorer": {"scorer.config", "scorer.export", "scorer.run", "scorer.rundir", "scorer.types"},  # lazily
+    "cli": {
+        "scorer.config",
+        "scorer.console",
+        "scorer.export",
+        "scorer.models",
+        "scorer.run",
+        "scorer.types",
+    },
+}
+# What the command line may import before a command needs more.
+CLI_AT_ITS_TOP = {"click", "scorer.config", "scorer.types"}
+# What never imports torch, not even inside a function, nor anything of ours that does.
+TORCH_FREE = {
+    "scorer.agreement",
+    "scorer.atomic",
+    "scorer.config",
+    "scorer.encode",
+    "scorer.export",
+    "scorer.files",
+    "scorer.records",
+    "scorer.rundir",
+    "scorer.scores",
+    "scorer.select",
+    "scorer.summary",
+    "scorer.types",
+    "scorer.writer",
+}
+TORCH_BOUND = {"torch", "transformers", "safetensors", "triton", "scorer_kernels"}
+KERNEL_USERS = {"scorer.engines.packed", "scorer.engines.vllm_plugin"}
+KERNELS_NEED = {"torch", "triton"}
+
+
+def module_name(path: Path, root: Path) -> str:
+    parts = path.relative_to(root).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+KERNELS = {module_name(p, ROOT / "kernels"): p for p in (ROOT / "kernels" / "scorer_kernels").rglob("*.py")}
+SOURCES = {module_name(p, ROOT): p for p in (*(ROOT / "scorer").rglob("*.py"), ROOT / "cli.py")}
+NAMES = {*SOURCES, *KERNELS}
+
+
+@dataclass(frozen=True)
+class Import:
+    """A module that a source names, and whether importing the source imports it."""
+
+    module: str
+    at_top: bool
+
+
+def imports(path: Path, name: str) -> set[Import]:
+    """All import statements of a file. `from scorer import run` counts as scorer.run."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    inside = {
+        id(node)
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        for node in ast.walk(function)
+    }
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    return {
+        Import(module, id(node) not in inside)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for module in named(node, package)
+    }
+
+
+def named(node: ast.Import | ast.ImportFrom, package: str) -> Iterator[str]:
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+        return
+    base = node.module or ""
+    if node.level:
+        parts = package.split(".")
+        base = ".".join((*parts[: len(parts) - node.level + 1], *([base] if base else [])))
+    for alias in node.names:
+        inner = f"{base}.{alias.name}"
+        yield inner if inner in NAMES else base
+
+
+def ours(found: set[Import]) -> set[str]:
+    return {i.module for i in found if i.module.split(".")[0] in ("scorer", "scorer_kernels", "cli", "bench", "tests")}
+
+
+def foreign(found: set[Import]) -> set[str]:
+    """The top names of what is neither ours nor of the standard library."""
+    names = {i.module.split(".")[0] for i in found - {i for i in found if i.module in ours(found)}}
+    return names - set(sys.stdlib_module_names)
+
+
+def loaded(statement: str) -> set[str]:
+    """The top names of all modules that a fresh process holds after a statement."""
+    code = f"{statement}\nimport sys\nprint(*{{m.split('.')[0] for m in sys.modules}})"
+    return set(
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True
+        ).stdout.split()
+    )
+
+
+def test_relative_and_nested_imports_are_read(tmp_path: Path) -> None:
+    """Of the reader of imports itself, which every test below relies on."""
+    path = tmp_path / "packed.py"
+    path.write_text(
+        "import torch.nn\nfrom .packing import pack\nfrom .. import run\nfrom scorer import select as s\n"
+        "if True:\n    from ..types import Span\n"
+        "class A:\n    def f(self):\n        import polars as pl\n        from scorer.files import *\n"
+    )
+    assert imports(path, "scorer.engines.packed") == {
+        Import("torch.nn", True),
+        Import("scorer.engines.packing", True),
+        Import("scorer.run", True),
+        Import("scorer.select", True),
+        Import("scorer.types", True),
+        Import("polars", False),
+        Import("scorer.files", False),
+    }
+    assert foreign(imports(path, "scorer.engines.packed")) == {"torch", "polars"}
+
+
+def test_every_module_has_its_line() -> None:
+    assert set(ALLOWED) == set(SOURCES)
+
+
+@pytest.mark.parametrize("name", sorted(SOURCES))
+def test_a_module_imports_what_it_may(name: str) -> None:
+    assert ours(imports(SOURCES[name], name)) <= ALLOWED.get(name, set())
+
+
+def test_what_is_allowed_has_no_circle() -> None:
+    order = list(TopologicalSorter(ALLOWED).static_order())
+    assert order.index("scorer.types") < order.index("scorer.engines") < order.index("scorer.run") < order.index("cli")
+
+
+def test_lazy_names_are_at_home_where_they_may_be() -> None:
+    assert set(scorer.HOMES) == set(scorer.__all__)
+    assert set(scorer.HOMES.values()) <= ALLOWED["scorer"]
+    assert all(getattr(scorer, name).__module__ == home for name, home in scorer.HOMES.items())
+
+
+@pytest.mark.parametrize("name", sorted(TORCH_FREE & set(SOURCES)))
+def test_no_torch(name: str) -> None:
+    assert foreign(imports(SOURCES[name], name)).isdisjoint(TORCH_BOUND)
+    assert ALLOWED[name] <= TORCH_FREE
+
+
+def test_no_torch_in_the_process_either() -> None:
+    names = sorted(TORCH_FREE & set(SOURCES))
+    assert len(names) >= 12
+    assert loaded(f"import {', '.join(names)}").isdisjoint({"torch", "transformers", "triton"})
+
+
+@pytest.mark.parametrize("name", sorted(KERNELS))
+def test_the_kernels_know_nothing_of_scorer(name: str) -> None:
+    found = imports(KERNELS[name], name)
+    assert ours(found) <= set(KERNELS)
+    assert foreign(found) <= KERNELS_NEED
+
+
+def test_who_uses_the_kernels() -> None:
+    users = {name for name, path in SOURCES.items() if ours(imports(path, name)) & set(KERNELS)}
+    assert "scorer.engines.packed" in users
+    assert users <= KERNEL_USERS
+
+
+def test_the_command_line_is_light_at_its_top() -> None:
+    found = {i for i in imports(SOURCES["cli"], "cli") if i.at_top}
+    assert ours(found) | foreign(found) <= CLI_AT_ITS_TOP
+
+
+@pytest.mark.parametrize("name", ["scorer", "cli"])
+def test_importing_loads_nothing_heavy(name: str) -> None:
+    found = loaded(f"import {name}")
+    assert "scorer" in found
+    assert found.isdisjoint({"torch", "transformers", "polars", "rich", "jinja2", "numpy", "vllm"})
