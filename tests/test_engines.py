@@ -176,6 +176,6 @@ def test_out_of_memory_splits_the_batch_down_to_the_row_that_does_not_fit(tmp_pa
     assert len(lines) == 44
     assert {(record, view) for record, view, status, _ in lines if status != "ok"} == {("20", "conditioned")}
     oracle = scored(open_engine(config("packed", 2000), find_model(str(folder))), samples([(1000, 1000)] * 3))
-    for record, view, status, nll in lines:
+    for record, view, _, nll in lines:
         if int(record) < 3:
             assert float(nll) == pytest.approx(oracle[int(record), 0, View(view)].nll_sum, rel=1e-5)
