@@ -25,7 +25,14 @@ lint: .venv/test.stamp
 	$(INSTALL) '.[test,lint]'
 	touch $@
 
+# What needs a GPU: checks the kernels against float64 there, times them and the engines, and keeps the figures.
+gpu: .venv/test.stamp
+	$(INSTALL) '.[test,bench]'
+	$(BIN)/python -m bench kernel --save
+	$(BIN)/python -m bench tune --save
+	$(BIN)/python -m bench engines --rows 2048 --data $(or $(DATA),examples/alpaca.json) --save
+
 clean:
 	rm -rf .venv demo build *.egg-info
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint gpu clean

@@ -52,6 +52,18 @@ def tune(milliseconds: int, save: bool) -> None:
 
 
 @bench.command()
+@click.option("--rows", default=10_000_000, help="Rows of a synthetic score table.")
+@click.option("--clusters", default=4_000, help="Clusters to share the selection out over.")
+@click.option("--save", is_flag=True, help="Write the result under bench/results.")
+def select(rows: int, clusters: int, save: bool) -> None:
+    """Keep a tenth per cluster of a synthetic score table."""
+    from bench.report import finish
+    from bench.select import run
+
+    finish("select", run(rows, clusters), save)
+
+
+@bench.command()
 @click.option("--check", is_flag=True, help="Fail if the README is not what the results say.")
 def readme(check: bool) -> None:
     """Put the figures of bench/results into the README."""

@@ -28,6 +28,8 @@ from scorer.records import read_records
 from scorer.run import choose
 from scorer.rundir import Run
 from scorer.scores import score_table
+from scorer.select import SelectConfig, parse_keep
+from scorer.select import choose as choose_records
 from scorer.types import EncodedTurn, TokenSequence
 
 PROTOCOL = PROTOCOLS["superfiltering"]
@@ -164,11 +166,10 @@ def _largest_error(ours: pl.DataFrame, oracle: pl.DataFrame) -> float:
 
 def _agreement(ours: pl.DataFrame, oracle: pl.DataFrame) -> dict[str, float]:
     both = ours.select("record_id", ours="ifd").join(oracle.select("record_id", oracle="ifd"), on="record_id")
-    both = both.drop_nulls()
-    tenth = max(both.height // 10, 1)
-    tops = [set(both.sort(name, descending=True)["record_id"].head(tenth)) for name in ("ours", "oracle")]
-    spearman = both.select(pl.corr("ours", "oracle", method="spearman")).item()
-    return {"spearman_ifd": spearman, "top_10_percent_overlap": len(tops[0] & tops[1]) / tenth}
+    spearman = both.drop_nulls().select(pl.corr("ours", "oracle", method="spearman")).item()
+    tenth = SelectConfig(parse_keep("10%"))
+    ids = [set(choose_records(table, tenth).kept["record_id"]) for table in (ours, oracle)]
+    return {"spearman_ifd": spearman, "top_10_percent_overlap": len(ids[0] & ids[1]) / len(ids[1])}
 
 
 def _linears(model: Any) -> list[torch.Size]:

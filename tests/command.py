@@ -76,7 +76,8 @@ class Commands:
     def start(self, *arguments: object, stdin: str = "") -> Running:
         self.count += 1
         stem = self.path / f".process-{self.count}"
-        stem.with_suffix(".in").write_text(stdin, encoding="utf-8")
+        for suffix, content in ((".in", stdin), (".out", ""), (".err", "")):
+            stem.with_suffix(suffix).write_text(content, encoding="utf-8")
         process = FORKS.Process(target=_command, args=(list(map(str, arguments)), str(self.path), stem))
         process.start()
         return Running(process, stem)
@@ -87,14 +88,11 @@ class Commands:
 
 def _command(arguments: list[str], folder: str, stem: Path) -> None:
     os.chdir(folder)
-    for descriptor, suffix, flags in ((0, ".in", os.O_RDONLY), (1, ".out", WRITE), (2, ".err", WRITE)):
+    for descriptor, suffix, flags in ((0, ".in", os.O_RDONLY), (1, ".out", os.O_WRONLY), (2, ".err", os.O_WRONLY)):
         os.dup2(os.open(stem.with_suffix(suffix), flags), descriptor)
     sys.stdin = open(0, encoding="utf-8")  # noqa: SIM115 (lives as long as the process)
     sys.argv = ["scorer", *arguments]
     cli.main()
-
-
-WRITE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
 
 
 def wait(condition: Callable[[], Any]) -> None:

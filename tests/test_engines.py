@@ -126,6 +126,15 @@ def test_batches_keep_records_whole_and_budgets() -> None:
     assert sum(len(batch) for batch in batches) == len(sequences)
 
 
+def test_the_last_batches_are_small_so_that_workers_end_together() -> None:
+    sequences = samples([(1, 50)] * 100)  # 99 laid tokens a record
+    sizes = [sum(map(laid_tokens, batch)) for batch in plan_batches(sequences, 1000, workers=2)]
+    assert sizes[:5] == [990] * 5
+    assert sizes == sorted(sizes, reverse=True)
+    assert max(sizes[-2:]) <= 250
+    assert sum(sizes) == 9900
+
+
 def test_infinite_and_undefined_sums_are_a_status(tiny: Tiny, tmp_path: Path) -> None:
     folder = tmp_path / "broken"
     shutil.copytree(tiny("gpt2").path, folder)

@@ -14,12 +14,12 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import polars as pl
-import psutil
 import pytest
 from polars.testing import assert_frame_equal
 from transformers import GPT2Config
@@ -52,6 +52,10 @@ def assert_same(run: Path, other: Path) -> None:
     assert not list(run.rglob("*.tmp"))
 
 
+def _ahead(run: Path, target: int) -> bool:
+    return shards(run) > target
+
+
 def test_twenty_kills_change_nothing(command: Commands, options: list[str], write_jsonl: Write, tmp_path: Path) -> None:
     data = write_jsonl(alpaca(800))
     undisturbed, run = tmp_path / "undisturbed", tmp_path / "run"
@@ -66,7 +70,7 @@ def test_twenty_kills_change_nothing(command: Commands, options: list[str], writ
             time.sleep(draw.uniform(0, whole / 10))
         else:  # at any moment of the second shard from here on
             target = shards(run) + draw.randint(0, 1)
-            wait(lambda wanted=target: shards(run) > wanted or not psutil.pid_exists(process.pid))  # noqa: B023
+            wait(partial(_ahead, run, target))
             time.sleep(draw.uniform(0, whole / 40))
         assert process.kill().code == -signal.SIGKILL  # it was not over
         found.append(shards(run))

@@ -18,7 +18,9 @@ def table(rows: list[dict[str, Any]]) -> pl.DataFrame:
 def test_quantiles_statuses_and_length_bias() -> None:
     # ifd falls as length grows, but for the last pair, which are swapped: ranks 5 4 3 1 2 against 1 2 3 4 5
     ifd = [0.9, 0.8, 0.7, 0.1, 0.2]
-    rows = [{"record_id": i, "ifd": ifd[i], "response_tokens": 10 * i + 10, "prompt_tokens": 3} for i in range(5)]
+    rows: list[dict[str, Any]] = [
+        {"record_id": i, "ifd": ifd[i], "response_tokens": 10 * i + 10, "prompt_tokens": 3} for i in range(5)
+    ]
     # a row without scores counts as a status only, though its prompt was tokenised
     rows += [{"record_id": 5 + i, "status": "prompt_too_long", "prompt_tokens": 2000} for i in range(2)]
     summary = summarise(table(rows))

@@ -32,7 +32,7 @@ class PackedEngine:
     """The contract of `scorer.engines.Engine`, batched. Raises ScorerError for a model that it can't pack.
 
     On CPU each core runs batches of its own, single-threaded: small operations scale with the cores, and none waits
-    for the slowest core. On CUDA one batch is prepared while another runs.
+    for the slowest core. On CUDA one thread lays out the next batch while the other's runs.
     """
 
     def __init__(self, config: ScoreConfig, files: ModelFiles):
@@ -50,19 +50,18 @@ class PackedEngine:
         self.head = self.model.get_output_embeddings()
         self.device = self.model.device
         self.threads = torch.get_num_threads()
-        self.workers = ThreadPoolExecutor(
-            max_workers=self.threads if self.device.type == "cpu" else 1, thread_name_prefix="scorer-packed"
-        )
+        self.workers = self.threads if self.device.type == "cpu" else 2
+        self.pool = ThreadPoolExecutor(self.workers, thread_name_prefix="scorer-packed")
 
     def score(self, sequences: Sequence[TokenSequence]) -> Iterator[list[SpanNLL]]:
         """The spans of each batch as it is done."""
-        batches = plan_batches(sequences, self.batch_tokens)
+        batches = plan_batches(sequences, self.batch_tokens, self.workers)
         pending: deque[Future[list[SpanNLL]]] = deque()
         if self.device.type == "cpu":
             torch.set_num_threads(1)
         try:
             for batch in batches:
-                pending.append(self.workers.submit(self._score_batch, batch))
+                pending.append(self.pool.submit(self._score_batch, batch))
             while pending:
                 yield pending.popleft().result()
         finally:
@@ -104,7 +103,13 @@ class PackedEngine:
         rows = states.index_select(0, batch.rows.to(self.device, non_blocking=True))
         nll = nll_head(rows, self.head.weight, batch.targets.to(self.device, non_blocking=True), bias=self.head.bias)
         sums = torch.segment_reduce(nll.double(), "sum", lengths=batch.span_tokens.to(self.device))
-        return sums.cpu()
+        if self.device.type == "cpu":
+            return sums
+        sums = sums.to("cpu", non_blocking=True)
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done.record()
+        done.synchronize()  # waits for this batch alone, and not for what the other thread launched since
+        return sums
 
     def _spans(self, batch: PackedBatch, sums: torch.Tensor) -> list[SpanNLL]:
         spans = []
@@ -117,7 +122,7 @@ class PackedEngine:
 
     def close(self) -> None:
         """Wait for running batches, and free the model."""
-        self.workers.shutdown(cancel_futures=True)
+        self.pool.shutdown(cancel_futures=True)
         del self.model, self.head
 
 

@@ -40,23 +40,25 @@ def laid_tokens(sequence: TokenSequence) -> int:
     return sequence.targets[-1].end - 1
 
 
-def plan_batches(sequences: Sequence[TokenSequence], budget: int) -> list[list[TokenSequence]]:
+def plan_batches(sequences: Sequence[TokenSequence], budget: int, workers: int = 1) -> list[list[TokenSequence]]:
     """Groups of sequences of at most `budget` laid tokens, longest records first.
 
     All sequences of a record stay together: views of a sample share a pass. A record above the budget is a batch of
     its own. Records of like length become neighbours, which is what variable-length attention runs best on, and an
-    out-of-memory shows at once.
+    out-of-memory shows at once. The last batches are smaller, down to a quarter, so that `workers` end together.
     """
     records = [list(group) for _, group in groupby(sequences, key=lambda s: s.record_id)]
     sized = sorted(((sum(map(laid_tokens, record)), record) for record in records), key=lambda pair: -pair[0])
+    remaining = sum(size for size, _ in sized)
     batches: list[list[TokenSequence]] = []
     room = 0
     for size, record in sized:
         if size > room:
             batches.append([])
-            room = budget
+            room = min(budget, max(remaining // (2 * workers), budget // 4)) if workers > 1 else budget
         batches[-1] += record
         room -= size
+        remaining -= size
     return batches
 
 
