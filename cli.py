@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any, NoReturn
 
 import click
+from click.core import ParameterSource
 
 from scorer.config import COLUMNS, DEVICES, DTYPES, ENGINES, PROTOCOLS, ScoreConfig
 from scorer.types import ScorerError
@@ -43,21 +45,22 @@ def cli() -> None:
 
 
 def score_options(command: Command) -> Command:
-    """The options that are fields of ScoreConfig, and how data is taken."""
+    """Data, and the options that are fields of ScoreConfig."""
+    protocol = click.option(
+        "--protocol", type=click.Choice(tuple(PROTOCOLS)), default=DEFAULTS.protocol, help="How text becomes tokens."
+    )
+    return click.argument("data", nargs=-1, required=True)(protocol(engine_options(command)))
+
+
+def engine_options(command: Command) -> Command:
+    """The options that are fields of ScoreConfig, but for the protocol."""
     for option in reversed(
         (
-            click.argument("data", nargs=-1, required=True),
             click.option(
                 "--model", default=DEFAULTS.model, help="An embedded name, a local folder, or a Hugging Face name."
             ),
             click.option("--revision", help="Revision of a Hugging Face model.  [default: its newest]"),
             click.option("--engine", type=click.Choice(ENGINES), default=DEFAULTS.engine, help="auto is packed."),
-            click.option(
-                "--protocol",
-                type=click.Choice(tuple(PROTOCOLS)),
-                default=DEFAULTS.protocol,
-                help="How text becomes tokens.",
-            ),
             click.option(
                 "--dtype",
                 type=click.Choice(DTYPES),
@@ -96,15 +99,39 @@ def select_options(command: Command) -> Command:
     """The options of a selection."""
     for option in reversed(
         (
-            click.option("--keep", default="10%", help="A share of all records, or a number of records."),
+            click.option("--keep", help="A share of all records, or a number of records.  [default: 10%]"),
             click.option("--by", help="Column to rank by.  [default: the protocol's own, mostly ifd]"),
             click.option(
                 "--lowest/--highest",
                 default=None,
-                help="Which end to keep.  [default: the protocol's own, mostly highest]",
+                help="Which end to keep.  [default: lowest for LP, else mostly highest]",
             ),
             click.option("--max-ifd", type=float, default=1.0, help="Drop records whose ifd is not below this."),
             click.option("--no-max-ifd", is_flag=True, help="Keep records of any ifd.  [default: no]"),
+            click.option("--per", metavar="COLUMN", help="A quota per value of a column of the data.  [default: none]"),
+            click.option("--per-cluster", is_flag=True, help="A quota per cluster of RUN.  [default: no]"),
+            click.option(
+                "--rounding",
+                type=click.Choice(("exact", "paper")),
+                default="exact",
+                help="Of quotas: exact totals, or each rounded up as the paper's code does.",
+            ),
+            click.option(
+                "--bucket",
+                type=click.Choice(("low", "mid", "high")),
+                help="Only this third of the values (per cluster or column).  [default: all]",
+            ),
+            click.option(
+                "--diverse", metavar="SIZE", help="Instead of --keep: so many by facility location.  [default: no]"
+            ),
+            click.option("--from", "pool", metavar="SIZE", help="What --diverse chooses from.  [default: 20%]"),
+            click.option(
+                "--drop-flagged",
+                callback=parse_names,
+                metavar="NAME,...",
+                help="Drop what is ifd_above_1, gibberish, empty_or_link_only, refusal, far_from_instruction, "
+                "near_duplicate.  [default: none]",
+            ),
             click.option("--random", is_flag=True, help="Draw at random instead of ranking.  [default: no]"),
             click.option("--seed", type=int, default=42, help="Of --random."),
             click.option(
@@ -128,6 +155,34 @@ def select_options(command: Command) -> Command:
     return command
 
 
+def training_options(command: Command) -> Command:
+    """The options that are fields of scorer.learning.Training."""
+    for option in reversed(
+        (
+            click.option("--epochs", type=int, default=3, help="Epochs to train; 1 gives lp1_approx only."),
+            click.option(
+                "--schedule-epochs", type=int, help="Epochs of the learning rate's schedule.  [default: 3, or --epochs]"
+            ),
+            click.option("--learning-rate", type=float, default=2e-5, help="Its peak."),
+            click.option(
+                "--scheduler",
+                type=click.Choice(("cosine", "linear", "constant_with_warmup")),
+                default="cosine",
+                help="The learning rate's schedule.",
+            ),
+            click.option("--warmup-ratio", type=float, default=0.03, help="Share of the schedule that is warm-up."),
+            click.option("--batch-size", type=int, default=128, help="Records a step."),
+            click.option("--device-batch", type=int, help="Records at a time.  [default: 4 on cpu, 16 on cuda]"),
+            click.option("--weight-decay", type=float, default=0.0, help="Of AdamW."),
+            click.option("--seed", type=int, default=42, help="Of the order of the records, and of dropout."),
+            click.option("--save-steps", type=int, default=100, help="Steps between two checkpoints."),
+            click.option("--keep-checkpoints", is_flag=True, help="Keep the model of each epoch.  [default: no]"),
+        )
+    ):
+        command = option(command)
+    return command
+
+
 def parse_columns(_: click.Context, __: click.Parameter, value: str | None) -> dict[str, str] | None:
     """`prompt=question,response=answer` as a dict."""
     if value is None:
@@ -136,6 +191,11 @@ def parse_columns(_: click.Context, __: click.Parameter, value: str | None) -> d
     if any(not key or not name for key, _, name in pairs):
         raise click.BadParameter("write it as prompt=NAME,response=NAME")
     return {key.strip(): name.strip() for key, _, name in pairs}
+
+
+def parse_names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...]:
+    """`a,b` as a tuple."""
+    return () if value is None else tuple(name.strip() for name in value.split(","))
 
 
 @cli.command()
@@ -177,6 +237,99 @@ def filter_(data: tuple[str, ...], output: str, run: str | None, strict: bool, *
     directory = run or f"{output}.run"
     _score(data, directory, False, strict, options)
     _select(directory, output, selection)
+
+
+@cli.command()
+@click.argument("data", nargs=-1, required=True)
+@click.option("-o", "--output", required=True, metavar="RUN", help="The run directory.")
+@click.option("--runs", is_flag=True, help="DATA are scores: before training, and after each epoch.  [default: no]")
+@training_options
+@engine_options
+@click.option("--fresh", is_flag=True, help="Discard what an earlier run left in RUN.  [default: no]")
+@click.pass_context
+def lp(
+    context: click.Context, /, data: tuple[str, ...], output: str, runs: bool, fresh: bool, strict: bool, **options: Any
+) -> None:
+    """Fine-tune the model on DATA, and score how it learns each record, into the directory RUN.
+
+    With --runs nothing is trained: DATA are run directories, or Parquet, CSV or JSON Lines files with record_id and
+    ppl_conditioned. The score table gets ppl_0 .. ppl_n, lp1 (with two epochs or more) and lp1_approx; low is hard, and
+    worth keeping. The same command again resumes.
+    """
+    from scorer.console import ConsoleProgress, show_run
+    from scorer.joined import join_runs
+    from scorer.learning import Training, learn
+
+    taken = ("data", "output", "runs", "fresh")
+    given = [p for p in context.params if context.get_parameter_source(p) is ParameterSource.COMMANDLINE]
+    if runs and (unused := [name for name in given if name not in taken]):
+        raise ScorerError(f"--runs computes nothing: leave out {', '.join('--' + n.replace('_', '-') for n in unused)}")
+    with ConsoleProgress() as progress:
+        if runs:
+            run = join_runs(data, output, fresh=fresh, progress=progress)
+        else:
+            keep_checkpoints = options.pop("keep_checkpoints")
+            training = Training(**{field.name: options.pop(field.name) for field in fields(Training)})
+            run = learn(
+                data,
+                output,
+                training=training,
+                keep_checkpoints=keep_checkpoints,
+                fresh=fresh,
+                strict=strict,
+                progress=progress,
+                **options,
+            )
+    show_run(run)
+
+
+@cli.command()
+@click.argument("run")
+@click.option("--clusters", type=int, help="How many clusters.  [default: records / --min-mean-size]")
+@click.option("--min-mean-size", type=int, default=50, help="Records a cluster, on average, unless --clusters.")
+@click.option("--embedder", default="all-minilm-l6-v2", help="A sentence-transformers model: a name or a local folder.")
+@click.option("--max-tokens", type=int, default=256, help="Tokens of a text that are embedded.")
+@click.option("--iterations", type=int, default=20, help="Of k-means.")
+@click.option("--seed", type=int, default=42, help="Of k-means.")
+@click.option("--device", type=click.Choice(DEVICES), default=DEFAULTS.device, help="auto: cuda if there is one.")
+@click.option("--flags", is_flag=True, help="Also flag far responses and near-duplicates.  [default: no]")
+@click.option("--far-below", type=float, default=0.1, help="Cosine of instruction and response that is far (--flags).")
+@click.option("--duplicate-above", type=float, default=0.98, help="Cosine of two records that is a copy (--flags).")
+@click.option("--fresh", is_flag=True, help="Discard embeddings that an earlier command left.  [default: no]")
+def cluster(run: str, **options: Any) -> None:
+    """Embed the records of the run RUN, and cluster them: RUN/clusters.parquet.
+
+    The same command again resumes the embedding.
+    """
+    from scorer.cluster import cluster as cluster_records
+    from scorer.console import ConsoleProgress
+
+    with ConsoleProgress() as progress:
+        cluster_records(run, progress=progress, **options)
+
+
+@cli.command()
+@click.argument("runs", nargs=-1, required=True, metavar="RUN RUN...")
+@click.option(
+    "--by", metavar="COLUMN,...", help="A column, or one for each RUN.  [default: the protocol's own, or the only one]"
+)
+@click.option(
+    "--lowest/--highest", default=None, help="Which end is the best.  [default: lowest for LP, else mostly highest]"
+)
+@click.option("--at", default="1%,3%,5%,10%,15%", help="Shares of the records whose selections are compared.")
+@click.option("--resamples", type=int, default=200, help="Draws of the bootstrap; of Kendall's tau at most 50.")
+@click.option("--seed", type=int, default=42, help="Of the bootstrap.")
+@click.option("--json", "output", metavar="FILE", help="Write the figures there too.  [default: not written]")
+def compare(runs: tuple[str, ...], **options: Any) -> None:
+    """How far scorers agree: correlations, and what their selections share.
+
+    RUN is a run directory, or a Parquet, CSV or JSON Lines file with record_id and the column. Files without record_id
+    are compared by content.
+    """
+    from scorer.comparison import compare as compare_sources
+    from scorer.console import show_comparison
+
+    show_comparison(compare_sources(runs, **options))
 
 
 @cli.group(invoke_without_command=True)

@@ -64,6 +64,19 @@ def select(rows: int, clusters: int, save: bool) -> None:
 
 
 @bench.command()
+@click.option("--rows", default=200_000, help="Synthetic embeddings.")
+@click.option("--clusters", default=4000, help="Of k-means.")
+@click.option("--width", default=384, help="Of an embedding.")
+@click.option("--save", is_flag=True, help="Write the result under bench/results.")
+def cluster(rows: int, clusters: int, width: int, save: bool) -> None:
+    """K-means of embeddings, as `scorer cluster` runs it."""
+    from bench.cluster import run
+    from bench.report import finish
+
+    finish("cluster", run(rows, clusters, width), save)
+
+
+@bench.command()
 @click.option("--check", is_flag=True, help="Fail if the README is not what the results say.")
 def readme(check: bool) -> None:
     """Put the figures of bench/results into the README."""

@@ -28,8 +28,8 @@ from scorer.records import read_records
 from scorer.run import choose
 from scorer.rundir import Run
 from scorer.scores import score_table
-from scorer.select import SelectConfig, parse_keep
-from scorer.select import choose as choose_records
+from scorer.selection import SelectConfig, parse_keep
+from scorer.selection import choose as choose_records
 from scorer.types import EncodedTurn, TokenSequence
 
 PROTOCOL = PROTOCOLS["superfiltering"]

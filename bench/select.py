@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 
 from scorer.scores import SCHEMA
-from scorer.select import SelectConfig, choose
+from scorer.selection import SelectConfig, choose
 
 
 def run(rows: int, clusters: int) -> dict[str, Any]:

@@ -17,9 +17,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as RichProgress
 from rich.table import Column, Table
 
+from scorer.agreement import Figure
+from scorer.comparison import Contents, Pair
 from scorer.models import ModelRow
 from scorer.rundir import Run
-from scorer.select import Selection
+from scorer.selection import Selection
 from scorer.summary import QUANTILES, summarise
 
 console = Console(stderr=True, highlight=False, markup=False, emoji=False)  # paths may hold [brackets] and :colons:
@@ -110,6 +112,35 @@ def show_selection(selection: Selection, output: str) -> None:
         line("dropped: " + ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common()))
     if kept < selection.requested:
         line(f"{selection.requested:,} were asked for; no more could be ranked")
+
+
+def show_comparison(rows: Sequence[Pair] | Sequence[Contents]) -> None:
+    """One table for each two that were compared."""
+    for row in rows:
+        if isinstance(row, Contents):
+            iou = "none" if row.iou is None else f"{row.iou:.3f}"
+            line(f"{row.first} ({row.records[0]:,} records), {row.second} ({row.records[1]:,} records)")
+            line(f"{row.shared:,} in both; intersection over union {iou}")
+            continue
+        found = row.agreement
+        ends = [f"{by} ({'lowest' if low else 'highest'})" for by, low in zip(row.by, row.lowest, strict=True)]
+        line(f"{row.first} by {ends[0]}, {row.second} by {ends[1]}: {found.records:,} records")
+        if found.left_out:
+            line(f"{found.left_out:,} more have no finite value of both, and are left out")
+        table = Table("", *(Column(title, justify="right") for title in ("value", "95% interval")))
+        table.add_row("Spearman", *_figure(found.spearman))
+        table.add_row("Kendall tau-b", *_figure(found.kendall))
+        for where, cuts in (("", found.whole), (" per cluster", found.per_cluster or ())):
+            for cut in cuts:
+                name = f"best {100 * float(cut.share):.4g}%{where}, {cut.records:,}"
+                table.add_row(f"{name}: overlap", *_figure(cut.overlap))
+                table.add_row(f"{name}: IoU", *_figure(cut.iou))
+        console.print(table)
+
+
+def _figure(figure: Figure) -> tuple[str, str]:
+    value = "none" if figure.value is None else f"{figure.value:.3f}"
+    return value, "" if figure.low is None or figure.high is None else f"{figure.low:.3f} to {figure.high:.3f}"
 
 
 def show_models(rows: Sequence[ModelRow]) -> None:

@@ -1,6 +1,6 @@
 """A selection -> the records themselves, as they came.
 
-Knows run directories, raw records and files; not how a selection is made.
+Knows run directories, raw records and files, and gathers what a selection needs; not how it is made.
 """
 
 from __future__ import annotations
@@ -13,10 +13,14 @@ from typing import Any
 import polars as pl
 
 from scorer.config import one_of
+from scorer.diversity import facility_location
 from scorer.files import RawRecord, inspect_input, read_raw
+from scorer.guards import FLAGS, STORED
 from scorer.rundir import Run
-from scorer.scores import SCHEMA
-from scorer.select import KEYS, SelectConfig, Selection, choose, parse_keep
+from scorer.scores import LEARNING, SCHEMA
+from scorer.selection import SelectConfig, Selection, choose, parse_keep
+from scorer.sidecars import clusters, column_groups, embeddings, flags
+from scorer.turns import KEYS
 from scorer.types import ScorerError
 from scorer.writer import RecordWriter
 
@@ -27,16 +31,20 @@ def select(
     run: Run | str | Path,
     output: str | Path | None = None,
     *,
-    keep: str | float | int = "10%",
+    keep: str | float | int | None = None,
     by: str | None = None,
     lowest: bool | None = None,
+    diverse: str | float | int | None = None,
+    pool: str | float | int | None = None,
     with_scores: bool = False,
     rejected: str | Path | None = None,
     **options: Any,
 ) -> Selection:
     """Choose records of a finished run, and write them to `output` as they came.
 
-    keep: a share ("10%", 0.1) or a number of records. by, lowest: what to rank by; None is the protocol's own.
+    keep: a share ("10%", 0.1) or a number of records; None is 10%, but for `diverse`. by, lowest: what to rank by; None
+    is the protocol's own, and the lowest of LP. diverse: instead of `keep`, so many by facility location, from the best
+    `pool` (None is 20%).
     with_scores: add each record's scores under the key `scorer`. rejected: a file for every other record, with the
     reason under the same key. options: the other fields of SelectConfig. The formats are those of the suffixes.
 
@@ -47,12 +55,16 @@ def select(
     if not run.complete:
         raise ScorerError(f"{run.path} is unfinished: run the same `scorer score` command again to finish it")
     ranking = manifest["ranking"]
-    by, lowest = by or ranking["by"], (ranking["lowest"] and by is None) if lowest is None else lowest
+    lowest = (by in LEARNING or (ranking["lowest"] and by is None)) if lowest is None else lowest
+    by = by or ranking["by"]
     paths = [entry["path"] for entry in manifest["inputs"]]
-    config = check_options(paths, output, keep=keep, by=by, lowest=lowest, rejected=rejected, **options)
-    selection = choose(run.scores(), config)
+    sizes: dict[str, Any] = {"keep": keep, "diverse": diverse, "pool": pool}
+    config = check_options(paths, output, **sizes, by=by, lowest=lowest, rejected=rejected, scored=True, **options)
+    selection = _choose(run, config)
     if output is None and rejected is None:
         return selection
+    if not paths:
+        raise ScorerError(f"{run.path} was joined from tables and has no data to write: join run directories instead")
     _refuse_changed(manifest["inputs"])
     # A record that can't be written leaves neither file.
     with ExitStack() as stack:
@@ -66,28 +78,61 @@ def select(
     return selection
 
 
+def _choose(run: Run, config: SelectConfig) -> Selection:
+    """The selection, given what the configuration asks for beside the scores."""
+    scores = run.scores()
+    groups = None
+    if config.per_cluster:
+        groups = clusters(run)
+    elif config.per is not None:
+        groups = column_groups(run, config.per)
+    flagged = flags(run, scores, config.drop_flagged) if config.drop_flagged else None
+
+    def spread(ids: pl.Series, size: int) -> list[int]:
+        return facility_location(embeddings(run, ids), size)
+
+    return choose(scores, config, groups=groups, flags=flagged, spread=spread)
+
+
 def check_options(
     paths: Sequence[str],
     output: str | Path | None,
     *,
-    keep: str | float | int = "10%",
+    keep: str | float | int | None = None,
     by: str | None = None,
     lowest: bool | None = None,
+    diverse: str | float | int | None = None,
+    pool: str | float | int | None = None,
     with_scores: bool = False,
     rejected: str | Path | None = None,
+    scored: bool = False,
     **options: Any,
 ) -> SelectConfig:
     """The configuration of a selection from the data `paths`, as far as it is known before there are scores.
 
+    scored: there are scores, so that `by` may be any column of them, and clusters and embeddings may have been made.
     Raises ScorerError for all that `select` would refuse of its options, so that nobody waits for scores first.
     """
     targets = [Path(path) for path in (output, rejected) if path is not None]
     for target in targets:
         RecordWriter(target)
     _refuse_overwriting(targets, paths)
-    if by is not None:
-        one_of("by", by, tuple(name for name, dtype in SCHEMA.items() if dtype.is_numeric() and name not in KEYS))
-    return SelectConfig(keep=parse_keep(keep), by=by or "ifd", lowest=bool(lowest), **options)
+    for name in options.get("drop_flagged", ()):
+        one_of("drop_flagged", name, FLAGS)
+    if not scored:
+        if by is not None:
+            one_of("by", by, tuple(name for name, dtype in SCHEMA.items() if dtype.is_numeric() and name not in KEYS))
+        if diverse is not None or options.get("per_cluster") or set(options.get("drop_flagged", ())) & set(STORED):
+            raise ScorerError("clusters and embeddings come after scores: use `scorer score`, `cluster` and `select`")
+    if diverse is None:
+        if pool is not None:
+            raise ScorerError("pool: --from says what --diverse chooses from; give --diverse too")
+        keep = "10%" if keep is None else keep
+        return SelectConfig(keep=parse_keep(keep), by=by or "ifd", lowest=bool(lowest), **options)
+    if keep is not None:
+        raise ScorerError("keep: --diverse says how many are kept, and --from of how many; leave --keep out")
+    first = parse_keep("20%" if pool is None else pool)
+    return SelectConfig(keep=parse_keep(diverse), pool=first, by=by or "ifd", lowest=bool(lowest), **options)
 
 
 def _write(

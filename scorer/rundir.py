@@ -14,6 +14,7 @@ from __future__ import annotations
 import fcntl
 import io
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,7 @@ from scorer.types import ScorerError
 MANIFEST = "manifest.json"
 LOCK = ".lock"
 STDIN = "stdin.jsonl"
+SIDECARS = ("clusters.parquet", "flags.parquet")  # of the data that the scores are of
 
 
 class Run:
@@ -88,8 +90,14 @@ class Run:
             temporary.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def clear(self) -> None:
-        """Remove the manifest and all shards, so that the run starts over; the manifest goes first."""
+        """Remove the manifest, all shards and what was made of the data, so that the run starts over.
+
+        The manifest goes first.
+        """
         (self.path / MANIFEST).unlink(missing_ok=True)
+        for name in SIDECARS:
+            (self.path / name).unlink(missing_ok=True)
+        shutil.rmtree(self.path / "embeddings", ignore_errors=True)
         for shard in sorted((self.path / "scores").glob("part-*.parquet"), reverse=True):
             shard.unlink()
 

@@ -27,6 +27,9 @@ SCHEMA = {
     "ifd_loss": pl.Float64,
 }
 MEASURES = ("nll_conditioned", "nll_alone", "ppl_conditioned", "ppl_alone", "ifd", "ifd_loss")
+LEARNING = ("lp1", "lp1_approx")  # the measures of `learning_table`
+CONDITIONED = ("prompt_tokens", "response_tokens", "nll_conditioned", "ppl_conditioned")
+SCORED = [status.value for status in RowStatus if status.scored]
 
 
 def score_table(turns: Sequence[EncodedTurn], spans: Iterable[SpanNLL], *, two_views: bool) -> pl.DataFrame:
@@ -38,6 +41,53 @@ def score_table(turns: Sequence[EncodedTurn], spans: Iterable[SpanNLL], *, two_v
     """
     found = {(s.record_id, s.turn, s.view): s for s in spans}
     return pl.DataFrame([_row(turn, found, two_views) for turn in turns], schema=SCHEMA, orient="row")
+
+
+def learning_table(epochs: Sequence[pl.DataFrame]) -> pl.DataFrame:
+    """The score table of how a model learns, from its tables before training and after each epoch: P0, P1 .. Pn.
+
+    epochs: two or more tables with the same (record_id, turn) and with columns SCHEMA. lp1 = (P0 - P1) / (P0 - Pn) and
+    lp1_approx = (P0 - P1) / P0 (Small2Large, arXiv 2402.10430, section 3). Columns: SCHEMA as before training, without
+    the alone view, in its order of rows; ppl_0 .. ppl_n, lp1, lp1_approx Float64; rose Boolean: P1 > P0, so that
+    lp1_approx is below 0; not_learned Boolean: P0 <= Pn, so that lp1 is null. With one epoch lp1 and not_learned are
+    null. A row that any table did not score has that table's status and no values.
+    """
+    last = len(epochs) - 1
+    table = epochs[0].with_columns(ppl_0="ppl_conditioned")
+    for i, epoch in enumerate(epochs[1:], 1):
+        values = epoch.select("record_id", "turn", pl.col("status").alias(f"status_{i}"), ppl="ppl_conditioned")
+        table = table.join(
+            values.rename({"ppl": f"ppl_{i}"}), on=("record_id", "turn"), how="left", maintain_order="left"
+        )
+    statuses = [pl.col("status"), *(pl.col(f"status_{i}") for i in range(1, last + 1))]
+    first, second, end = pl.col("ppl_0"), pl.col("ppl_1"), pl.col(f"ppl_{last}")
+    table = table.with_columns(
+        fault=pl.coalesce(pl.when(~status.is_in(SCORED)).then(status) for status in statuses),
+        lp1=pl.when(pl.lit(last > 1) & (first > end)).then((first - second) / (first - end)),
+        lp1_approx=(first - second) / first,
+        rose=second > first,
+        not_learned=pl.when(pl.lit(last > 1)).then(first <= end),
+    )
+    infinite = ~(pl.col("lp1_approx").is_finite() & pl.col("lp1").is_finite().fill_null(True))
+    table = table.with_columns(
+        fault=pl.coalesce("fault", pl.when(infinite).then(pl.lit(RowStatus.NON_FINITE.value))),
+        truncated=pl.any_horizontal(status == RowStatus.TRUNCATED.value for status in statuses),
+    )
+    scored = pl.when("truncated").then(pl.lit(RowStatus.TRUNCATED.value)).otherwise(pl.lit(RowStatus.OK.value))
+    ppls = [f"ppl_{i}" for i in range(last + 1)]
+    kept = [name for name in SCHEMA if name not in ("record_id", "turn", "status", "prompt_tokens")]
+    return table.select(
+        "record_id",
+        "turn",
+        pl.coalesce("fault", scored).alias("status"),
+        "prompt_tokens",
+        *(_unless_fault(pl.col(name) if name in CONDITIONED else pl.lit(None, SCHEMA[name]), name) for name in kept),
+        *(_unless_fault(pl.col(name), name) for name in (*ppls, *LEARNING, "rose", "not_learned")),
+    )
+
+
+def _unless_fault(value: pl.Expr, name: str) -> pl.Expr:
+    return pl.when(pl.col("fault").is_null()).then(value).alias(name)
 
 
 def _row(turn: EncodedTurn, found: dict[tuple[int, int, View], SpanNLL], two_views: bool) -> tuple[object, ...]:

@@ -19,7 +19,7 @@ import pytest
 import cli
 from scorer.config import ScoreConfig
 from scorer.models import ModelFiles
-from scorer.select import SelectConfig
+from scorer.selection import SelectConfig
 from tests.command import CONSOLE_SCRIPT, Commands, alpaca
 
 

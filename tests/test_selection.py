@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 
 from scorer.config import PROTOCOLS
-from scorer.select import AGGREGATES, ORDERS, SelectConfig, Selection, choose, parse_keep
+from scorer.selection import AGGREGATES, ORDERS, SelectConfig, Selection, choose, parse_keep
 from scorer.types import RowStatus, ScorerError
 
 SCHEMA = {

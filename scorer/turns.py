@@ -1,0 +1,61 @@
+"""The rows of a score table, one a turn -> one row a record.
+
+Pure Polars: it knows the key columns and that all other numbers are measures, not what a measure means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import polars as pl
+
+from scorer.types import RowStatus, ScorerError
+
+AGGREGATES: dict[str, Callable[[pl.Expr], pl.Expr]] = {
+    "mean": pl.Expr.mean,
+    "min": pl.Expr.min,
+    "max": pl.Expr.max,
+    "last": pl.Expr.last,
+}
+KEYS = ("record_id", "turn", "status")
+NOT_MEASURES = (*KEYS, "rank", "reason")  # the last two name columns of a Selection
+SCORED = [status.value for status in RowStatus if status.scored]
+
+
+def measures_of(scores: pl.DataFrame) -> tuple[str, ...]:
+    """The columns of a score table that hold numbers to rank by."""
+    return tuple(name for name, dtype in scores.schema.items() if dtype.is_numeric() and name not in NOT_MEASURES)
+
+
+def per_record(scores: pl.DataFrame, aggregate: str = "mean") -> pl.DataFrame:
+    """One row for each record of a score table, by record_id: record_id, reason (null where a turn is scored, else the
+    status of the first turn), and the measures over the scored turns by one of AGGREGATES.
+    """
+    if missing := [name for name in KEYS if name not in scores.columns]:
+        raise ScorerError(f"not a score table: it has no column {', '.join(missing)}")
+    measures = measures_of(scores)
+    # Sorted first, so that sums of floats, `last`, and a failed record's status come out alike for any order of rows.
+    table = scores.select(*KEYS, *measures)
+    same = pl.col("record_id") == pl.col("record_id").shift()
+    later = pl.col("turn") > pl.col("turn").shift()
+    if not table.select(((pl.col("record_id") > pl.col("record_id").shift()) | (same & later)).all()).item():
+        table = table.sort("record_id", "turn")
+        twice = table.filter(same & ~later)
+        if not twice.is_empty():
+            record_id, turn = twice.row(0)[:2]
+            raise ScorerError(f"not a score table: turn {turn} of record {record_id} stands in it twice")
+    scored = pl.col("status").is_in(SCORED)
+    reason = pl.when(scored).then(None).otherwise("status").alias("reason")
+    floats = [name for name in measures if scores.schema[name].is_float()]
+    if not table.select(same.any()).item():  # of 10 million rows, grouping would take most of the time
+        whole = [name for name in measures if name not in floats] if aggregate == "mean" else []
+        one_turn = table.select("record_id", reason, *measures)
+        return one_turn.with_columns(pl.col(floats).fill_nan(None), pl.col(whole).cast(pl.Float64))
+    turns = table.filter(scored).with_columns(pl.col(floats).fill_nan(None))
+    records = turns.group_by("record_id", maintain_order=True).agg(
+        AGGREGATES[aggregate](pl.col(name)) for name in measures
+    )
+    first = table.select("record_id", "status").unique("record_id", keep="first", maintain_order=True)
+    found = records.with_columns(found=True)
+    joined = first.join(found, on="record_id", how="left", maintain_order="left")
+    return joined.select("record_id", pl.when("found").then(None).otherwise("status").alias("reason"), *measures)
