@@ -8,8 +8,15 @@ demo: .venv/demo.stamp
 	$(BIN)/scorer filter examples/alpaca.json examples/conversations.jsonl examples/sharegpt.jsonl \
 		--output demo/best.jsonl --run demo/run --keep 10% --with-scores --rejected demo/rejected.jsonl
 
-test: .venv/test.stamp
+test: .venv/test.stamp browser
 	$(BIN)/pytest
+
+# The report is opened in a real browser.
+browser:
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \
+		{ command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] && \
+			apt-get update -qq && apt-get install -y -qq chromium >/dev/null; } || \
+		{ echo "the tests open a page in Chromium: install it (chromium, chromium-browser or google-chrome)"; exit 1; }
 
 lint: .venv/test.stamp
 	$(BIN)/ruff check .
@@ -35,4 +42,4 @@ gpu: .venv/test.stamp
 clean:
 	rm -rf .venv demo build *.egg-info
 
-.PHONY: demo test lint gpu clean
+.PHONY: demo test browser lint gpu clean

@@ -183,14 +183,19 @@ def training_options(command: Command) -> Command:
     return command
 
 
-def parse_columns(_: click.Context, __: click.Parameter, value: str | None) -> dict[str, str] | None:
+def parse_columns(_context: click.Context, _option: click.Parameter, value: str | None) -> dict[str, str] | None:
     """`prompt=question,response=answer` as a dict."""
     if value is None:
         return None
     pairs = [part.partition("=") for part in value.split(",")]
     if any(not key or not name for key, _, name in pairs):
         raise click.BadParameter("write it as prompt=NAME,response=NAME")
-    return {key.strip(): name.strip() for key, _, name in pairs}
+    columns: dict[str, str] = {}
+    for key, _, name in pairs:
+        if key.strip() in columns:
+            raise click.BadParameter(f"{key.strip()} stands there twice; name one column")
+        columns[key.strip()] = name.strip()
+    return columns
 
 
 def parse_names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...]:
@@ -227,15 +232,16 @@ def select(run: str, output: str, **options: Any) -> None:
     "-o", "--output", required=True, metavar="FILE", help="Where the kept records go; its suffix is the format."
 )
 @click.option("--run", metavar="RUN", help="Keep the scores in this run directory.  [default: FILE.run]")
+@click.option("--fresh", is_flag=True, help="Discard what an earlier run left in RUN.  [default: no]")
 @select_options
-def filter_(data: tuple[str, ...], output: str, run: str | None, strict: bool, **options: Any) -> None:
+def filter_(data: tuple[str, ...], output: str, run: str | None, fresh: bool, strict: bool, **options: Any) -> None:
     """Score DATA and select from it in one go."""
     from scorer.export import check_options
 
     selection = _selection({name: options.pop(name) for name in SELECT_NAMES})
     check_options(data, output, **selection)
     directory = run or f"{output}.run"
-    _score(data, directory, False, strict, options)
+    _score(data, directory, fresh, strict, options)
     _select(directory, output, selection)
 
 
@@ -330,6 +336,24 @@ def compare(runs: tuple[str, ...], **options: Any) -> None:
     from scorer.console import show_comparison
 
     show_comparison(compare_sources(runs, **options))
+
+
+@cli.command()
+@click.argument("runs", nargs=-1, required=True, metavar="RUN [RUN]...")
+@click.option("-o", "--output", required=True, metavar="FILE", help="The page, an .html file.")
+@click.option("--pictures", metavar="FOLDER", help="Also write the pictures as PNG and SVG.  [default: not written]")
+@click.option("--by", metavar="COLUMN", help="Column to rank by.  [default: each RUN's own, mostly ifd]")
+@click.option("--keep", default="10%", help="The share, or number, of records whose selection is shown.")
+def report(runs: tuple[str, ...], output: str, pictures: str | None, **options: Any) -> None:
+    """A web page about finished runs: distributions, length, clusters, samples; it opens offline.
+
+    Each further RUN, of the same data, is compared with the first.
+    """
+    from scorer.console import line
+    from scorer.report import report as write_report
+
+    path = write_report(runs, output, pictures_folder=pictures, **options)
+    line(f"report: {path}, {path.stat().st_size:,} bytes")
 
 
 @cli.group(invoke_without_command=True)

@@ -18,15 +18,17 @@ SUFFIX = ".tmp"
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`, to be written; then flush it to the disk and rename it to `path`.
 
-    If the block raises, the temporary file is removed and `path` stays as it was. An OSError becomes EngineError where
+    Where `path` is a symbolic link, all this is done to the file it leads to, and the link stays. If the block raises,
+    the temporary file is removed and `path` stays as it was. An OSError becomes EngineError where
     the disk is full, and ScorerError where the place can't be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{SUFFIX}")
+    target = Path(os.path.realpath(path)) if path.is_symlink() else path
+    temporary = target.with_name(f".{target.name}.{os.getpid()}{SUFFIX}")
     try:
         yield temporary
         sync(temporary)
-        temporary.replace(path)
-        sync(path.parent)
+        temporary.replace(target)
+        sync(target.parent)
     except OSError as error:
         raise storage_error(path, error) from error
     finally:

@@ -16,7 +16,7 @@ DEFAULT_MODEL = "smollm2-135m"
 ENGINES = ("auto", "packed", "reference")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEVICES = ("auto", "cpu", "cuda")
-COLUMNS = ("prompt", "input", "response", "messages")
+COLUMNS = ("prompt", "input", "response", "messages", "system")
 
 
 class Join(StrEnum):
@@ -158,8 +158,11 @@ class ScoreConfig:
         if self.columns is not None:
             for column in self.columns:
                 one_of("columns", column, COLUMNS)
-            if not ({"prompt", "response"} <= set(self.columns) or set(self.columns) == {"messages"}):
-                raise ScorerError("columns: name prompt=... and response=... (input=... is optional), or messages=...")
+            if not ({"prompt", "response"} <= (named := set(self.columns) - {"system"}) or named == {"messages"}):
+                raise ScorerError(
+                    "columns: name prompt=... and response=... (input=... is optional), or messages=...; "
+                    "with either, system=... is optional"
+                )
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> ScoreConfig:

@@ -15,6 +15,9 @@ from jinja2 import TemplateError
 from scorer.config import Join, Protocol
 from scorer.types import EncodedTurn, Message, Record, RowStatus, ScorerError, Span, TokenSequence, Turn, View
 
+# What a template raises by itself, and what it makes Python raise.
+TEMPLATE_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+CHARACTERS = 1 << 20  # of the texts that are tokenised at once: their encodings take fifty times as much memory
 # A turn of these statuses can stand in the history of the next one: its text is known.
 READABLE = (RowStatus.OK, RowStatus.EMPTY_RESPONSE, RowStatus.EMPTY_PROMPT)
 
@@ -45,6 +48,7 @@ class Encoder:
         if protocol.score_eos and tokenizer.eos_token is None:
             raise ScorerError(f"protocol {protocol.name} scores the EOS token, and the model has none")
         self.response_end: str = tokenizer.eos_token if protocol.score_eos else ""
+        self.longest_token = max(map(len, tokenizer.get_vocab()))
         # A chat template writes its own BOS.
         self.bos = [] if protocol.template is None else _leading_special_ids(tokenizer)
         self.alone_start: list[int] = []
@@ -53,7 +57,7 @@ class Encoder:
             if protocol.alone.document_bos:
                 self.alone_start = [_document_token(tokenizer, protocol, document_token_id)]
             if protocol.alone.prefix:
-                self.alone_start = self.alone_start + self._tokenise([protocol.alone.prefix])[0]
+                self.alone_start = self.alone_start + next(self._tokenise([protocol.alone.prefix]))
 
     def encode(self, records: Sequence[Record]) -> tuple[list[EncodedTurn], list[TokenSequence]]:
         """One EncodedTurn a turn in order (a record without turns gives one too), and the sequences to score.
@@ -62,19 +66,31 @@ class Encoder:
         """
         plans = [self._plan(record) for record in records]
         texts = [text for _, segments in plans for pieces in segments for text in self._texts(pieces)]
-        ids = iter(self._tokenise(texts))
+        ids = self._tokenise(texts)
         sequences: list[TokenSequence] = []
         for rows, segments in plans:
             for pieces in segments:
                 sequences += self._sequences(rows, pieces, ids)
         return [row for rows, _ in plans for row in rows], sequences
 
-    def _tokenise(self, texts: list[str]) -> list[list[int]]:
-        if not texts:
-            return []
-        batch = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        ids: list[list[int]] = batch["input_ids"]
-        return ids
+    def _tokenise(self, texts: list[str]) -> Iterator[list[int]]:
+        """The ids of each text, as far as the length limit can see.
+
+        A text is cut where it surely has more tokens than that, and then its ids, so that a row of any size costs no
+        more than a long one.
+        """
+        slack = self.protocol.alone.slack if self.protocol.alone is not None else 0
+        most = self.max_length + slack + 1
+        start = 0
+        while start < len(texts):
+            end, characters = start, 0
+            while end < len(texts) and characters < CHARACTERS:
+                characters += len(texts[end])
+                end += 1
+            cut = [text[: 2 * most * self.longest_token] for text in texts[start:end]]
+            batch = self.tokenizer(cut, add_special_tokens=False, return_attention_mask=False, verbose=False)
+            yield from (ids[:most] for ids in batch["input_ids"])
+            start = end
 
     def _plan(self, record: Record) -> tuple[list[EncodedTurn], list[list[_Piece]]]:
         """The rows of a record as far as its text decides them, and the pieces of each of its conditioned sequences."""
@@ -106,7 +122,7 @@ class Encoder:
             if turn.status == RowStatus.OK:  # any other is history only: nothing asks the template for its prompt
                 try:
                     text = self.tokenizer.apply_chat_template(history, tokenize=False, add_generation_prompt=True)
-                except TemplateError:
+                except TEMPLATE_ERRORS:
                     rows[number] = EncodedTurn(rows[number].record_id, number, RowStatus.CHAT_TEMPLATE_ERROR)
                 else:
                     if not segments or not text.startswith(written):

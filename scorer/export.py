@@ -5,7 +5,7 @@ Knows run directories, raw records and files, and gathers what a selection needs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -71,10 +71,10 @@ def select(
         limit = manifest["identity"]["config"]["limit"]
         if output is not None:
             writer = stack.enter_context(RecordWriter(output))
-            _write(writer.write, paths, limit, _notes(selection.kept) if with_scores else None, selection.kept)
+            _write(writer, paths, limit, _notes(selection.kept) if with_scores else None, selection.kept)
         if rejected is not None:
             writer = stack.enter_context(RecordWriter(rejected))
-            _write(writer.write, paths, limit, _notes(selection.rejected), selection.rejected)
+            _write(writer, paths, limit, _notes(selection.rejected), selection.rejected)
     return selection
 
 
@@ -136,7 +136,7 @@ def check_options(
 
 
 def _write(
-    write: Callable[[Any], None],
+    writer: RecordWriter,
     paths: list[str],
     limit: int | None,
     notes: dict[int, dict[str, Any]] | None,
@@ -150,12 +150,13 @@ def _write(
         held = {raw.record_id: raw for raw in chosen}  # ranked: the file's order is not the wanted one
         chosen = (held[i] for i in ids)
     for raw in chosen:
-        write(_noted(raw, notes[raw.record_id] if notes is not None else None))
+        if notes is None:
+            writer.write(raw.value, text=raw.text, source=raw.source)
+        else:
+            writer.write(_noted(raw, notes[raw.record_id]), source=raw.source)
 
 
-def _noted(raw: RawRecord, note: dict[str, Any] | None) -> Any:
-    if note is None:
-        return raw.value
+def _noted(raw: RawRecord, note: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(raw.value, dict):  # a line that is no JSON object can be rejected only
         return {"record": raw.value, SCORES_KEY: note}
     if SCORES_KEY in raw.value:

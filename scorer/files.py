@@ -13,6 +13,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import sys
 import zlib
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -29,6 +30,7 @@ JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 COMPRESSIONS = ("", ".gz", ".zst")
 SUFFIXES = (*(name + packed for packed in COMPRESSIONS for name in JSON_SUFFIXES), ".parquet")
 BOM = b"\xef\xbb\xbf"
+UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")  # of either byte order
 PARQUET_BATCH_BYTES = 16 << 20  # on disk; every batch decodes its row group from the start, so not too small
 PARQUET_BATCH_ROWS = 10_000
 
@@ -41,6 +43,7 @@ class RawRecord:
     source: str  # "data.jsonl:17" (1-based line) or "data.json[16]", "data.parquet[16]" (0-based row)
     value: Any
     status: RowStatus = RowStatus.OK  # or BAD_JSON
+    text: str | None = None  # of a line that is JSON: the line itself, without its end
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +59,10 @@ Rows = Generator[RawRecord, None, int]  # returns the record id after the file's
 
 
 def inspect_input(path: str | Path) -> InputFile:
-    """Size and hash of an input file. Raises ScorerError: missing, not a file, unreadable, unknown suffix."""
+    """Size and hash of an input file.
+
+    Raises ScorerError: missing, not a file, unreadable, of unknown suffix, of a name or folder that is not UTF-8.
+    """
     _check_input(Path(path))
     with _reading(Path(path)), open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -128,6 +134,11 @@ def _check_input(path: Path) -> None:
         raise ScorerError(f"{path}: no such file; check the path")
     if not path.is_file():
         raise ScorerError(f"{path}: is not a regular file; copy the data to one")
+    place = os.fsencode(os.path.realpath(path))  # what a manifest keeps, as text
+    try:
+        place.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ScorerError(f"{place.decode('utf-8', 'backslashreplace')}: is no UTF-8 name; rename it") from error
     known_suffix(path)
 
 
@@ -149,6 +160,9 @@ def _read_file(path: Path, first_id: int, start: int, limit: int | None) -> Rows
     with _reading(path):
         if known_suffix(path) == ".parquet":
             return (yield from _parquet(path, first_id, start, limit))
+        with _open(path) as stream:
+            if stream.read(2) in UTF16_BOMS:
+                raise ScorerError(f"{path}: is UTF-16; convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)")
         with _open(path) as stream:
             read = _json_lines if _is_json_lines(stream, known_suffix(path)) else _json_array
         with _open(path) as stream:
@@ -183,11 +197,14 @@ def _lines(stream: BinaryIO) -> Iterator[bytes]:
         yield line if number else line.removeprefix(BOM)
 
 
-def _parse(line: bytes) -> tuple[Any, RowStatus]:
+def _parse(line: bytes) -> tuple[Any, RowStatus, str | None]:
+    """Value, status and text of a RawRecord."""
+    line = line.rstrip(b"\r\n")
     try:
-        return json.loads(line.decode("utf-8")), RowStatus.OK
+        text = line.decode("utf-8")
+        return json.loads(text), RowStatus.OK, text
     except (ValueError, RecursionError):  # of ValueError: not UTF-8, not JSON, an integer of too many digits
-        return line.rstrip(b"\r\n").decode("utf-8", "backslashreplace"), RowStatus.BAD_JSON
+        return line.decode("utf-8", "backslashreplace"), RowStatus.BAD_JSON, None
 
 
 def _json_lines(path: Path, stream: BinaryIO, first_id: int, start: int, limit: int | None) -> Rows:

@@ -135,10 +135,14 @@ def choose_dtype(dtype: str, device: str) -> str:
     return "bfloat16" if fast else "float32"
 
 
+def model_settings(files: ModelFiles) -> dict[str, Any]:
+    """The model's config.json. Raises ScorerError where it cannot be read, or holds anything but a JSON object."""
+    return _settings(files.path)
+
+
 def load_tokenizer(files: ModelFiles, *, trust_remote_code: bool = False) -> Any:
     """The model's tokenizer (transformers). Raises ScorerError if it has none, or one that does not load."""
-    if not _has_tokenizer(files.path):
-        raise ScorerError(f"{files.path}: no tokenizer (looked for {', '.join(TOKENIZER_FILES)})")
+    _check_tokenizer(files.path)
     with loading(files.path):
         from transformers import AutoTokenizer
 
@@ -185,14 +189,27 @@ def _files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.is_file())
 
 
-def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / file).is_file() for file in TOKENIZER_FILES)
+def _check_tokenizer(folder: Path) -> None:
+    if not any((folder / file).is_file() for file in TOKENIZER_FILES):
+        raise ScorerError(f"{folder}: no tokenizer (looked for {', '.join(TOKENIZER_FILES)})")
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        settings = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:  # of ValueError: not JSON, not UTF-8
+        raise ScorerError(f"{path}: cannot be read ({one_line(error)}); copy the model again") from error
+    if not isinstance(settings, dict):
+        raise ScorerError(f"{path}: not a model's configuration, which is a JSON object; copy the model again")
+    return settings
 
 
 def _check_folder(folder: Path, allow_pickle: bool) -> None:
     """Raise ScorerError unless `folder` holds a configuration and all weights, in a format that is allowed."""
     if not (folder / "config.json").is_file():
         raise ScorerError(f"{folder}: no config.json there, so it is not a model's folder")
+    _settings(folder)
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
@@ -240,6 +257,7 @@ def _from_hub(name: str, revision: str | None, allow_pickle: bool, report: Repor
         if path := _in_hub_cache(name, revision):
             try:
                 _check_folder(path, allow_pickle)
+                _check_tokenizer(path)
                 return ModelFiles(name, path, path.name, None, "hub")
             except ScorerError as error:  # such as a part that another program needed: the hub has the rest
                 problem = error

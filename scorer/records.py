@@ -19,12 +19,16 @@ from scorer.types import Message, Record, RowStatus, ScorerError, Turn
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """The keys of a row that hold a sample: `messages` alone, or `prompt` and `response` with an optional `input`."""
+    """The keys of a row that hold a sample: `messages` alone, or `prompt` and `response` with an optional `input`.
+
+    `system`, always optional, goes before either.
+    """
 
     prompt: str = ""
     response: str = ""
     input: str = ""
     messages: str = ""
+    system: str = ""
     named: bool = False  # by the user: then `input` has to be there too, or a slip of the pen would go unseen
 
     @property
@@ -32,6 +36,10 @@ class Format:
         """The keys without which a row is not whole."""
         keys = (self.messages,) if self.messages else (self.prompt, self.response)
         return (*keys, self.input) if self.named and self.input else keys
+
+    def whole(self, row: Mapping[str, Any]) -> bool:
+        """Whether a row has all the required keys and, where the user named it, `system`: one row with it is enough."""
+        return all(key in row for key in self.required) and (not self.named or not self.system or self.system in row)
 
     def fit(self, keys: Collection[str], filled: Collection[str]) -> tuple[float, float, bool]:
         """How well a row fits: the shares of the required keys that are filled and that are there; and of the input."""
@@ -41,13 +49,13 @@ class Format:
 
 
 FORMATS = (  # of those that fit a row equally, the first
-    Format(messages="messages"),  # OpenAI
-    Format(messages="conversations"),  # ShareGPT
-    Format("instruction", "output", "input"),  # Alpaca
-    Format("instruction", "response", "context"),  # Dolly
-    Format("instruction", "response", "input"),
-    Format("prompt", "response"),
-    Format("prompt", "completion"),
+    Format(messages="messages", system="system"),  # OpenAI
+    Format(messages="conversations", system="system"),  # ShareGPT
+    Format("instruction", "output", "input", system="system"),  # Alpaca
+    Format("instruction", "response", "context", system="system"),  # Dolly
+    Format("instruction", "response", "input", system="system"),
+    Format("prompt", "response", system="system"),
+    Format("prompt", "completion", system="system"),
 )
 ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
@@ -72,7 +80,7 @@ def read_records(
     formats = FORMATS if columns is None else (Format(**columns, named=True),)
 
     def whole(raw: RawRecord) -> bool:
-        return isinstance(raw.value, dict) and any(all(key in raw.value for key in f.required) for f in formats)
+        return isinstance(raw.value, dict) and any(f.whole(raw.value) for f in formats)
 
     def check(path: Path, rows: Iterator[RawRecord]) -> None:
         first = next(rows, None)
@@ -111,7 +119,7 @@ def _detect(keys: tuple[str, ...], filled: tuple[str, ...]) -> Format | None:
 
 
 def to_record(raw: RawRecord, columns: Mapping[str, str] | None) -> Record:
-    """The record of a row. `columns` (prompt, response, input, or messages -> the data's names) overrides detection.
+    """The record of a row. `columns` (COLUMNS of scorer.config -> the data's names) overrides detection.
 
     A record that failed as a whole has no turns, and the status that says why. A conversation has one turn for each
     assistant message; a message without text fails its own turn and all later ones, whose history is then unknown.
@@ -124,7 +132,8 @@ def to_record(raw: RawRecord, columns: Mapping[str, str] | None) -> Record:
         status = RowStatus.MISSING_FIELD if missing else RowStatus.UNKNOWN_FORMAT
         return Record(raw.record_id, raw.source, status=status)
     read = _conversation if format.messages else _single
-    turns = read(raw.value, format)
+    system = _system(raw.value, format)
+    turns = system if isinstance(system, RowStatus) else read(raw.value, format, system)
     if isinstance(turns, RowStatus):
         return Record(raw.record_id, raw.source, status=turns)
     return Record(raw.record_id, raw.source, turns)
@@ -143,20 +152,28 @@ def _fault(value: Any) -> RowStatus | None:
     return None
 
 
-def _single(row: Mapping[str, Any], format: Format) -> tuple[Turn, ...] | RowStatus:
+def _system(row: Mapping[str, Any], format: Format) -> tuple[Message, ...] | RowStatus:
+    """The message of the row's `system` column; none where it is absent, null or blank."""
+    text = row.get(format.system) if format.system else None  # a table's index may be a column without a name
+    if text is None:
+        return ()
+    return _fault(text) or ((Message("system", text),) if text.strip() else ())
+
+
+def _single(row: Mapping[str, Any], format: Format, system: tuple[Message, ...]) -> tuple[Turn, ...] | RowStatus:
     if any(key not in row for key in format.required):
         return RowStatus.MISSING_FIELD
     prompt, response = row[format.prompt], row[format.response]
-    extra = row.get(format.input)
+    extra = row.get(format.input) if format.input else None
     extra = "" if extra is None else extra
     faults = [fault for fault in map(_fault, (prompt, extra, response)) if fault]
     if faults:
         return RowStatus.MISSING_FIELD if RowStatus.MISSING_FIELD in faults else RowStatus.NOT_TEXT
     if not response.strip():
         return RowStatus.EMPTY_RESPONSE
-    if not prompt.strip() and not extra.strip():
+    if not system and not prompt.strip() and not extra.strip():
         return RowStatus.EMPTY_PROMPT
-    return (Turn((Message("user", prompt),), response, extra),)
+    return (Turn((*system, Message("user", prompt)), response, extra),)
 
 
 def _either(message: Mapping[str, Any], *keys: str) -> Any:
@@ -164,14 +181,14 @@ def _either(message: Mapping[str, Any], *keys: str) -> Any:
     return next((message[key] for key in keys if message.get(key) is not None), None)
 
 
-def _conversation(row: Mapping[str, Any], format: Format) -> tuple[Turn, ...] | RowStatus:
+def _conversation(row: Mapping[str, Any], format: Format, system: tuple[Message, ...]) -> tuple[Turn, ...] | RowStatus:
     messages = row.get(format.messages)
     if messages is None:
         return RowStatus.MISSING_FIELD
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         return RowStatus.NOT_TEXT
     turns: list[Turn] = []
-    before: list[Message] = []  # since the last assistant message
+    before = list(system)  # since the last assistant message
     fault: RowStatus | None = None
     for message in messages:
         name = _either(message, "role", "from")
@@ -183,7 +200,8 @@ def _conversation(row: Mapping[str, Any], format: Format) -> tuple[Turn, ...] | 
         content = _either(message, "content", "value")
         fault = fault or _fault(content)
         if role != "assistant":
-            before += [Message(role, content)] if fault is None else []
+            if fault is None and (turns or Message(role, content) not in system):  # some data say it in both places
+                before.append(Message(role, content))
         elif fault is not None:
             turns.append(Turn((), "", status=fault))
         else:

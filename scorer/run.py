@@ -27,14 +27,16 @@ from scorer.atomic import replacing
 from scorer.config import PROTOCOLS, ScoreConfig
 from scorer.encode import Encoder
 from scorer.engines import open_engine
-from scorer.files import RawRecord, count_records, inspect_input, read_raw
-from scorer.models import ModelFiles, choose_device, choose_dtype, find_model, load_tokenizer
+from scorer.files import InputFile, RawRecord, count_records, inspect_input, read_raw
+from scorer.models import ModelFiles, choose_device, choose_dtype, find_model, load_tokenizer, model_settings
 from scorer.records import read_records
 from scorer.rundir import MANIFEST, STDIN, Run
 from scorer.scores import score_table
 from scorer.types import EncodedTurn, Record, RowStatus, ScorerError, SpanNLL, TokenSequence
 
 FORMAT = 1  # raised whenever the meaning of a shard changes, so that an older run is not continued
+# What may change between two parts of one run: how much is computed at once, and where a model of one revision lies.
+FREE = ("batch_tokens", "model")
 BATCH_TOKENS = {"cpu": 1024, "cuda": 65536}
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions")
 
@@ -94,7 +96,7 @@ def score(
     config = choose(config, files)
     identity = {
         "format": FORMAT,
-        "config": config.to_dict(),
+        "config": {name: value for name, value in config.to_dict().items() if name not in FREE},
         "model_revision": files.revision,
         "inputs": [{"size": i.size, "sha256": i.sha256} for i in inputs],
     }
@@ -108,16 +110,19 @@ def score(
         if run.shards() and (run.path / MANIFEST).exists():
             manifest = run.manifest
             _refuse_changes(run, manifest["identity"], identity)
+            if manifest["inputs"] != _inputs(inputs):  # the same data lies elsewhere now
+                manifest["inputs"] = _inputs(inputs)
+                run.write_manifest(manifest)
             if strict:
                 _refuse_faults(read_raw(paths), _statuses(run.scores()))
             if run.complete:
                 progress.say(f"{run.path} is complete already; --fresh would start over")
                 return run
-            manifest["state"] = "running"
+            manifest |= {"state": "running", "config": config.to_dict()}
         else:
             run.clear()  # a manifest without shards, or shards that no manifest describes: nothing to continue
-            records = min(_count(paths, config), config.limit or sys.maxsize)
-            manifest = _manifest(config, identity, fingerprint, files, [asdict(i) for i in inputs], records)
+            records = _count(paths, config)
+            manifest = _manifest(config, identity, fingerprint, files, _inputs(inputs), records)
             run.write_manifest(manifest)
         _score_shards(run, manifest, config, files, paths, strict, progress)
     return run
@@ -141,7 +146,7 @@ def choose(config: ScoreConfig, files: ModelFiles) -> ScoreConfig:
 
 
 def _context_length(files: ModelFiles) -> int | None:
-    settings = json.loads((files.path / "config.json").read_text(encoding="utf-8"))
+    settings = model_settings(files)
     return next((int(settings[key]) for key in CONTEXT_KEYS if isinstance(settings.get(key), int)), None)
 
 
@@ -165,13 +170,21 @@ def _spool(run: Run, fresh: bool) -> str:
 
 def _count(paths: list[str], config: ScoreConfig) -> int:
     """How many records there are. Raises ScorerError for any file that scoring would fail on, but hours later."""
-    counts = [count_records([path]) for path in paths]
-    for path, count in zip(paths, counts, strict=True):
-        if count:
-            next(read_records([path], columns=config.columns))
-    if not any(counts):
+    total = 0
+    for path in paths:
+        left = None if config.limit is None else config.limit - total
+        if left is not None and left <= 0:
+            break
+        if count := count_records([path]):
+            next(read_records([path], columns=config.columns, limit=left))
+        total += count if left is None else min(count, left)
+    if not total:
         raise ScorerError(f"{', '.join(paths)}: there are no records to score")
-    return sum(counts)
+    return total
+
+
+def _inputs(inputs: list[InputFile]) -> list[dict[str, Any]]:
+    return [asdict(i) | {"path": str(Path(i.path).resolve())} for i in inputs]
 
 
 def _refuse_changes(run: Run, before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -199,8 +212,9 @@ def _manifest(
     return {
         "state": "running",
         "fingerprint": fingerprint,
+        "config": config.to_dict(),
         "identity": identity,
-        "inputs": [{**i, "path": str(Path(i["path"]).resolve())} for i in inputs],
+        "inputs": inputs,
         "model": {"name": files.name, "revision": files.revision, "origin": files.origin, "path": str(files.path)},
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("ifd-scorer", "torch", "transformers", "polars")},

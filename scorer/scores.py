@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 import polars as pl
 
-from scorer.types import EncodedTurn, EngineError, RowStatus, SpanNLL, View
+from scorer.types import SCORED, EncodedTurn, EngineError, RowStatus, SpanNLL, View
 
 SCHEMA = {
     "record_id": pl.Int64,
@@ -29,7 +29,6 @@ SCHEMA = {
 MEASURES = ("nll_conditioned", "nll_alone", "ppl_conditioned", "ppl_alone", "ifd", "ifd_loss")
 LEARNING = ("lp1", "lp1_approx")  # the measures of `learning_table`
 CONDITIONED = ("prompt_tokens", "response_tokens", "nll_conditioned", "ppl_conditioned")
-SCORED = [status.value for status in RowStatus if status.scored]
 
 
 def score_table(turns: Sequence[EncodedTurn], spans: Iterable[SpanNLL], *, two_views: bool) -> pl.DataFrame:

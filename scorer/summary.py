@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import polars as pl
 
 QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)  # as many as an 80-column terminal holds
-COLUMNS = ("ifd", "ifd_loss", "ppl_conditioned", "ppl_alone", "prompt_tokens", "response_tokens")
+COLUMNS = ("ifd", "ifd_loss", "lp1", "lp1_approx", "ppl_conditioned", "ppl_alone", "prompt_tokens", "response_tokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +24,8 @@ class Summary:
 
 def summarise(scores: pl.DataFrame) -> Summary:
     """The summary of a score table."""
-    scored = scores.drop_nulls("response_tokens")
-    columns = [name for name in COLUMNS if scored[name].count()]
+    scored = scores.filter(pl.any_horizontal(pl.col("response_tokens", "ppl_conditioned").is_not_null()))
+    columns = [name for name in COLUMNS if name in scored.columns and scored[name].count()]
     pairs = scored.drop_nulls("ifd")
     bias = pairs.select(pl.corr("ifd", "response_tokens", method="spearman")).item() if pairs.height > 2 else None
     return Summary(

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import polars as pl
 
-from scorer.types import RowStatus, ScorerError
+from scorer.types import SCORED, ScorerError
 
 AGGREGATES: dict[str, Callable[[pl.Expr], pl.Expr]] = {
     "mean": pl.Expr.mean,
@@ -19,7 +19,6 @@ AGGREGATES: dict[str, Callable[[pl.Expr], pl.Expr]] = {
 }
 KEYS = ("record_id", "turn", "status")
 NOT_MEASURES = (*KEYS, "rank", "reason")  # the last two name columns of a Selection
-SCORED = [status.value for status in RowStatus if status.scored]
 
 
 def measures_of(scores: pl.DataFrame) -> tuple[str, ...]:
@@ -51,7 +50,8 @@ def per_record(scores: pl.DataFrame, aggregate: str = "mean") -> pl.DataFrame:
         whole = [name for name in measures if name not in floats] if aggregate == "mean" else []
         one_turn = table.select("record_id", reason, *measures)
         return one_turn.with_columns(pl.col(floats).fill_nan(None), pl.col(whole).cast(pl.Float64))
-    turns = table.filter(scored).with_columns(pl.col(floats).fill_nan(None))
+    # Marked as sorted either way: Polars sums slices and gathered rows in different orders.
+    turns = table.filter(scored).with_columns(pl.col(floats).fill_nan(None)).set_sorted("record_id")
     records = turns.group_by("record_id", maintain_order=True).agg(
         AGGREGATES[aggregate](pl.col(name)) for name in measures
     )

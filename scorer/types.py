@@ -45,6 +45,9 @@ class RowStatus(StrEnum):
         return self in (RowStatus.OK, RowStatus.TRUNCATED)
 
 
+SCORED = tuple(status.value for status in RowStatus if status.scored)  # as they stand in a score table
+
+
 class View(StrEnum):
     """The two sights of a response: after its prompt, and by itself."""
 

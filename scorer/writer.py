@@ -39,7 +39,7 @@ class RecordWriter:
         if not self.path.parent.is_dir():
             raise ScorerError(f"{path}: there is no folder {self.path.parent}; create it")
         self._files = contextlib.ExitStack()
-        self._encode = json.JSONEncoder(ensure_ascii=False, default=_json_value).encode
+        self._encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=_json_value).encode
         self._rows: list[Any] = []  # of Parquet
         self._written = 0
 
@@ -56,21 +56,30 @@ class RecordWriter:
             self._files = files.pop_all()
         return self
 
-    def write(self, value: Any) -> None:
-        """Write one record: a JSON value, or a Parquet row. Called inside the `with` block."""
+    def write(self, value: Any, *, text: str | None = None, source: str | None = None) -> None:
+        """Write one record: a JSON value, or a Parquet row. Called inside the `with` block.
+
+        text: the value as a line of JSON, which JSON Lines take as it is: a value has neither the digits that a float
+        has no room for, nor keys that stand twice. source: where the record is from, to name it in an error.
+        """
+        record = f"{self.path}: record {self._written if source is None else source}"
         if self._suffix == ".parquet":
             if not isinstance(value, dict):
-                raise ScorerError(f"{self.path}: record {self._written} is no object; write to JSON Lines (.jsonl)")
+                raise ScorerError(f"{record} is no object; write to JSON Lines (.jsonl)")
             self._rows.append(value)
+        elif text is not None and not is_array(self._suffix):
+            self._stream.write(f"{text}\n".encode())
         else:
             before = (",\n" if self._written else "[\n") if is_array(self._suffix) else ""
             after = "" if is_array(self._suffix) else "\n"
             try:
-                text = before + self._encode(value) + after
+                encoded = before + self._encode(value) + after
             except (TypeError, RecursionError) as error:
-                why = first_line(error)
-                raise ScorerError(f"{self.path}: record {self._written} cannot be JSON ({why})") from error
-            self._stream.write(text.encode("utf-8", "backslashreplace"))  # only lone surrogates cannot be encoded
+                raise ScorerError(f"{record} cannot be JSON ({first_line(error)})") from error
+            except ValueError as error:
+                why = "it holds a number that is infinite or NaN; mend it there, or write to .parquet"
+                raise ScorerError(f"{record} cannot be JSON ({why})") from error
+            self._stream.write(encoded.encode("utf-8", "backslashreplace"))  # only lone surrogates cannot be encoded
         self._written += 1
 
     def __exit__(

@@ -268,6 +268,21 @@ def test_a_response_of_one_token() -> None:
         }[status]
 
 
+@pytest.mark.parametrize("protocol", ["superfiltering", "aligned", "chat"])
+def test_a_text_of_any_length_is_read_as_far_as_the_limit(protocol: str) -> None:
+    tokenizer = chat_tokenizer()
+    most = 64
+    far = encoder(protocol, most, tokenizer)
+    near = encoder(protocol, most, tokenizer)
+    words = "words and more of them. " * 100_000  # 2.4 MB
+    for long, short in ((words, words[:400]), (words[:401], words[:400])):
+        turns, sequences = far.encode([single("Go on", long)])
+        again, expected = near.encode([single("Go on", short)])
+        assert (rows(turns), shown(sequences)) == (rows(again), shown(expected))
+        assert turns[0].status == RowStatus.TRUNCATED
+    assert far.encode([single(words, "yes please")])[0][0].status == RowStatus.PROMPT_TOO_LONG
+
+
 def test_records_without_turns_keep_their_row_and_order() -> None:
     records = [
         single("Q", "yes", record_id=3),

@@ -188,3 +188,10 @@ def test_out_of_memory_splits_the_batch_down_to_the_row_that_does_not_fit(tmp_pa
     for record, view, _, nll in lines:
         if int(record) < 3:
             assert float(nll) == pytest.approx(oracle[int(record), 0, View(view)].nll_sum, rel=1e-5)
+
+
+@pytest.mark.parametrize("engine", ["packed", "reference"])
+def test_a_tokenizer_of_another_model_is_refused(tiny: Tiny, engine: str) -> None:
+    sequence = TokenSequence(0, View.CONDITIONED, [1, 257, 3], (Span(0, 1, 3),))
+    with pytest.raises(ScorerError, match="token 257, and the model knows 257"):
+        scored(open_engine(config(engine), tiny("gpt2")), [sequence])

@@ -194,6 +194,33 @@ def test_a_field_of_the_same_name_is_not_overwritten(command: Commands, options:
     assert not list(tmp_path.glob("*.jsonl*tmp")) + list(tmp_path.glob("b.jsonl"))
 
 
+def test_lines_come_out_as_they_went_in(command: Commands, options: list[str], tmp_path: Path) -> None:
+    lines = [
+        '{"instruction":"a b", "output":"long enough", "weight": 1e999}',
+        ' {"instruction": "c d", "output": "long enough", "n": 0.10000000000000000001, "n": "\\u00e9" } ',
+    ]
+    (tmp_path / "d.jsonl").write_text("\r\n".join(lines))
+    command("score", "d.jsonl", "-o", "run", *options).done()
+    every = ("--keep", "100%", "--no-max-ifd")
+    command("select", "run", "-o", "a.jsonl", *every).done()
+    assert (tmp_path / "a.jsonl").read_text() == "\n".join([*lines, ""])
+    for arguments in (("-o", "b.json"), ("-o", "b.jsonl", "--with-scores")):  # they have to be written anew
+        line = command("select", "run", *arguments, *every).line()
+        assert "d.jsonl:1 " in line
+        assert "infinite" in line
+    assert not list(tmp_path.glob("b.json*"))
+
+
+def test_filter_starts_over_if_asked_to(command: Commands, options: list[str], tmp_path: Path) -> None:
+    for count in (4, 5):
+        (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in alpaca(count)))
+        given = ("filter", "d.jsonl", "-o", "a.jsonl", "--keep", "100%", "--no-max-ifd", *options)
+        if count == 5:
+            assert "--fresh" in command(*given).line()
+        command(*given, "--fresh").done()
+        assert len(read_jsonl(tmp_path / "a.jsonl")) == count
+
+
 def test_conversations_are_kept_whole(command: Commands, options: list[str], tmp_path: Path) -> None:
     def talk(*pairs: tuple[str, str]) -> dict[str, Any]:
         roles = ("user", "assistant")

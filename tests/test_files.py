@@ -172,6 +172,37 @@ def test_paths_that_are_no_data(tmp_path: Path) -> None:
         next(read_raw([write(tmp_path / "a.jsonl", ROWS), tmp_path / "missing.json"]))
 
 
+@pytest.mark.parametrize("name", [b"d\xff.jsonl", b"f\xff/d.jsonl"])
+def test_names_that_are_not_utf8_are_to_be_renamed(tmp_path: Path, name: bytes) -> None:
+    path = tmp_path / os.fsdecode(name)
+    try:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text('{"a": 1}\n')
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    shown = f"{tmp_path}/{name.decode('utf-8', 'backslashreplace')}"
+    for read in (inspect_input, lambda path: count_records([path])):
+        with pytest.raises(ScorerError, match="rename it") as caught:
+            read(path)
+        assert str(caught.value).encode().startswith(shown.encode())
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("name", ["d.jsonl", "d.json", "d.jsonl.gz"])
+def test_utf16_is_to_be_converted(tmp_path: Path, name: str, encoding: str) -> None:
+    data = '\ufeff[\n{"a": 1}\n]\n'.encode(encoding)
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    assert "convert it to UTF-8" in refusal(tmp_path / name)
+    with pytest.raises(ScorerError, match="UTF-16"):
+        count_records([tmp_path / name])
+
+
+def test_a_line_that_is_json_keeps_its_text(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"a":1e999,"a":2} \r\n{"a": "\xff"}\n[')
+    assert [raw.text for raw in read_raw([path])] == ['{"a":1e999,"a":2} ', None, None]
+
+
 def test_inspect_input_describes_the_bytes_on_disk(tmp_path: Path) -> None:
     path = tmp_path / "d.jsonl.gz"
     path.write_bytes(b"abc")

@@ -17,7 +17,15 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from scorer.models import ModelFiles, choose_device, choose_dtype, find_model, load_causal_lm, load_tokenizer
+from scorer.models import (
+    ModelFiles,
+    choose_device,
+    choose_dtype,
+    find_model,
+    load_causal_lm,
+    load_tokenizer,
+    model_settings,
+)
 from scorer.types import ScorerError
 
 SMALL = {"vocab_size": 32, "bos_token_id": 0, "eos_token_id": 0}
@@ -147,8 +155,8 @@ def test_a_tensor_that_is_missing_is_not_made_up(tmp_path: Path) -> None:
     ("file", "content", "message"),
     [
         ("config.json", None, "no config.json"),
-        ("config.json", "{", "does not load"),
-        ("config.json", "[]", "does not load"),
+        ("config.json", "{", r"config\.json: cannot be read \(JSONDecodeError"),
+        ("config.json", "[]", r"config\.json: not a model's configuration"),
         ("config.json", '{"model_type": "of-no-one"}', "does not load.*of-no-one"),
         ("model.safetensors", None, "no weights"),
         ("model.safetensors", "short", "does not load.*SafetensorError"),
@@ -167,6 +175,17 @@ def test_a_broken_folder_is_named_on_one_line(tmp_path: Path, file: str, content
         load_all(tmp_path)
     assert str(tmp_path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_settings_are_an_object_or_refused(tmp_path: Path) -> None:
+    files = find_model(str(tiny_gpt2(tmp_path)))
+    assert model_settings(files)["n_positions"] == 32
+    for content in (b"", b"\xff{}", b"[" * 100_000, b"[1]", b"null"):
+        (tmp_path / "config.json").write_bytes(content)
+        with pytest.raises(ScorerError, match="copy the model again") as caught:
+            model_settings(files)
+        assert str(caught.value).startswith(f"{tmp_path}/config.json: ")
+        assert "\n" not in str(caught.value)
 
 
 # The hub's cache, offline
@@ -193,6 +212,9 @@ def test_a_model_in_the_hub_s_cache_needs_no_network(tmp_path: Path, monkeypatch
 
     assert found(None) == found(commit) == ["hub", str(snapshot), commit]
     assert "cannot be reached" in found("f" * 40)
+    (snapshot / "tokenizer.json").rename(tmp_path / "elsewhere")  # as a program leaves it that asked for weights only
+    assert "no tokenizer" in found(None)
+    (tmp_path / "elsewhere").rename(snapshot / "tokenizer.json")
     pickled(snapshot)
     assert "--allow-pickle" in found(None)
 

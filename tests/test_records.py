@@ -9,6 +9,7 @@ from typing import Any
 import polars as pl
 import pytest
 
+from scorer.config import ScoreConfig
 from scorer.files import RawRecord
 from scorer.records import read_records, to_record
 from scorer.types import Message, Record, RowStatus, ScorerError, Turn
@@ -141,6 +142,57 @@ def test_blank_messages_fail_only_their_own_turn() -> None:
         ("e", RowStatus.OK),
     ]
     assert turns[1].prompt == (Message("user", "2"),)
+
+
+TALK = say(("user", "q1"), ("assistant", "a1"), ("user", "q2"), ("assistant", "a2"))
+SYSTEM_ROWS: list[dict[str, Any]] = [
+    {"messages": TALK},
+    {"conversations": [{"from": {"user": "human"}.get(m["role"], "gpt"), "value": m["content"]} for m in TALK]},
+    {"instruction": "q1", "output": "a1"},
+    {"instruction": "q1", "context": "c", "response": "a1"},
+    {"prompt": "q1", "completion": "a1"},
+]
+
+
+@pytest.mark.parametrize("row", SYSTEM_ROWS)
+def test_a_system_column_goes_before_the_first_prompt(row: dict[str, Any]) -> None:
+    bare = record(row).turns
+    said = Message("system", "Be brief.")
+    first, *later = record({**row, "system": "Be brief."}).turns
+    assert first == Turn((said, Message("user", "q1")), "a1", bare[0].input)
+    assert later == list(bare[1:])
+    for nothing in (None, "", " \n"):
+        assert record({**row, "system": nothing}).turns == bare
+    for wrong in (3, ["Be brief."], "\ud800"):
+        assert record({**row, "system": wrong}) == Record(0, "data.jsonl:1", (), RowStatus.NOT_TEXT)
+
+
+def test_a_system_column_beside_messages_that_have_the_same() -> None:
+    spoken = [*say(("system", "s")), *TALK[:2]]
+    once = (Turn((Message("system", "s"), Message("user", "q1")), "a1"),)
+    assert record({"messages": spoken, "system": "s"}).turns == record({"messages": spoken}).turns == once
+    other = record({"messages": spoken, "system": "t"}).turns[0].prompt
+    assert other == (Message("system", "t"), Message("system", "s"), Message("user", "q1"))
+
+
+def test_a_system_column_by_another_name(tmp_path: Path) -> None:
+    columns = {"messages": "chat", "system": "role"}
+    assert ScoreConfig(columns=columns).columns == columns
+    with pytest.raises(ScorerError, match=r"columns: .*system=\.\.\. is optional"):
+        ScoreConfig(columns={"system": "role"})
+    rows = [{"chat": TALK, "system": "unnamed"}, {"chat": TALK, "role": "s"}]
+    found = list(read_records([lines(tmp_path / "d.jsonl", *rows)], columns=columns))
+    assert [r.turns[0].prompt for r in found] == [
+        (Message("user", "q1"),),
+        (Message("system", "s"), Message("user", "q1")),
+    ]
+    with pytest.raises(ScorerError, match="no row has chat and role"):  # a slip of the pen
+        list(read_records([lines(tmp_path / "e.jsonl", rows[0])], columns=columns))
+
+
+def test_a_column_without_a_name_is_nobody_s() -> None:
+    assert record({"": 7, "prompt": "q", "response": "a"}).turns == single("q", "a")
+    assert record({"": 7, "q": "x", "a": "y"}, {"prompt": "q", "response": "a"}).turns == single("x", "y")
 
 
 def test_columns_override_detection() -> None:

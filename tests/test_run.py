@@ -184,6 +184,31 @@ def test_changes_are_refused_by_name_and_fresh_starts_over(
     assert not Run(run).scores().equals(old.head(30))
 
 
+def test_moved_data_and_another_batch_size_are_the_same_run(
+    command: Commands, options: list[str], write_jsonl: Write, tmp_path: Path
+) -> None:
+    data, run, moved = write_jsonl(alpaca(60)), tmp_path / "run", tmp_path / "moved.jsonl"
+    command("score", data, "-o", run, *options).done()
+    (run / "scores" / "part-00002.parquet").unlink()
+    data.rename(moved)
+    command("score", moved, "-o", run, *options, "--batch-tokens", "300").done()
+    assert Run(run).manifest["config"]["batch_tokens"] == 300
+    command("select", run, "-o", tmp_path / "best.jsonl").done()
+    assert len(read_jsonl(tmp_path / "best.jsonl")) == 6
+
+
+def test_a_limit_leaves_files_beyond_it_alone(
+    command: Commands, options: list[str], write_jsonl: Write, tmp_path: Path
+) -> None:
+    data = write_jsonl(alpaca(12))
+    other = write_jsonl([{"text": "of no format"}] * 3, "other.jsonl")
+    command("score", data, other, "-o", tmp_path / "run", *options, "--limit", "12").done()
+    ended = command("score", data, other, "-o", tmp_path / "refused", *options, "--limit", "14")
+    assert ended.code == 2
+    assert "other.jsonl" in ended.err
+    assert shards(tmp_path / "refused") == 0
+
+
 def test_a_run_without_scores_binds_nobody(
     command: Commands, options: list[str], write_jsonl: Write, tmp_path: Path
 ) -> None:

@@ -57,23 +57,30 @@ def test_text_is_written_as_utf8(tmp_path: Path) -> None:
     assert write(tmp_path / "d.jsonl", [{"a": "🙂"}]).read_bytes() == '{"a": "🙂"}\n'.encode()
 
 
-texts = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False) | st.text(st.characters()),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
-    max_leaves=12,
-)
+def values_of(numbers: st.SearchStrategy[float]) -> st.SearchStrategy[Any]:
+    return st.recursive(
+        st.none() | st.booleans() | st.integers(-(2**70), 2**70) | numbers | st.text(st.characters()),
+        lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
+        max_leaves=12,
+    )
+
+
+in_json = values_of(st.floats(allow_nan=False, allow_infinity=False))
+in_parquet = values_of(st.floats(allow_nan=False))
 
 
 @pytest.mark.parametrize("name", ["d.json", "d.jsonl", "d.jsonl.gz", "d.ndjson.zst"])
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(rows=st.lists(st.dictionaries(st.text(max_size=5), texts, max_size=4), min_size=2, max_size=5))
+@given(rows=st.lists(st.dictionaries(st.text(max_size=5), in_json, max_size=4), min_size=2, max_size=5))
 def test_any_json_rows_round_trip(tmp_path: Path, name: str, rows: list[dict[str, Any]]) -> None:
     rows = json.loads(json.dumps(rows))  # two lone surrogates that make a pair are one character in JSON
     assert values(write(tmp_path / name, rows)) == rows
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(rows=st.lists(st.dictionaries(st.sampled_from("abc"), texts, min_size=1, max_size=3), min_size=1, max_size=5))
+@given(
+    rows=st.lists(st.dictionaries(st.sampled_from("abc"), in_parquet, min_size=1, max_size=3), min_size=1, max_size=5)
+)
 def test_parquet_holds_rows_as_they_are_or_refuses(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
     path = tmp_path / "d.parquet"
     try:
@@ -103,6 +110,43 @@ def test_parquet_values_in_json(tmp_path: Path) -> None:
     assert out == {"day": "2024-02-29"}
     with pytest.raises(ScorerError, match="bytes"):
         write(tmp_path / "e.jsonl", [{"image": b"\x00"}])
+
+
+@pytest.mark.parametrize("name", JSON_NAMES)
+def test_json_has_no_infinity(tmp_path: Path, name: str) -> None:
+    for number in ("inf", "-inf", "nan"):
+        with (
+            pytest.raises(ScorerError, match=r"in\.jsonl:7 .*infinite or NaN"),
+            RecordWriter(tmp_path / name) as writer,
+        ):
+            writer.write({"a": [float(number)]}, source="in.jsonl:7")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", [name for name in JSON_NAMES if ".jsonl" in name or ".ndjson" in name])
+def test_a_line_s_own_text_is_written(tmp_path: Path, name: str) -> None:
+    line = '{"a":1e999,"b":0.10000000000000000001, "b" : "\\u00e9é"}'
+    (tmp_path / "in.jsonl").write_text(line)
+    [raw] = read_raw([tmp_path / "in.jsonl"])
+    with RecordWriter(tmp_path / name) as writer:
+        writer.write(raw.value, text=raw.text)
+    [back] = read_raw([tmp_path / name])
+    assert back.text == line
+
+
+def test_a_link_stays_and_its_target_is_written(tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    target, link = tmp_path / "far" / "d.jsonl", tmp_path / "link.jsonl"
+    link.symlink_to(Path("far", "d.jsonl"))
+    for rows in (ROWS[:1], ROWS):  # a target that is not there yet, and one that is
+        write(link, rows)
+        assert link.is_symlink()
+        assert not target.is_symlink()
+        assert values(target) == rows
+    with pytest.raises(ZeroDivisionError):
+        write(link, ({"a": 1 // (2 - i)} for i in range(3)))
+    assert values(link) == ROWS
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["d.jsonl", "far", "link.jsonl"]
 
 
 def test_error_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:

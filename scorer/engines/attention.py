@@ -125,9 +125,11 @@ def _group_attention(
     v = value.index_select(0, group.rows(kv_heads))
     if length > PLAIN_LENGTH[query.dtype]:
         q, k, v = (x.view(count, -1, length, width) for x in (q, k, v))
-        mixed = functional.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=scale, enable_gqa=heads != kv_heads
-        )
+        shared = heads != kv_heads
+        if shared and q.is_cuda:  # there, in float32, grouped heads would take the path that writes all scores
+            k, v = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (k, v))
+            shared = False
+        mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=shared)
         return mixed.reshape(-1, width)
     repeats = heads // kv_heads  # query heads that share a key head are rows of one product
     q = q.view(count * kv_heads, repeats * length, width)

@@ -5,8 +5,6 @@ Knows transformers' model families and how a device is kept busy; nothing of rec
 
 from __future__ import annotations
 
-import json
-import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,9 +15,10 @@ from scorer_kernels import nll_head
 from scorer.config import ScoreConfig
 from scorer.engines.attention import NAME as ATTENTION
 from scorer.engines.attention import Layout
+from scorer.engines.faults import OutOfMemory, engine_faults, refuse_unknown_tokens, with_sums, without_memory
 from scorer.engines.packing import PackedBatch, pack, plan_batches
-from scorer.models import ModelFiles, load_causal_lm
-from scorer.types import EngineError, RowStatus, ScorerError, SpanNLL, TokenSequence
+from scorer.models import ModelFiles, load_causal_lm, model_settings
+from scorer.types import ScorerError, SpanNLL, TokenSequence
 
 # Families whose attention goes through transformers' AttentionInterface with nothing of its own beside it, and whose
 # output is the plain product of the last hidden state with the head's weight.
@@ -55,15 +54,23 @@ class PackedEngine:
 
     def score(self, sequences: Sequence[TokenSequence]) -> Iterator[list[SpanNLL]]:
         """The spans of each batch as it is done."""
-        batches = plan_batches(sequences, self.batch_tokens, self.workers)
+        refuse_unknown_tokens(sequences, self.model.get_input_embeddings().weight.shape[0])
+        # On CPU the last batches are small, so that the cores end together; a GPU wants them all large.
+        cores = self.workers if self.device.type == "cpu" else 1
+        batches = plan_batches(sequences, self.batch_tokens, cores)
+        too_large: list[list[TokenSequence]] = []
         pending: deque[Future[list[SpanNLL]]] = deque()
         if self.device.type == "cpu":
             torch.set_num_threads(1)
         try:
+            pending.extend(self.pool.submit(self._score_batch, batch) for batch in batches)
             for batch in batches:
-                pending.append(self.pool.submit(self._score_batch, batch))
-            while pending:
-                yield pending.popleft().result()
+                try:
+                    yield pending.popleft().result()
+                except OutOfMemory:
+                    too_large.append(batch)
+            for batch in too_large:  # with nothing beside it now
+                yield self.pool.submit(self._score_halves, batch).result()
         finally:
             for future in pending:
                 future.cancel()
@@ -71,23 +78,25 @@ class PackedEngine:
                 torch.set_num_threads(self.threads)
 
     def _score_batch(self, sequences: Sequence[TokenSequence]) -> list[SpanNLL]:
-        """Score a batch; where it does not fit in memory, its halves."""
-        try:
+        """Raises OutOfMemory where the batch does not fit."""
+        with engine_faults():
             batch = pack(sequences)
-            return self._spans(batch, self._forward(batch))
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not _out_of_memory(error):
-                raise EngineError(f"the model failed on a batch: {error}") from error
-        if len(sequences) == 1:
-            (sequence,) = sequences
-            return [
-                SpanNLL(sequence.record_id, span.turn, sequence.view, None, span.end - span.start, RowStatus.OOM)
-                for span in sequence.targets
-            ]
+            return with_sums(batch.sequences, self._forward(batch).tolist())
+
+    def _score_halves(self, sequences: Sequence[TokenSequence]) -> list[SpanNLL]:
+        """Score what did not fit, divided until each part fits; what does not by itself has no score."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         half = len(sequences) // 2
-        return self._score_batch(sequences[:half]) + self._score_batch(sequences[half:])
+        spans: list[SpanNLL] = []
+        for part in (sequences[:half], sequences[half:]) if half else (sequences,):
+            try:
+                spans += self._score_batch(part)
+                continue
+            except OutOfMemory:
+                pass  # and out of this block, where the error still holds what the failed batch allocated
+            spans += self._score_halves(part) if half else without_memory(part[0])
+        return spans
 
     @torch.inference_mode()
     def _forward(self, batch: PackedBatch) -> torch.Tensor:
@@ -111,15 +120,6 @@ class PackedEngine:
         done.synchronize()  # waits for this batch alone, and not for what the other thread launched since
         return sums
 
-    def _spans(self, batch: PackedBatch, sums: torch.Tensor) -> list[SpanNLL]:
-        spans = []
-        for (sequence, span), nll in zip(batch.spans, sums.tolist(), strict=True):
-            finite = math.isfinite(nll)
-            status = RowStatus.OK if finite else RowStatus.NON_FINITE
-            total = nll if finite else None
-            spans.append(SpanNLL(sequence.record_id, span.turn, sequence.view, total, span.end - span.start, status))
-        return spans
-
     def close(self) -> None:
         """Wait for running batches, and free the model."""
         self.pool.shutdown(cancel_futures=True)
@@ -128,7 +128,7 @@ class PackedEngine:
 
 def refuse_unpackable(files: ModelFiles) -> None:
     """Raise ScorerError unless the packed engine runs this architecture exactly; the error names `reference`."""
-    settings = json.loads((files.path / "config.json").read_text(encoding="utf-8"))
+    settings = model_settings(files)
     reason = ""
     if settings.get("model_type") not in FAMILIES:
         reason = f"its architecture is {settings.get('model_type')}, not one of {', '.join(FAMILIES)}"
@@ -136,8 +136,3 @@ def refuse_unpackable(files: ModelFiles) -> None:
         reason = f"its configuration sets {switched[0]}"
     if reason:
         raise ScorerError(f"the packed engine can't run {files.name}: {reason}; use --engine reference")
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    # On CPU torch raises a plain RuntimeError; its allocator's name is the only mark.
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)

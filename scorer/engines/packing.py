@@ -11,7 +11,7 @@ from itertools import groupby
 
 import torch
 
-from scorer.types import Span, TokenSequence
+from scorer.types import TokenSequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +28,6 @@ class PackedBatch:
     rows: torch.Tensor  # int64 [N]: where in T the predicting states are
     targets: torch.Tensor  # int64 [N]: the tokens that they predict
     span_tokens: torch.Tensor  # int64 [S]: how many of N belong to each span
-
-    @property
-    def spans(self) -> list[tuple[TokenSequence, Span]]:
-        """The S spans with their sequences, in the order of `span_tokens`."""
-        return [(sequence, span) for sequence in self.sequences for span in sequence.targets]
 
 
 def laid_tokens(sequence: TokenSequence) -> int:

@@ -5,14 +5,14 @@ Knows transformers models of any architecture; nothing of batches.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 
 import torch
 
 from scorer.config import ScoreConfig
+from scorer.engines.faults import OutOfMemory, engine_faults, refuse_unknown_tokens, with_sums, without_memory
 from scorer.models import ModelFiles, load_causal_lm
-from scorer.types import RowStatus, SpanNLL, TokenSequence
+from scorer.types import SpanNLL, TokenSequence
 
 
 class ReferenceEngine:
@@ -28,31 +28,28 @@ class ReferenceEngine:
             allow_pickle=config.allow_pickle,
         )
 
-    @torch.inference_mode()
     def score(self, sequences: Sequence[TokenSequence]) -> Iterator[list[SpanNLL]]:
         """The spans of one sequence at a time, in order."""
+        refuse_unknown_tokens(sequences, self.model.get_input_embeddings().weight.shape[0])
         for sequence in sequences:
-            yield self._score_one(sequence)
+            try:
+                with engine_faults():
+                    spans = with_sums([sequence], self._sums(sequence))
+            except OutOfMemory:
+                spans = without_memory(sequence)
+            yield spans
 
-    def _score_one(self, sequence: TokenSequence) -> list[SpanNLL]:
+    @torch.inference_mode()
+    def _sums(self, sequence: TokenSequence) -> list[float]:
+        """The NLL sum of each span."""
         ids = torch.tensor([sequence.token_ids], device=self.model.device)
-        try:
-            logits = self.model(ids, use_cache=False).logits[0].float()
-        except torch.OutOfMemoryError:
-            return [
-                SpanNLL(sequence.record_id, span.turn, sequence.view, None, span.end - span.start, RowStatus.OOM)
-                for span in sequence.targets
-            ]
-        spans = []
+        logits = self.model(ids, use_cache=False).logits[0].float()
+        sums = []
         for span in sequence.targets:
             log_probs = logits[span.start - 1 : span.end - 1].log_softmax(-1)
             chosen = log_probs.gather(-1, ids[0, span.start : span.end, None])
-            nll = -float(chosen.double().sum())
-            finite = math.isfinite(nll)
-            status = RowStatus.OK if finite else RowStatus.NON_FINITE
-            total = nll if finite else None
-            spans.append(SpanNLL(sequence.record_id, span.turn, sequence.view, total, span.end - span.start, status))
-        return spans
+            sums.append(-float(chosen.double().sum()))
+        return sums
 
     def close(self) -> None:
         """Free the model."""

@@ -1,0 +1,59 @@
+"""What both engines do with what goes wrong: which errors are a lack of memory, and what a span says then.
+
+Knows torch's errors and the spans; nothing of models.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from scorer.types import EngineError, RowStatus, ScorerError, SpanNLL, TokenSequence
+
+# CUDA's libraries and torch's CPU allocator raise plain RuntimeErrors; their text is the only mark.
+MEMORY_MARKS = ("DefaultCPUAllocator", "out of memory", "STATUS_ALLOC_FAILED")
+
+
+class OutOfMemory(Exception):
+    """A batch did not fit in memory. Engines catch it; it never leaves them."""
+
+
+@contextmanager
+def engine_faults() -> Iterator[None]:
+    """Turn what torch raises in a forward pass into OutOfMemory, or into EngineError."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, IndexError, ValueError, AssertionError) as error:
+        if isinstance(error, MemoryError) or any(mark in str(error) for mark in MEMORY_MARKS):
+            raise OutOfMemory from error
+        raise EngineError(f"the model failed on a batch ({type(error).__name__}: {error})") from error
+
+
+def refuse_unknown_tokens(sequences: Sequence[TokenSequence], vocabulary: int) -> None:
+    """Raise ScorerError where a token id lies beyond the model's embedding: a tokenizer of another model."""
+    largest = max((max(sequence.token_ids) for sequence in sequences), default=0)
+    if largest >= vocabulary:
+        raise ScorerError(
+            f"the tokenizer gives token {largest}, and the model knows {vocabulary}: they do not belong together"
+        )
+
+
+def with_sums(sequences: Iterable[TokenSequence], sums: Iterable[float]) -> list[SpanNLL]:
+    """The spans of `sequences`, in order, with their NLL sums; NON_FINITE where one is infinite or undefined."""
+    targets = [(sequence, span) for sequence in sequences for span in sequence.targets]
+    spans = []
+    for (sequence, span), nll in zip(targets, sums, strict=True):
+        total, status = (nll, RowStatus.OK) if math.isfinite(nll) else (None, RowStatus.NON_FINITE)
+        spans.append(SpanNLL(sequence.record_id, span.turn, sequence.view, total, span.end - span.start, status))
+    return spans
+
+
+def without_memory(sequence: TokenSequence) -> list[SpanNLL]:
+    """The spans of a sequence that does not fit by itself."""
+    return [
+        SpanNLL(sequence.record_id, span.turn, sequence.view, None, span.end - span.start, RowStatus.OOM)
+        for span in sequence.targets
+    ]
