@@ -77,6 +77,20 @@ def cluster(rows: int, clusters: int, width: int, save: bool) -> None:
 
 
 @bench.command()
+@click.option("--data", type=click.Path(exists=True, dir_okay=False), default=str(EXAMPLES), help="A dataset.")
+@click.option("--rows", default=300, help="Rows to learn from.")
+@click.option("--model", default="smollm2-135m", help="The weak model to fine-tune.")
+@click.option("--epochs", default=1, help="Epochs of training.")
+@click.option("--save", is_flag=True, help="Write the result under bench/results.")
+def learning(data: str, rows: int, model: str, epochs: int, save: bool) -> None:
+    """Learning percentage end to end: fine-tune, score, cluster, select, report."""
+    from bench.learning import run
+    from bench.report import finish
+
+    finish("learning", run(data, rows, model, epochs), save)
+
+
+@bench.command()
 @click.option("--check", is_flag=True, help="Fail if the README is not what the results say.")
 def readme(check: bool) -> None:
     """Put the figures of bench/results into the README."""

@@ -149,7 +149,7 @@ def group_sizes(sizes: Floats, taken: Mapping[str, Floats]) -> Figure:
 def inline(figure: Figure, name: str, text: str) -> str:
     """The picture as an <svg> element that takes the page's text colour; `text` (escaped) is read to who can't see."""
     svg = _render(figure, "svg", transparent=True).decode()
-    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    svg = svg[svg.index("<svg") :].strip().replace(INK, "currentColor")
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)  # one page has many pictures
     return svg.replace("<svg ", f'<svg role="img" aria-label="{text}" ', 1)
 

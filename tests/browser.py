@@ -39,7 +39,10 @@ SECONDS = 60
 
 @dataclass(frozen=True)
 class Opened:
-    """A page after it was opened: its document as it then is, its console's lines, and the requests that left it."""
+    """A page after it was opened: its document as it then is, its console's lines, and the requests that left it.
+
+    A request is its first line, "" where a connection was opened and nothing asked for.
+    """
 
     document: str
     console: list[str]
@@ -75,4 +78,8 @@ def _note(server: socket.socket, requests: list[str]) -> None:
             return
         with connection:
             connection.settimeout(SECONDS)
-            requests.append(connection.recv(4096).decode("latin-1").partition("\r\n")[0])
+            try:
+                line = connection.recv(4096).decode("latin-1").partition("\r\n")[0]
+            except OSError:  # the browser hung up
+                line = ""
+            requests.append(line)
