@@ -22,6 +22,7 @@ lint: .venv/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy cli.py scorer kernels/scorer_kernels bench
+	$(BIN)/python -m bench readme --check
 
 .venv/demo.stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
