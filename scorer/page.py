@@ -44,7 +44,9 @@ figcaption span { font-size: .875rem; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .9rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
 th { font-weight: 600; overflow-wrap: break-word; }
-th:first-child, td:first-child { padding-left: 0; text-align: left; white-space: nowrap; }
+th:first-child, td:first-child { padding-left: 0; text-align: left; }
+td { overflow-wrap: anywhere; }
+td:first-child { white-space: nowrap; }
 article { margin: 0; padding: .8rem 1rem; border: 1px solid var(--line); border-radius: 8px; }
 article p { margin: 0; overflow-wrap: anywhere; }
 .head { font-size: .9rem; font-variant-numeric: tabular-nums; }

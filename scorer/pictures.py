@@ -7,6 +7,7 @@ picture's size does not grow with the number of records.
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ Floats = npt.NDArray[np.float64]
 INK = "#23272f"  # becomes the page's own text colour
 COLOURS = ("#3d85c6", "#e07b27", "#2fa070", "#a06cd5", "#d1495b", "#8a8f98")  # readable on white and on black
 POINTS = 3_000  # more are counted into cells
-BINS = 60
+BINS = 60  # at most; of few records no more than twice the root of their number
 TAILS = (0.001, 0.999)  # quantiles between which a distribution is drawn
 STYLE: dict[str, Any] = {
     "axes.edgecolor": INK,
@@ -65,7 +66,7 @@ def distributions(series: Mapping[str, Floats], name: str, *, log: bool, mark: f
     """Histograms of [n] values each, by label, as shares of their own number; `mark` is a line at a value."""
     figure, axes = _axes(name, "share of records")
     ends = np.quantile(np.concatenate(list(series.values())), TAILS)
-    edges = _edges(ends, log)
+    edges = _edges(ends, log, min(BINS, 2 * math.ceil(math.sqrt(max(map(len, series.values()))))))
     for i, (label, values) in enumerate(series.items()):
         share = np.histogram(values, edges)[0] / max(len(values), 1)
         colour = COLOURS[i % len(COLOURS)]
@@ -103,8 +104,10 @@ def cloud(
         if of:
             _log(axes, axis)
     if medians:
-        axes.plot(*_medians(x, y, edges[0]), color=COLOURS[1], linewidth=1.8, label="median")
-        _legend(axes, 2)
+        middle = _medians(x, y, edges[0])
+        if len(middle[0]) > 1:
+            axes.plot(*middle, color=COLOURS[1], linewidth=1.8, label="median")
+            _legend(axes, 2)
     if equal:
         low, high = max(edges[0][0], edges[1][0]), min(edges[0][-1], edges[1][-1])
         if low < high:
@@ -197,11 +200,11 @@ def _plain(axes: Axes, axis: str) -> None:
     getattr(axes, f"{axis}axis").set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
 
 
-def _edges(ends: Floats, log: bool) -> Floats:
+def _edges(ends: Floats, log: bool, bins: int = BINS) -> Floats:
     low, high = float(ends[0]), float(ends[1])
     if low == high:
         low, high = (low / 2, high * 2) if log else (low - 0.5, high + 0.5)
-    return np.geomspace(low, high, BINS + 1) if log else np.linspace(low, high, BINS + 1)
+    return np.geomspace(low, high, bins + 1) if log else np.linspace(low, high, bins + 1)
 
 
 def _medians(x: Floats, y: Floats, edges: Floats) -> tuple[Floats, Floats]:

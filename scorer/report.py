@@ -39,6 +39,7 @@ MEASURES = ("ifd", "ifd_loss", "ppl_conditioned", "ppl_alone", *LEARNING)
 RESAMPLED = 100_000  # records up to which intervals are computed: of a million they take minutes
 RESAMPLES = 100
 LARGEST = 10  # clusters in the table
+NAME = 24  # characters of a run's name that a picture has room for
 
 Floats = npt.NDArray[np.float64]
 
@@ -115,7 +116,8 @@ def report(
 def _load(number: int, path: Path, of: int) -> Scored:
     run = Run(path)
     scores = run.scores()
-    name = str(path).encode("utf-8", "backslashreplace").decode()
+    name = path.resolve().name.encode("utf-8", "backslashreplace").decode()
+    name = name if len(name) <= NAME else f"{name[:NAME]}…"
     return Scored(run, name if of == 1 else f"{number}: {name}", run.manifest, scores, per_record(scores))
 
 
@@ -131,7 +133,7 @@ def _runs(loaded: Sequence[Scored]) -> str:
     """What was run, how it went, and the quantiles."""
     heads = ["", *(run.label for run in loaded)]
     identities = [run.manifest["identity"] for run in loaded]
-    rows: list[list[object]] = []
+    rows: list[list[object]] = [["directory", *(run.run.path for run in loaded)]]
     for name in ("model", "protocol", "engine", "dtype"):
         rows.append([name, *(_plain(i["config"].get(name, i.get(name))) for i in identities)])
     rows.append(["ranked by", *(run.manifest["ranking"]["by"] for run in loaded)])

@@ -96,11 +96,12 @@ def score(
     config = choose(config, files)
     identity = {
         "format": FORMAT,
-        "config": {name: value for name, value in config.to_dict().items() if name not in FREE},
+        "config": config.to_dict(),
         "model_revision": files.revision,
         "inputs": [{"size": i.size, "sha256": i.sha256} for i in inputs],
     }
-    fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    bound = identity | {"config": {name: value for name, value in config.to_dict().items() if name not in FREE}}
+    fingerprint = hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()
     if output is None:
         output = Path("scorer-runs") / f"{Path(paths[0]).name.split('.')[0]}-{fingerprint[:12]}"
     run = Run(output)
@@ -118,7 +119,7 @@ def score(
             if run.complete:
                 progress.say(f"{run.path} is complete already; --fresh would start over")
                 return run
-            manifest |= {"state": "running", "config": config.to_dict()}
+            manifest |= {"state": "running", "identity": identity}
         else:
             run.clear()  # a manifest without shards, or shards that no manifest describes: nothing to continue
             records = _count(paths, config)
@@ -192,7 +193,7 @@ def _refuse_changes(run: Run, before: dict[str, Any], now: dict[str, Any]) -> No
     changes = [
         f"{name} was {before['config'].get(name)}, is {value}"
         for name, value in now["config"].items()
-        if before["config"].get(name) != value
+        if before["config"].get(name) != value and name not in FREE
     ]
     changes += [f"{name} changed" for name in ("format", "model_revision", "inputs") if before[name] != now[name]]
     if changes:
@@ -212,7 +213,6 @@ def _manifest(
     return {
         "state": "running",
         "fingerprint": fingerprint,
-        "config": config.to_dict(),
         "identity": identity,
         "inputs": inputs,
         "model": {"name": files.name, "revision": files.revision, "origin": files.origin, "path": str(files.path)},

@@ -9,26 +9,24 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-import torch
-
 from scorer.types import EngineError, RowStatus, ScorerError, SpanNLL, TokenSequence
 
 # CUDA's libraries and torch's CPU allocator raise plain RuntimeErrors; their text is the only mark.
 MEMORY_MARKS = ("DefaultCPUAllocator", "out of memory", "STATUS_ALLOC_FAILED")
 
 
-class OutOfMemory(Exception):
+class DoesNotFitError(Exception):
     """A batch did not fit in memory. Engines catch it; it never leaves them."""
 
 
 @contextmanager
 def engine_faults() -> Iterator[None]:
-    """Turn what torch raises in a forward pass into OutOfMemory, or into EngineError."""
+    """Turn what torch raises in a forward pass into DoesNotFitError, or into EngineError."""
     try:
         yield
     except (MemoryError, RuntimeError, IndexError, ValueError, AssertionError) as error:
         if isinstance(error, MemoryError) or any(mark in str(error) for mark in MEMORY_MARKS):
-            raise OutOfMemory from error
+            raise DoesNotFitError from error
         raise EngineError(f"the model failed on a batch ({type(error).__name__}: {error})") from error
 
 

@@ -15,7 +15,7 @@ from scorer_kernels import nll_head
 from scorer.config import ScoreConfig
 from scorer.engines.attention import NAME as ATTENTION
 from scorer.engines.attention import Layout
-from scorer.engines.faults import OutOfMemory, engine_faults, refuse_unknown_tokens, with_sums, without_memory
+from scorer.engines.faults import DoesNotFitError, engine_faults, refuse_unknown_tokens, with_sums, without_memory
 from scorer.engines.packing import PackedBatch, pack, plan_batches
 from scorer.models import ModelFiles, load_causal_lm, model_settings
 from scorer.types import ScorerError, SpanNLL, TokenSequence
@@ -67,7 +67,7 @@ class PackedEngine:
             for batch in batches:
                 try:
                     yield pending.popleft().result()
-                except OutOfMemory:
+                except DoesNotFitError:
                     too_large.append(batch)
             for batch in too_large:  # with nothing beside it now
                 yield self.pool.submit(self._score_halves, batch).result()
@@ -78,7 +78,7 @@ class PackedEngine:
                 torch.set_num_threads(self.threads)
 
     def _score_batch(self, sequences: Sequence[TokenSequence]) -> list[SpanNLL]:
-        """Raises OutOfMemory where the batch does not fit."""
+        """Raises DoesNotFitError where the batch does not fit."""
         with engine_faults():
             batch = pack(sequences)
             return with_sums(batch.sequences, self._forward(batch).tolist())
@@ -93,7 +93,7 @@ class PackedEngine:
             try:
                 spans += self._score_batch(part)
                 continue
-            except OutOfMemory:
+            except DoesNotFitError:
                 pass  # and out of this block, where the error still holds what the failed batch allocated
             spans += self._score_halves(part) if half else without_memory(part[0])
         return spans

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from scorer.config import ScoreConfig
-from scorer.engines.faults import OutOfMemory, engine_faults, refuse_unknown_tokens, with_sums, without_memory
+from scorer.engines.faults import DoesNotFitError, engine_faults, refuse_unknown_tokens, with_sums, without_memory
 from scorer.models import ModelFiles, load_causal_lm
 from scorer.types import SpanNLL, TokenSequence
 
@@ -35,7 +35,7 @@ class ReferenceEngine:
             try:
                 with engine_faults():
                     spans = with_sums([sequence], self._sums(sequence))
-            except OutOfMemory:
+            except DoesNotFitError:
                 spans = without_memory(sequence)
             yield spans
 
