@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from bench.kernel import chunked
 from scorer.config import PROTOCOLS, ScoreConfig
 from scorer.encode import Encoder
 from scorer.engines import Engine, open_engine
@@ -34,6 +35,7 @@ from scorer.types import EncodedTurn, TokenSequence
 
 PROTOCOL = PROTOCOLS["superfiltering"]
 RIVALS = (("reference", "float32"), ("packed", "float32"), ("packed", "bfloat16"))
+UNFUSED = "packed, cuBLAS head bfloat16"  # on CUDA: the same engine without the fused kernel
 AGREEMENT = 1e-4  # relative, of NLL sums in float32
 
 
@@ -63,6 +65,9 @@ def run(data: str, rows: int, model: str, repeats: int, agreement_rows: int) -> 
     encoder = Encoder(load_tokenizer(files), PROTOCOL, PROTOCOL.max_length, files.document_token_id)
     sample = _encoded(data, rows, encoder)
     engines = {f"{name} {dtype}": _open(name, dtype, device, files) for name, dtype in RIVALS}
+    if device == "cuda":
+        engines[UNFUSED] = unfused = _open("packed", "bfloat16", device, files)
+        unfused.nll_head = lambda hidden, weight, targets, bias: chunked(hidden, weight, targets)  # type: ignore[attr-defined]
     packed = engines["packed bfloat16"].model  # type: ignore[attr-defined]
     rates = {dtype: _product_rates(packed, dtype, device) for dtype in ("bfloat16", "float32")}
     flop = _flop(packed, sample)
@@ -89,7 +94,7 @@ def run(data: str, rows: int, model: str, repeats: int, agreement_rows: int) -> 
     measured = {}
     for name in engines:
         median = statistics.median(seconds[name])
-        rate = rates[name.split()[1]]
+        rate = rates[name.split()[-1]]
         measured[name] = {
             "seconds": [round(s, 3) for s in seconds[name]],
             "rows_per_second": rows / median,

@@ -42,7 +42,41 @@ def engines_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"engines": engines_table}
+def kernel_table(result: dict[str, Any]) -> str:
+    """Milliseconds of each shape by rival."""
+    names = list(result["shapes"][0]["rivals"])
+    rows = "CPU path, " if result["device"] == "cpu" else ""
+    lines = [
+        f"The head alone, {result['dtype']}, milliseconds ({rows}{_where(result)}; `{result['command']}`):",
+        "",
+        f"| rows x width x vocabulary | {' | '.join(names)} |",
+        f"| --- |{' ---: |' * len(names)}",
+    ]
+    for shape in result["shapes"]:
+        times = [shape["rivals"].get(name, {}).get("milliseconds") for name in names]
+        cells = " | ".join("-" if t is None else f"{t:,.1f}" for t in times)
+        lines.append(f"| {shape['rows']:,} x {shape['width']:,} x {shape['words']:,} | {cells} |")
+    return "\n".join(lines)
+
+
+def learning_table(result: dict[str, Any]) -> str:
+    """What one fine-tuning did, in a sentence."""
+    medians = " → ".join(f"{value:.2f}" for value in result["median_perplexity_by_epoch"])
+    quantiles = result["lp1_approx_quantiles"]
+    return (
+        f"Measured on {result['rows']} rows of `{result['data']}` with {result['model']}, {result['epochs']} epoch "
+        f"({_where(result)}): the median perplexity of the training rows went {medians}, and fell for "
+        f"{result['share_of_rows_that_fell']:.0%} of them; the median of `lp1_approx` is {quantiles['0.5']:.4f}, its "
+        f"tenths go from {quantiles['0.1']:.4f} to {quantiles['0.9']:.4f}; training and scoring took "
+        f"{result['seconds']['learn']:,.0f} s, clusters {result['seconds']['cluster']:,.0f} s. (`{result['command']}`)"
+    )
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "engines": engines_table,
+    "kernel": kernel_table,
+    "learning": learning_table,
+}
 
 
 def update(check: bool) -> None:

@@ -33,7 +33,8 @@ def machine() -> dict[str, Any]:
 
 def finish(name: str, result: dict[str, Any], save: bool) -> None:
     """Print the result as one line of JSON; with `save`, keep it as bench/results/NAME-DEVICE.json too."""
-    command = shlex.join(["python", "-m", "bench", *sys.argv[1:]])
+    arguments = (Path(word).name if "/" in word else word for word in sys.argv[1:])  # where data lies tells nothing
+    command = shlex.join(["python", "-m", "bench", *arguments])
     document = {"benchmark": name, "command": command, "machine": machine(), **result}
     if save:
         device = (document["machine"]["gpu"] or document["machine"]["cpu"]).lower().replace(" ", "-")

@@ -39,6 +39,7 @@ MEASURES = ("ifd", "ifd_loss", "ppl_conditioned", "ppl_alone", *LEARNING)
 RESAMPLED = 100_000  # records up to which intervals are computed: of a million they take minutes
 RESAMPLES = 100
 LARGEST = 10  # clusters in the table
+TAILS = "The outermost 0.1% at each end may not be drawn."
 NAME = 24  # characters of a run's name that a picture has room for
 
 Floats = npt.NDArray[np.float64]
@@ -134,8 +135,9 @@ def _runs(loaded: Sequence[Scored]) -> str:
     heads = ["", *(run.label for run in loaded)]
     identities = [run.manifest["identity"] for run in loaded]
     rows: list[list[object]] = [["directory", *(run.run.path for run in loaded)]]
-    for name in ("model", "protocol", "engine", "dtype"):
-        rows.append([name, *(_plain(i["config"].get(name, i.get(name))) for i in identities)])
+    rows.append(["model", *((run.manifest.get("model") or {}).get("name") for run in loaded)])
+    for name in ("protocol", "engine", "dtype"):
+        rows.append([name, *(i["config"].get(name) for i in identities)])
     rows.append(["ranked by", *(run.manifest["ranking"]["by"] for run in loaded)])
     rows.append(["records", *(f"{run.records.height:,}" for run in loaded)])
     summaries = [summarise(run.scores) for run in loaded]
@@ -143,7 +145,7 @@ def _runs(loaded: Sequence[Scored]) -> str:
         rows.append([f"rows {status}", *(f"{s.status.get(status, 0):,}" for s in summaries)])
     biases = [s.length_bias for s in summaries]
     rows.append(["Spearman of ifd with length", *("" if b is None else f"{b:+.3f}" for b in biases)])
-    parts = [table(heads, [row for row in rows if any(row[1:])])]
+    parts = [table(heads, [["" if cell is None else cell for cell in row] for row in rows if any(row[1:])])]
     for run, summary in zip(loaded, summaries, strict=True):
         quantiles = [[name, *map(digits, values)] for name, values in summary.quantiles.items()]
         parts.append(table([run.label, *(f"{q:.0%}" for q in QUANTILES)], quantiles))
@@ -158,13 +160,15 @@ def _distributions(loaded: Sequence[Scored], draw: Pictures) -> Iterable[str]:
             mark = 1.0 if name in ("ifd", "ifd_loss") else None
             drawn = pictures.distributions(series, name, log=_log(name, *series.values()), mark=mark)
             text = "Above 1 the prompt made the response less likely. " if mark else ""
-            yield draw(name, drawn, f"Distribution of {name}", f"{text}The outermost 0.1% at each end are not drawn.")
+            yield draw(name, drawn, f"Distribution of {name}", text + TAILS)
     for number, run in enumerate(loaded, 1):
         epochs = [name for name in run.records.columns if name.startswith("ppl_") and name[4:].isdigit()]
         series = {f"epoch {name[4:]}": _finite(run.records, name)[0] for name in epochs}
         if series and all(map(len, series.values())):
             drawn = pictures.distributions(series, "ppl_conditioned", log=True)
-            yield draw(f"epochs-{number}", drawn, f"Perplexity before training and after each epoch, {run.label}", "")
+            yield draw(
+                f"epochs-{number}", drawn, f"Perplexity before training and after each epoch, {run.label}", TAILS
+            )
 
 
 def _length(first: Scored, by: str, draw: Pictures) -> Iterable[str]:
@@ -172,7 +176,9 @@ def _length(first: Scored, by: str, draw: Pictures) -> Iterable[str]:
     if len(value):
         log = (True, _log(by, value))
         drawn = pictures.cloud(length, value, ("response tokens", by), log=log, medians=True)
-        yield draw("length", drawn, f"{by} against response length", f"{len(value):,} records of {first.label}.")
+        yield draw(
+            "length", drawn, f"{by} against response length", f"{len(value):,} records of {first.label}. {TAILS}"
+        )
 
 
 def _agreement(loaded: Sequence[Scored], pairs: Sequence[Pair], draw: Pictures) -> Iterable[str]:
@@ -245,10 +251,6 @@ def _log(name: str, *values: Floats) -> bool:
 
 def _figure(value: float | None) -> str:
     return "none" if value is None else f"{value:.3f}"
-
-
-def _plain(value: object) -> str:
-    return "" if value is None else value if isinstance(value, str) else _json(value)
 
 
 def _json(value: object) -> str:

@@ -6,6 +6,7 @@ import torch
 
 from .blocked import blocked_nll
 from .linear import linear_nll
+from .segments import segment_nll
 
 
 def nll_head(
@@ -29,3 +30,13 @@ def nll_head(
     """
     path = linear_nll if hidden.is_cuda else blocked_nll
     return path(hidden, weight, targets, bias=bias, scale=scale, softcap=softcap, vocab_size=vocab_size)
+
+
+def nll_sums(nll: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """Sums of float32 nll[offsets[i] : offsets[i + 1]], float64 [S], added in float64: the same bits every time.
+
+    `offsets` is int64 [S + 1], ascending, from 0 to N. Triton's `segment_nll` on CUDA, torch on CPU.
+    """
+    if nll.is_cuda:
+        return segment_nll(nll, offsets)[0]
+    return torch.segment_reduce(nll.double(), "sum", offsets=offsets)

@@ -27,7 +27,7 @@ class PackedBatch:
     position_ids: torch.Tensor  # int64 [T], from 0 in each sequence
     rows: torch.Tensor  # int64 [N]: where in T the predicting states are
     targets: torch.Tensor  # int64 [N]: the tokens that they predict
-    span_tokens: torch.Tensor  # int64 [S]: how many of N belong to each span
+    offsets: torch.Tensor  # int64 [S + 1]: where each span begins and ends in N
 
 
 def laid_tokens(sequence: TokenSequence) -> int:
@@ -65,7 +65,7 @@ def pack(sequences: Sequence[TokenSequence]) -> PackedBatch:
     position_ids: list[int] = []
     rows: list[int] = []
     targets: list[int] = []
-    span_tokens: list[int] = []
+    offsets = [0]
     for sequence, length in zip(ordered, lengths, strict=True):
         base = len(input_ids)
         input_ids += sequence.token_ids[:length]
@@ -73,5 +73,5 @@ def pack(sequences: Sequence[TokenSequence]) -> PackedBatch:
         for span in sequence.targets:
             rows += range(base + span.start - 1, base + span.end - 1)
             targets += sequence.token_ids[span.start : span.end]
-            span_tokens.append(span.end - span.start)
-    return PackedBatch(ordered, lengths, *map(torch.tensor, (input_ids, position_ids, rows, targets, span_tokens)))
+            offsets.append(len(rows))
+    return PackedBatch(ordered, lengths, *map(torch.tensor, (input_ids, position_ids, rows, targets, offsets)))
