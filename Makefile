@@ -5,6 +5,7 @@ INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt --editable
 
 demo: .venv/demo.stamp
 	$(BIN)/scorer models fetch smollm2-135m
+	mkdir -p demo
 	$(BIN)/scorer filter examples/alpaca.json examples/conversations.jsonl examples/sharegpt.jsonl \
 		--output demo/best.jsonl --run demo/run --keep 10% --with-scores --rejected demo/rejected.jsonl
 
