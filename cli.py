@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 the machine failed, and the same command resumes; 2 the in
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import fields
@@ -57,21 +58,11 @@ def engine_options(command: Command) -> Command:
     for option in reversed(
         (
             click.option(
-                "--model", default=DEFAULTS.model, help="An embedded name, a local folder, or a Hugging Face name."
+                "--engine",
+                default=DEFAULTS.engine,
+                metavar=f"{'|'.join(ENGINES)}|URL",
+                help="auto: packed for weak models, vllm for what it can't run. URL: a server's, http://HOST:PORT.",
             ),
-            click.option("--revision", help="Revision of a Hugging Face model.  [default: its newest]"),
-            click.option("--engine", type=click.Choice(ENGINES), default=DEFAULTS.engine, help="auto is packed."),
-            click.option(
-                "--dtype",
-                type=click.Choice(DTYPES),
-                default=DEFAULTS.dtype,
-                help="auto: bfloat16 where the hardware has it, else float32.",
-            ),
-            click.option(
-                "--device", type=click.Choice(DEVICES), default=DEFAULTS.device, help="auto: cuda if there is one."
-            ),
-            click.option("--max-length", type=int, help="Tokens of prompt and response.  [default: the protocol's]"),
-            click.option("--batch-tokens", type=int, help="Tokens in one batch.  [default: by device]"),
             click.option(
                 "--shard-rows", type=int, default=DEFAULTS.shard_rows, help="Records a shard: what a kill can lose."
             ),
@@ -83,11 +74,53 @@ def engine_options(command: Command) -> Command:
                 help=f"Your names for {', '.join(COLUMNS)}.  [default: recognised]",
             ),
             click.option(
+                "--strict", is_flag=True, help="Stop at the first record that can't be scored.  [default: no]"
+            ),
+        )
+    ):
+        command = option(command)
+    return model_options(command)
+
+
+def model_options(command: Command) -> Command:
+    """The options that are of the model and of how it is run."""
+    for option in reversed(
+        (
+            click.option(
+                "--model", default=DEFAULTS.model, help="An embedded name, a local folder, or a Hugging Face name."
+            ),
+            click.option("--revision", help="Revision of a Hugging Face model.  [default: its newest]"),
+            click.option(
+                "--dtype",
+                type=click.Choice(DTYPES),
+                default=DEFAULTS.dtype,
+                help="auto: bfloat16 where the hardware has it, else float32.",
+            ),
+            click.option(
+                "--device", type=click.Choice(DEVICES), default=DEFAULTS.device, help="auto: cuda if there is one."
+            ),
+            click.option("--max-length", type=int, help="Tokens of prompt and response.  [default: the protocol's]"),
+            click.option("--batch-tokens", type=int, help="Tokens in one batch.  [default: by engine and device]"),
+            click.option(
                 "--trust-remote-code", is_flag=True, help="Run code that comes with the model.  [default: no]"
             ),
             click.option("--allow-pickle", is_flag=True, help="Load weights that may run code.  [default: no]"),
+            click.option("--tensor-parallel-size", type=int, help="vllm: devices that share one model.  [default: 1]"),
+            click.option("--quantization", help="vllm: a method of vLLM's.  [default: the model's own]"),
             click.option(
-                "--strict", is_flag=True, help="Stop at the first record that can't be scored.  [default: no]"
+                "--gpu-memory-utilization",
+                type=float,
+                help="vllm: share of the device's memory to take.  [default: vLLM's]",
+            ),
+            click.option("--max-model-len", type=int, help="vllm: tokens of its longest sequence.  [default: enough]"),
+            click.option(
+                "--vllm-arg",
+                "vllm_args",
+                multiple=True,
+                callback=parse_vllm_args,
+                metavar="KEY=VALUE",
+                help="vllm: any other engine argument, the value as JSON or as it is; may be given again.  "
+                "[default: none]",
             ),
         )
     ):
@@ -196,6 +229,24 @@ def parse_columns(_context: click.Context, _option: click.Parameter, value: str 
             raise click.BadParameter(f"{key.strip()} stands there twice; name one column")
         columns[key.strip()] = name.strip()
     return columns
+
+
+def parse_vllm_args(
+    _context: click.Context, _option: click.Parameter, values: tuple[str, ...]
+) -> dict[str, Any] | None:
+    """`enforce_eager=false`, `block_size=32` as a dict of JSON values; what is not JSON is a string."""
+    arguments: dict[str, Any] = {}
+    for pair in values:
+        key, equals, value = pair.partition("=")
+        if not key or not equals:
+            raise click.BadParameter(f"'{pair}': write it as KEY=VALUE")
+        if key in arguments:
+            raise click.BadParameter(f"{key} is given twice")
+        try:
+            arguments[key] = json.loads(value)
+        except ValueError:
+            arguments[key] = value
+    return arguments or None
 
 
 def parse_names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...]:
@@ -354,6 +405,24 @@ def report(runs: tuple[str, ...], output: str, pictures: str | None, **options: 
 
     path = write_report(runs, output, pictures_folder=pictures, **options)
     line(f"report: {path}, {path.stat().st_size:,} bytes")
+
+
+@cli.command()
+@model_options
+@click.option("--host", default="127.0.0.1", help="The address to listen on.")
+@click.option("--port", type=int, default=8000, help="The port to listen on.")
+def serve(host: str, port: int, **options: Any) -> None:
+    """Serve a model with vLLM, for scorer score --engine http://HOST:PORT elsewhere.
+
+    VLLM_API_KEY in the environment, here and there, keeps others out.
+    """
+    from scorer.engines.vllm import serve as serve_model
+    from scorer.models import find_model
+    from scorer.run import choose
+
+    config = ScoreConfig(engine="vllm", **options)
+    files = find_model(config.model, revision=config.revision, allow_pickle=config.allow_pickle)
+    serve_model(choose(config, files), files, host, port)
 
 
 @cli.group(invoke_without_command=True)

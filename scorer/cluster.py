@@ -141,7 +141,7 @@ def near_duplicates(parts: Sequence[Matrix], above: float) -> np.ndarray[Any, An
 
 
 def _far(one: Matrix, two: Matrix, below: float) -> pl.Series:
-    both = pl.Series(one.any(axis=1) & two.any(axis=1))
+    both = pl.Series(np.logical_and(one.any(axis=1), two.any(axis=1)))
     far = pl.Series(np.einsum("nd,nd->n", one, two) < below)
     return pl.select(pl.when(both).then(far)).to_series()
 

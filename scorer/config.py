@@ -13,7 +13,9 @@ from typing import Any
 from scorer.types import ScorerError
 
 DEFAULT_MODEL = "smollm2-135m"
-ENGINES = ("auto", "packed", "reference")
+ENGINES = ("auto", "packed", "reference", "vllm")
+SERVERS = ("http://", "https://")  # what the name of an engine that is served elsewhere begins with
+VLLM_OPTIONS = ("tensor_parallel_size", "quantization", "gpu_memory_utilization", "max_model_len", "vllm_args")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEVICES = ("auto", "cpu", "cuda")
 COLUMNS = ("prompt", "input", "response", "messages", "system")
@@ -139,22 +141,33 @@ class ScoreConfig:
     dtype: str = "auto"
     device: str = "auto"
     max_length: int | None = None  # tokens; None: the protocol's, or the model's context where that is shorter
-    batch_tokens: int | None = None  # tokens in one packed batch
+    batch_tokens: int | None = None  # tokens in one batch
     shard_rows: int = 1000  # records in one Parquet shard: what a killed run computes again
     limit: int | None = None  # records, over all inputs
     columns: Mapping[str, str] | None = None  # of COLUMNS, to the data's own names
     trust_remote_code: bool = False
     allow_pickle: bool = False
+    # Of the vllm engine, and given to vLLM as they are:
+    tensor_parallel_size: int | None = None  # devices that share one model
+    quantization: str | None = None  # a method of vLLM's
+    gpu_memory_utilization: float | None = None  # the share of the device's memory that vLLM may take
+    max_model_len: int | None = None  # tokens; None: max_length
+    vllm_args: Mapping[str, Any] | None = None  # other engine arguments of vLLM, by name
 
     def __post_init__(self) -> None:
-        one_of("engine", self.engine, ENGINES)
+        if not self.engine.startswith(SERVERS):
+            one_of("engine", self.engine, ENGINES)
         one_of("protocol", self.protocol, PROTOCOLS)
         one_of("dtype", self.dtype, DTYPES)
         one_of("device", self.device, DEVICES)
-        for name in ("max_length", "batch_tokens", "shard_rows", "limit"):
+        for name in ("max_length", "batch_tokens", "shard_rows", "limit", "tensor_parallel_size", "max_model_len"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ScorerError(f"{name}: {value!r} is not a whole number of at least 1")
+        if self.gpu_memory_utilization is not None and not 0 < self.gpu_memory_utilization <= 1:
+            raise ScorerError(f"gpu_memory_utilization: {self.gpu_memory_utilization} is not above 0 and at most 1")
+        if self.engine not in ("auto", "vllm") and (set_ := self.vllm_options()):
+            raise ScorerError(f"{', '.join(set_)}: for the vllm engine, and not for {self.engine}")
         if self.columns is not None:
             for column in self.columns:
                 one_of("columns", column, COLUMNS)
@@ -163,6 +176,10 @@ class ScoreConfig:
                     "columns: name prompt=... and response=... (input=... is optional), or messages=...; "
                     "with either, system=... is optional"
                 )
+
+    def vllm_options(self) -> list[str]:
+        """The options that are set and that only the vllm engine has."""
+        return [name for name in VLLM_OPTIONS if getattr(self, name) is not None]
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> ScoreConfig:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from scorer.config import PROTOCOLS, ScoreConfig, one_of
+from scorer.config import PROTOCOLS, SERVERS, ScoreConfig, one_of
 from scorer.encode import Encoder
 from scorer.models import ModelFiles, choose_device, find_model, load_tokenizer
 from scorer.records import read_records
@@ -105,6 +105,8 @@ def learn(
     training, progress = training or Training(), progress or Silent()
     if "protocol" in options:
         raise ScorerError(f"LP is defined by the protocol {PROTOCOL}: leave protocol out")
+    if str(options.get("engine")).startswith(SERVERS):
+        raise ScorerError("LP scores what it trains, which no server has: give another --engine")
     device = choose_device(options.get("device", "auto"))
     if options.get("dtype", "auto") == "auto" and device == "cpu":
         options["dtype"] = "float32"

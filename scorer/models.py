@@ -21,7 +21,8 @@ from scorer.loading import loading, one_line
 from scorer.types import ScorerError
 
 HUB_SECONDS = 5.0  # how long the hub may take to say whether it knows a name
-MODEL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.safetensors")  # what a model needs, weights last
+SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.py")  # of a model: all but its weights
+MODEL_FILES = (*SMALL_FILES, "*.safetensors")
 PICKLED_WEIGHTS = "pytorch_model*.bin*"  # the weights, and the index of sharded ones
 PICKLE_HELP = "which can run code when read; give --allow-pickle if you trust them"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -71,25 +72,31 @@ class ModelRow:
 
 
 def find_model(
-    name: str, *, revision: str | None = None, allow_pickle: bool = False, report: Report | None = None
+    name: str,
+    *,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    weights: bool = True,
+    report: Report | None = None,
 ) -> ModelFiles:
     """The files of an embedded model, a local folder or a hub model, in that order, fetched if need be.
 
     An embedded name wins over a folder of that name in the working directory: write `./name` for the folder. A folder
     wins over a hub model. A hub model that lies in the local hub cache is used as it is, without asking the hub.
     A folder's revision is `sha256:` and a digest of the names, sizes and contents of its files; of a file over 64 MiB
-    the size, the first MiB and the last MiB count. Raises ScorerError, within seconds, if the name is none of these, if
+    the size, the first MiB and the last MiB count. Without `weights` a folder may lack them, and the hub's are not
+    fetched: for a model that is served elsewhere. Raises ScorerError, within seconds, if the name is none of these, if
     there are weights in pickle format only and not `allow_pickle`, or if files are missing; see also `fetch_embedded`.
     """
     folder = Path(os.path.expanduser(name))
     if name not in EMBEDDED and not os.path.isdir(folder):
-        return _from_hub(name, revision, allow_pickle, report)
+        return _from_hub(name, revision, allow_pickle, weights, report)
     if revision is not None:
         raise ScorerError(f"--revision is for models of the hub, and {name} is not one: leave it out")
     if name in EMBEDDED:
         model = EMBEDDED[name]
         return ModelFiles(name, fetch_embedded(name, report), model.revision, model.document_token_id, "embedded")
-    _check_folder(folder, allow_pickle)
+    _check_folder(folder, allow_pickle, weights)
     return ModelFiles(name, folder.resolve(), _digest(folder), None, "directory")
 
 
@@ -133,6 +140,11 @@ def choose_dtype(dtype: str, device: str) -> str:
     else:
         fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return "bfloat16" if fast else "float32"
+
+
+def weight_bytes(files: ModelFiles) -> int:
+    """The size of the model's weights, as they are on disk."""
+    return sum(f.stat().st_size for pattern in ("*.safetensors", PICKLED_WEIGHTS) for f in files.path.glob(pattern))
 
 
 def model_settings(files: ModelFiles) -> dict[str, Any]:
@@ -205,12 +217,14 @@ def _settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def _check_folder(folder: Path, allow_pickle: bool) -> None:
-    """Raise ScorerError unless `folder` holds a configuration and all weights, in a format that is allowed."""
+def _check_folder(folder: Path, allow_pickle: bool, weights: bool = True) -> None:
+    """Raise ScorerError unless `folder` holds a configuration and (unless not) all weights, in an allowed format."""
     if not (folder / "config.json").is_file():
         raise ScorerError(f"{folder}: no config.json there, so it is not a model's folder")
     _settings(folder)
     index = folder / "model.safetensors.index.json"
+    if not weights:
+        return
     if index.is_file():
         try:
             shards = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
@@ -248,7 +262,7 @@ def _in_hub_cache(name: str, revision: str | None) -> Path | None:
     return Path(config).parent if isinstance(config, str) else None
 
 
-def _from_hub(name: str, revision: str | None, allow_pickle: bool, report: Report | None) -> ModelFiles:
+def _from_hub(name: str, revision: str | None, allow_pickle: bool, weights: bool, report: Report | None) -> ModelFiles:
     from huggingface_hub import HfApi, errors, snapshot_download
 
     login = f"model '{name}': accept its licence at https://huggingface.co/{name}, then run `hf auth login`"
@@ -256,18 +270,18 @@ def _from_hub(name: str, revision: str | None, allow_pickle: bool, report: Repor
     try:
         if path := _in_hub_cache(name, revision):
             try:
-                _check_folder(path, allow_pickle)
+                _check_folder(path, allow_pickle, weights)
                 _check_tokenizer(path)
                 return ModelFiles(name, path, path.name, None, "hub")
             except ScorerError as error:  # such as a part that another program needed: the hub has the rest
                 problem = error
         info = HfApi().model_info(name, revision=revision, timeout=HUB_SECONDS)
         pickled = not any(file.rfilename.endswith(".safetensors") for file in info.siblings or ())
-        if pickled and not allow_pickle:
+        if weights and pickled and not allow_pickle:
             raise ScorerError(f"model '{name}': its weights are pickled (*.bin), {PICKLE_HELP}")
         if report:
             report(f"fetching {name} from the hub")
-        patterns = [*MODEL_FILES, *([PICKLED_WEIGHTS] if pickled else [])]
+        patterns = [*MODEL_FILES, *([PICKLED_WEIGHTS] if pickled else [])] if weights else [*SMALL_FILES]
         # in sub-folders lie other formats of the same weights
         path = Path(snapshot_download(name, revision=info.sha, allow_patterns=patterns, ignore_patterns=["*/*"]))
     except errors.GatedRepoError as error:
@@ -282,7 +296,7 @@ def _from_hub(name: str, revision: str | None, allow_pickle: bool, report: Repor
         raise _unknown(name, f"the hub failed ({one_line(error)})") from error
     except (OSError, errors.HTTPError) as error:  # type: ignore[attr-defined]  # of whichever HTTP client the hub's has
         raise problem or _unknown(name, f"the hub cannot be reached ({one_line(error)})") from error
-    _check_folder(path, allow_pickle)
+    _check_folder(path, allow_pickle, weights)
     return ModelFiles(name, path, path.name, None, "hub")
 
 

@@ -86,7 +86,7 @@ def cloud(
 ) -> Figure:
     """Two values of [n] records against each other. medians: of y along x; equal: the line where both are the same."""
     figure, axes = _axes(*names)
-    edges = [_edges(np.quantile(v, TAILS), of) for v, of in zip((x, y), log, strict=True)]
+    edges = [_edges(np.asarray(np.quantile(v, TAILS), np.float64), of) for v, of in zip((x, y), log, strict=True)]
     if len(x) <= POINTS:
         alpha = 0.75 if len(x) < 300 else 0.35
         axes.scatter(x, y, s=9, color=COLOURS[0], alpha=alpha, linewidths=0, rasterized=True)
@@ -96,7 +96,9 @@ def cloud(
         # From nearly clear to opaque: it reads on a light and on a dark page.
         shades = LinearSegmentedColormap.from_list("ink", [(*to_rgb(COLOURS[0]), 0.12), (*to_rgb(COLOURS[0]), 1.0)])
         counts = np.histogram2d(x, y, edges)[0].T
-        mesh = axes.pcolormesh(*edges, np.ma.masked_equal(counts, 0), cmap=shades, norm=LogNorm(), rasterized=True)
+        mesh = axes.pcolormesh(
+            *edges, np.where(counts > 0, counts, np.nan), cmap=shades, norm=LogNorm(), rasterized=True
+        )
         bar = figure.colorbar(mesh, ax=axes, label="records", pad=0.02, fraction=0.05)
         bar.outline.set_visible(False)
         _plain(bar.ax, "y")

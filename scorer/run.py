@@ -24,9 +24,9 @@ from typing import Any, Protocol
 import polars as pl
 
 from scorer.atomic import replacing
-from scorer.config import PROTOCOLS, ScoreConfig
+from scorer.config import PROTOCOLS, SERVERS, ScoreConfig
 from scorer.encode import Encoder
-from scorer.engines import open_engine
+from scorer.engines import choose_engine, engine_versions, open_engine, served_model
 from scorer.files import InputFile, RawRecord, count_records, inspect_input, read_raw
 from scorer.models import ModelFiles, choose_device, choose_dtype, find_model, load_tokenizer, model_settings
 from scorer.records import read_records
@@ -35,9 +35,15 @@ from scorer.scores import score_table
 from scorer.types import EncodedTurn, Record, RowStatus, ScorerError, SpanNLL, TokenSequence
 
 FORMAT = 1  # raised whenever the meaning of a shard changes, so that an older run is not continued
-# What may change between two parts of one run: how much is computed at once, and where a model of one revision lies.
-FREE = ("batch_tokens", "model")
-BATCH_TOKENS = {"cpu": 1024, "cuda": 65536}
+# What may change between two parts of one run: how much is computed at once and on what, and where a model of one
+# revision lies.
+FREE = ("batch_tokens", "model", "tensor_parallel_size", "gpu_memory_utilization", "max_model_len")
+BATCH_TOKENS = {  # by engine and device
+    ("packed", "cpu"): 1024,
+    ("packed", "cuda"): 65536,
+    ("vllm", "cpu"): 2048,
+    ("vllm", "cuda"): 32768,
+}
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions")
 
 
@@ -92,15 +98,24 @@ def score(
             raise ScorerError("-: standard input can be read once only; name it once")
         paths = [_spool(Run(output), fresh) if p == "-" else p for p in paths]
     inputs = [inspect_input(p) for p in paths]
-    files = find_model(config.model, revision=config.revision, allow_pickle=config.allow_pickle, report=progress.say)
-    config = choose(config, files)
-    identity = {
+    served = served_model(config.engine) if config.engine.startswith(SERVERS) else None
+    files = find_model(
+        config.model,
+        revision=config.revision,
+        allow_pickle=config.allow_pickle,
+        weights=served is None,
+        report=progress.say,
+    )
+    config = choose(config, files, progress, served)
+    identity: dict[str, Any] = {
         "format": FORMAT,
-        "config": config.to_dict(),
+        # where a server is, is no part of what it computes, and may hold a password
+        "config": config.to_dict() | ({"engine": "http"} if served else {}),
         "model_revision": files.revision,
+        "served": served and served["identity"],
         "inputs": [{"size": i.size, "sha256": i.sha256} for i in inputs],
     }
-    bound = identity | {"config": {name: value for name, value in config.to_dict().items() if name not in FREE}}
+    bound = identity | {"config": {name: value for name, value in identity["config"].items() if name not in FREE}}
     fingerprint = hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()
     if output is None:
         output = Path("scorer-runs") / f"{Path(paths[0]).name.split('.')[0]}-{fingerprint[:12]}"
@@ -123,15 +138,30 @@ def score(
         else:
             run.clear()  # a manifest without shards, or shards that no manifest describes: nothing to continue
             records = _count(paths, config)
-            manifest = _manifest(config, identity, fingerprint, files, _inputs(inputs), records)
+            manifest = _manifest(config, identity, fingerprint, files, _inputs(inputs), records) | {"server": served}
             run.write_manifest(manifest)
         _score_shards(run, manifest, config, files, paths, strict, progress)
     return run
 
 
-def choose(config: ScoreConfig, files: ModelFiles) -> ScoreConfig:
-    """The configuration with everything chosen that was left open. Raises ScorerError for what the model can't do."""
-    device = choose_device(config.device)
+def choose(
+    config: ScoreConfig, files: ModelFiles, progress: Progress | None = None, served: dict[str, Any] | None = None
+) -> ScoreConfig:
+    """The configuration with everything chosen that was left open. Raises ScorerError for what the model can't do.
+
+    A server has chosen dtype, device and batches itself: `served` is what it says.
+    """
+    if served:
+        if asked := [name for name in ("device", "batch_tokens") if getattr(config, name) not in ("auto", None)]:
+            raise ScorerError(f"{asked[0]}: that is for the server to say; leave it out")
+        if config.dtype not in ("auto", served["dtype"]):
+            raise ScorerError(f"dtype: {config.engine} computes in {served['dtype']}, and not in {config.dtype}")
+    device = "auto" if served else choose_device(config.device)
+    if config.engine == "auto":
+        engine, why = choose_engine(config, files)
+        config = replace(config, engine=engine)
+        if progress:
+            progress.say(f"engine {engine}: {why}")
     protocol = PROTOCOLS[config.protocol]
     context = _context_length(files)
     if config.max_length is not None and context is not None and config.max_length > context:
@@ -139,10 +169,9 @@ def choose(config: ScoreConfig, files: ModelFiles) -> ScoreConfig:
     return replace(
         config,
         device=device,
-        dtype=choose_dtype(config.dtype, device),
-        engine="packed" if config.engine == "auto" else config.engine,
+        dtype=served["dtype"] if served else choose_dtype(config.dtype, device),
         max_length=config.max_length or min(protocol.max_length, context or protocol.max_length),
-        batch_tokens=config.batch_tokens or BATCH_TOKENS[device],
+        batch_tokens=config.batch_tokens or BATCH_TOKENS.get((config.engine, device)),
     )
 
 
@@ -195,7 +224,9 @@ def _refuse_changes(run: Run, before: dict[str, Any], now: dict[str, Any]) -> No
         for name, value in now["config"].items()
         if before["config"].get(name) != value and name not in FREE
     ]
-    changes += [f"{name} changed" for name in ("format", "model_revision", "inputs") if before[name] != now[name]]
+    changes += [
+        f"{name} changed" for name in ("format", "model_revision", "served", "inputs") if before.get(name) != now[name]
+    ]
     if changes:
         raise ScorerError(
             f"{run.path} holds another run ({'; '.join(changes)}): use --fresh to discard it, or another -o"
@@ -217,7 +248,8 @@ def _manifest(
         "inputs": inputs,
         "model": {"name": files.name, "revision": files.revision, "origin": files.origin, "path": str(files.path)},
         "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("ifd-scorer", "torch", "transformers", "polars")},
+        | {name: version(name) for name in ("ifd-scorer", "torch", "transformers", "polars")}
+        | engine_versions(config.engine),
         "device": _device_name(config.device),
         "ranking": {"by": PROTOCOLS[config.protocol].rank_by, "lowest": PROTOCOLS[config.protocol].lowest},
         "records": records,
@@ -228,6 +260,8 @@ def _manifest(
 
 
 def _device_name(device: str) -> str:
+    if device == "auto":
+        return "the server's"
     import torch
 
     if device == "cuda":
@@ -270,7 +304,8 @@ def _score_shards(
     shards = _encoded_shards(
         read_records(paths, columns=config.columns, start=start, limit=config.limit), encoder, config.shard_rows
     )
-    progress.say(f"loading {files.name} ({config.engine}, {config.dtype}, {manifest['device']})")
+    where = "http" if manifest["server"] else config.engine
+    progress.say(f"loading {files.name} ({where}, {config.dtype}, {manifest['device']})")
     engine = open_engine(config, files)
     progress.begin(manifest["records"], start)
     # One thread reads and tokenises the next shard while the engine scores this one.

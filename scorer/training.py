@@ -20,12 +20,11 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
 
 from scorer.atomic import storage_error
-from scorer.models import ModelFiles, load_causal_lm
+from scorer.models import SMALL_FILES, ModelFiles, load_causal_lm
 from scorer.types import EngineError, ScorerError, TokenSequence
 
 IGNORED = -100  # the label that transformers' loss leaves out
 STATE = "trainer_state.json"  # what Trainer writes last of a checkpoint: without it the checkpoint is not whole
-SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.py")  # of a model: all but its weights
 WEIGHT_INDEX = "*.index.json"
 
 

@@ -5,7 +5,7 @@ Depends on torch; Triton is imported by the first call that needs it. Knows noth
 
 from __future__ import annotations
 
-from .head import nll_head, nll_sums
+from .head import merge_nll_partials, nll_head, nll_partials, nll_sums
 from .linear import linear_nll, linear_nll_partials, merge_partials
 from .segments import SampleSums, sample_ifd, segment_nll
 
@@ -13,8 +13,10 @@ __all__ = [
     "SampleSums",
     "linear_nll",
     "linear_nll_partials",
+    "merge_nll_partials",
     "merge_partials",
     "nll_head",
+    "nll_partials",
     "nll_sums",
     "sample_ifd",
     "segment_nll",

@@ -30,9 +30,41 @@ def blocked_nll(
     """What `nll_head` says, for tensors of any device."""
     words = check_head(hidden, weight, targets, bias, softcap, vocab_size)
     check_targets(targets, words)
-    weight = weight[:words]
-    bias = None if bias is None else bias[:words].float()
     inside = targets.clamp(0, words - 1)
+    total, exact = _total_and_target(hidden, weight[:words], inside, bias, scale, softcap)
+    return (total - exact).float().masked_fill_(targets != inside, torch.nan)
+
+
+@torch.no_grad()
+def blocked_partials(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    vocab_size: int | None = None,
+    vocab_start: int = 0,
+) -> torch.Tensor:
+    """What `nll_partials` says, for tensors of any device; the shift is the log of the sum, which is then 1."""
+    words = check_head(hidden, weight, targets, bias, softcap, vocab_size)
+    own = targets - vocab_start
+    inside = own.clamp(0, words - 1)
+    total, exact = _total_and_target(hidden, weight[:words], inside, bias, scale, softcap)
+    return torch.stack((total.float(), torch.ones_like(exact), exact.masked_fill_(own != inside, torch.nan)))
+
+
+def _total_and_target(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    inside: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """log Σ exp of each row's logits, float64 [N], and the logits at `inside`, float32 [N]."""
+    bias = None if bias is None else bias[: len(weight)].float()
     # The targets' logits by products of their own, since the block's may be rounded to bfloat16. They take their
     # places in the block too: a token that is all but certain then has an NLL near 0, and never below.
     exact = (hidden.float() * weight[inside].float()).sum(1)
@@ -47,7 +79,7 @@ def blocked_nll(
             total[part] = _log_sum_exp(
                 hidden[part], weight, inside[part], exact[part], bias, scale, softcap, online=True
             )
-    return (total - exact).float().masked_fill_(targets != inside, torch.nan)
+    return total, exact
 
 
 def _log_sum_exp(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .blocked import blocked_nll
-from .linear import linear_nll
+from .blocked import blocked_nll, blocked_partials
+from .linear import linear_nll, linear_nll_partials, merge_partials
 from .segments import segment_nll
 
 
@@ -30,6 +30,45 @@ def nll_head(
     """
     path = linear_nll if hidden.is_cuda else blocked_nll
     return path(hidden, weight, targets, bias=bias, scale=scale, softcap=softcap, vocab_size=vocab_size)
+
+
+def nll_partials(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    vocab_size: int | None = None,
+    vocab_start: int = 0,
+) -> torch.Tensor:
+    """One slice's share of `nll_head`, float32 [3, N], for `merge_nll_partials`: what tensor parallel ranks exchange.
+
+    `weight` and `bias` are words `vocab_start` and on of the vocabulary, of which `vocab_size` counts (all unless
+    given); `targets` are of the whole vocabulary. The three are a shift (the largest logit on CUDA, the log of the sum
+    on CPU), the sum of exp(logit - shift), and the target's logit, or NaN where the target is not in this slice.
+    """
+    path = linear_nll_partials if hidden.is_cuda else blocked_partials
+    return path(
+        hidden,
+        weight,
+        targets,
+        bias=bias,
+        scale=scale,
+        softcap=softcap,
+        vocab_size=vocab_size,
+        vocab_start=vocab_start,
+    )
+
+
+def merge_nll_partials(partials: torch.Tensor) -> torch.Tensor:
+    """`nll_head`, float32 [N], of the stacked partials of all slices, float32 [P, 3, N]; NaN for a target of none."""
+    if partials.is_cuda:
+        return merge_partials(partials.contiguous())
+    shift, total, target = partials.double().unbind(1)
+    found = target.nan_to_num(nan=-torch.inf).amax(0)
+    return ((shift + total.log()).logsumexp(0) - found).float().masked_fill_(target.isnan().all(0), torch.nan)
 
 
 def nll_sums(nll: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:

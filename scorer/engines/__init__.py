@@ -6,11 +6,14 @@ Knows the contract and which engines there are; not what a record, a file or a s
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
-from scorer.config import ScoreConfig
-from scorer.models import ModelFiles
+from scorer.config import SERVERS, ScoreConfig
+from scorer.models import ModelFiles, weight_bytes
 from scorer.types import ScorerError, SpanNLL, TokenSequence
+
+# What a weak model is, in 16 bits; beyond it, vLLM is worth its start.
+PACKED_BYTES = 5 << 30
 
 
 class Engine(Protocol):
@@ -29,8 +32,50 @@ class Engine(Protocol):
         ...
 
 
+def choose_engine(config: ScoreConfig, files: ModelFiles) -> tuple[str, str]:
+    """What `auto` means for this model, and why. Raises ScorerError where no engine here can run it."""
+    from scorer.engines.packed import why_not_packed
+    from scorer.engines.vllm import vllm_version
+
+    if asked := config.vllm_options():
+        return "vllm", f"{', '.join(asked)} asked for it"
+    size = weight_bytes(files)
+    sized = f"{size / 1e9:.1f} GB of weights"
+    reason = why_not_packed(files)
+    installed = vllm_version()
+    if reason is None and (size <= PACKED_BYTES or installed is None):
+        return "packed", sized if size <= PACKED_BYTES else f"{sized}, and vLLM is not installed"
+    if installed is not None:
+        return "vllm", f"the packed engine can't run it: {reason}" if reason else sized
+    raise ScorerError(
+        f"the packed engine can't run {files.name}: {reason}; "
+        "install vLLM (pip install 'ifd-scorer[vllm]'), or use --engine reference"
+    )
+
+
+def engine_versions(engine: str) -> dict[str, str]:
+    """The packages that an engine's numbers depend on beside torch and transformers, and their versions."""
+    from scorer.engines.vllm import vllm_version
+
+    found = vllm_version() if engine == "vllm" else None
+    return dict([found]) if found else {}
+
+
+def served_model(url: str) -> dict[str, Any]:
+    """What a server says of its model. Raises ScorerError where there is no server, or none that scores."""
+    from scorer.engines.remote import Server
+
+    server = Server(url)
+    server.close()
+    return server.model
+
+
 def open_engine(config: ScoreConfig, files: ModelFiles) -> Engine:
     """The engine of a configuration whose engine, dtype, device and batch_tokens have been chosen."""
+    if config.engine.startswith(SERVERS):
+        from scorer.engines.remote import RemoteEngine
+
+        return RemoteEngine(config, files)
     match config.engine:
         case "packed":
             from scorer.engines.packed import PackedEngine
@@ -40,5 +85,9 @@ def open_engine(config: ScoreConfig, files: ModelFiles) -> Engine:
             from scorer.engines.reference import ReferenceEngine
 
             return ReferenceEngine(config, files)
+        case "vllm":
+            from scorer.engines.vllm import VllmEngine
+
+            return VllmEngine(config, files)
         case other:
             raise ScorerError(f"no engine '{other}'")

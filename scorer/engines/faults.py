@@ -1,4 +1,4 @@
-"""What both engines do with what goes wrong: which errors are a lack of memory, and what a span says then.
+"""What the engines do with what goes wrong: which errors are a lack of memory, and what a span says then.
 
 Knows torch's errors and the spans; nothing of models.
 """
@@ -46,6 +46,21 @@ def with_sums(sequences: Iterable[TokenSequence], sums: Iterable[float]) -> list
     for (sequence, span), nll in zip(targets, sums, strict=True):
         total, status = (nll, RowStatus.OK) if math.isfinite(nll) else (None, RowStatus.NON_FINITE)
         spans.append(SpanNLL(sequence.record_id, span.turn, sequence.view, total, span.end - span.start, status))
+    return spans
+
+
+def with_counted_sums(results: Iterable[tuple[TokenSequence, Sequence[Sequence[float]]]]) -> list[SpanNLL]:
+    """The spans of sequences that another process scored, each with its rows of NLL sum and token count.
+
+    Raises EngineError where a count is not the span's: it did not score what it was asked to.
+    """
+    spans = []
+    for sequence, rows in results:
+        own = rows[: len(sequence.targets)]
+        counts = [int(row[1]) for row in own]
+        if counts != (asked := [span.end - span.start for span in sequence.targets]):
+            raise EngineError(f"the engine scored {counts} tokens of a sequence, and not {asked}")
+        spans += with_sums([sequence], [row[0] for row in own])
     return spans
 
 

