@@ -98,15 +98,17 @@ def score(
             raise ScorerError("-: standard input can be read once only; name it once")
         paths = [_spool(Run(output), fresh) if p == "-" else p for p in paths]
     inputs = [inspect_input(p) for p in paths]
-    served = served_model(config.engine) if config.engine.startswith(SERVERS) else None
+    remote = config.engine.startswith(SERVERS)
     files = find_model(
         config.model,
         revision=config.revision,
         allow_pickle=config.allow_pickle,
-        weights=served is None,
+        weights=not remote,
         report=progress.say,
     )
-    config = choose(config, files, progress, served)
+    served = served_model(config.engine, files) if remote else None
+    why = f": {choose_engine(config, files)[1]}" if config.engine == "auto" else ""
+    config = choose(config, files, served)
     identity: dict[str, Any] = {
         "format": FORMAT,
         # where a server is, is no part of what it computes, and may hold a password
@@ -140,13 +142,13 @@ def score(
             records = _count(paths, config)
             manifest = _manifest(config, identity, fingerprint, files, _inputs(inputs), records) | {"server": served}
             run.write_manifest(manifest)
+        what = f"{'http' if served else config.engine}{why}; {config.dtype}; {manifest['device']}"
+        progress.say(f"loading {files.name} ({what})")
         _score_shards(run, manifest, config, files, paths, strict, progress)
     return run
 
 
-def choose(
-    config: ScoreConfig, files: ModelFiles, progress: Progress | None = None, served: dict[str, Any] | None = None
-) -> ScoreConfig:
+def choose(config: ScoreConfig, files: ModelFiles, served: dict[str, Any] | None = None) -> ScoreConfig:
     """The configuration with everything chosen that was left open. Raises ScorerError for what the model can't do.
 
     A server has chosen dtype, device and batches itself: `served` is what it says.
@@ -157,21 +159,18 @@ def choose(
         if config.dtype not in ("auto", served["dtype"]):
             raise ScorerError(f"dtype: {config.engine} computes in {served['dtype']}, and not in {config.dtype}")
     device = "auto" if served else choose_device(config.device)
-    if config.engine == "auto":
-        engine, why = choose_engine(config, files)
-        config = replace(config, engine=engine)
-        if progress:
-            progress.say(f"engine {engine}: {why}")
+    engine = choose_engine(config, files)[0] if config.engine == "auto" else config.engine
     protocol = PROTOCOLS[config.protocol]
     context = _context_length(files)
     if config.max_length is not None and context is not None and config.max_length > context:
         raise ScorerError(f"max_length: {config.max_length} is more than the {context} tokens that {files.name} takes")
     return replace(
         config,
+        engine=engine,
         device=device,
         dtype=served["dtype"] if served else choose_dtype(config.dtype, device),
         max_length=config.max_length or min(protocol.max_length, context or protocol.max_length),
-        batch_tokens=config.batch_tokens or BATCH_TOKENS.get((config.engine, device)),
+        batch_tokens=config.batch_tokens or BATCH_TOKENS.get((engine, device)),
     )
 
 
@@ -304,8 +303,6 @@ def _score_shards(
     shards = _encoded_shards(
         read_records(paths, columns=config.columns, start=start, limit=config.limit), encoder, config.shard_rows
     )
-    where = "http" if manifest["server"] else config.engine
-    progress.say(f"loading {files.name} ({where}, {config.dtype}, {manifest['device']})")
     engine = open_engine(config, files)
     progress.begin(manifest["records"], start)
     # One thread reads and tokenises the next shard while the engine scores this one.

@@ -28,23 +28,23 @@ VOCABULARY = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLev
 SIZES = {"vocab_size": 257, "bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 256}
 LLAMA = {
     **SIZES,
-    "hidden_size": 48,
+    "hidden_size": 128,
     "intermediate_size": 64,
     "num_hidden_layers": 2,
-    "num_attention_heads": 6,
+    "num_attention_heads": 4,  # of 32, the least that vLLM's attention on a CPU takes
     "num_key_value_heads": 2,
     "max_position_embeddings": 2048,
     "initializer_range": 0.3,
 }
-OPT = {**SIZES, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "init_std": 0.3}
+OPT = {**SIZES, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "init_std": 0.3}
 CONFIGS: dict[str, Callable[[], Any]] = {
-    "gpt2": lambda: GPT2Config(**SIZES, n_embd=48, n_layer=2, n_head=4, n_positions=1024, initializer_range=0.3),
-    "opt": lambda: OPTConfig(**OPT, hidden_size=48, word_embed_proj_dim=48),
+    "gpt2": lambda: GPT2Config(**SIZES, n_embd=64, n_layer=2, n_head=2, n_positions=1024, initializer_range=0.3),
+    "opt": lambda: OPTConfig(**OPT, hidden_size=64, word_embed_proj_dim=64),
     # as OPT-350M: narrower embeddings than hidden states, and the norm after each block
-    "opt-projected": lambda: OPTConfig(**OPT, hidden_size=48, word_embed_proj_dim=32, do_layer_norm_before=False),
+    "opt-projected": lambda: OPTConfig(**OPT, hidden_size=64, word_embed_proj_dim=32, do_layer_norm_before=False),
     "llama": lambda: LlamaConfig(**LLAMA),
     "qwen2": lambda: Qwen2Config(**LLAMA),
-    "qwen3": lambda: Qwen3Config(**LLAMA, head_dim=16),
+    "qwen3": lambda: Qwen3Config(**LLAMA, head_dim=32),
 }
 
 

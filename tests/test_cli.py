@@ -83,7 +83,13 @@ def test_options_of_the_library_are_options_of_the_command() -> None:
 
 
 WRONG_OPTIONS = {
-    ("--engine", "fast"): ("'auto', 'packed', 'reference'",),
+    ("--engine", "fast"): ("auto, packed, reference, vllm",),
+    ("--engine", "http://127.0.0.1:9"): ("http://127.0.0.1:9 does not answer",),
+    ("--engine", "packed", "--quantization", "fp8"): ("quantization", "packed"),
+    ("--vllm-arg", "block_size"): ("--vllm-arg", "KEY=VALUE"),
+    ("--vllm-arg", "block_size=1", "--vllm-arg", "block_size=2"): ("block_size", "twice"),
+    ("--gpu-memory-utilization", "1.5"): ("gpu_memory_utilization", "at most 1"),
+    ("--tensor-parallel-size", "0"): ("tensor_parallel_size", "at least 1"),
     ("--protocol", "best"): ("superfiltering", "cherry", "small2large", "aligned", "chat"),
     ("--dtype", "int8"): ("bfloat16", "float16", "float32"),
     ("--device", "tpu"): ("cpu", "cuda"),

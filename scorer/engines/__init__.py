@@ -61,11 +61,11 @@ def engine_versions(engine: str) -> dict[str, str]:
     return dict([found]) if found else {}
 
 
-def served_model(url: str) -> dict[str, Any]:
-    """What a server says of its model. Raises ScorerError where there is no server, or none that scores."""
+def served_model(url: str, files: ModelFiles) -> dict[str, Any]:
+    """What a server says of its model. Raises ScorerError where no server scores there, or one scores by another."""
     from scorer.engines.remote import Server
 
-    server = Server(url)
+    server = Server(url, files)
     server.close()
     return server.model
 

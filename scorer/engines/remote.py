@@ -38,9 +38,9 @@ TIMEOUT = urllib3.Timeout(connect=5, read=600)
 
 
 class Server:
-    """A connection to one server. Raises ScorerError where it can't be reached or has no scoring model."""
+    """A connection to the server of one model. Raises ScorerError where it can't be reached, or serves another."""
 
-    def __init__(self, url: str):
+    def __init__(self, url: str, files: ModelFiles):
         self.url = url.rstrip("/")
         key = os.environ.get(KEY)
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
@@ -49,6 +49,7 @@ class Server:
             self.model: dict[str, Any] = self._ask("GET", "/v1/scorer/model", None, AT_ONCE)
         except EngineError as error:
             raise ScorerError(str(error)) from error
+        refuse_other_model(self.model, files, self.url)
 
     def score(self, sequences: Sequence[TokenSequence]) -> list[SpanNLL]:
         """The spans of `sequences`. Raises EngineError where the server stays away, or serves another model now."""
@@ -93,9 +94,8 @@ class RemoteEngine:
     """The contract of `scorer.engines.Engine`, by a server. Raises ScorerError where it serves another model."""
 
     def __init__(self, config: ScoreConfig, files: ModelFiles):
-        self.server = Server(config.engine)
+        self.server = Server(config.engine, files)
         assert config.max_length is not None
-        refuse_other_model(self.server.model, files, config.engine)
         if config.max_length > (served := self.server.model["max_model_len"]):
             raise ScorerError(f"{config.engine} takes {served} tokens, and max_length is {config.max_length}")
         self.threads = ThreadPoolExecutor(REQUESTS, thread_name_prefix="scorer-remote")

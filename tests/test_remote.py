@@ -1,0 +1,184 @@
+"""The engine that a server is: a real vLLM server on the loopback, killed, started again, and asked for nonsense."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import polars as pl
+import psutil
+import urllib3
+
+from scorer.models import ModelFiles
+from scorer.rundir import Run
+from tests.command import CONSOLE_SCRIPT, alpaca, shards, wait
+
+Tiny = Callable[[str], ModelFiles]
+START_SECONDS = 300
+KEY = "not-a-secret"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def serving(files: ModelFiles, port: int, log: Path) -> Iterator[psutil.Process]:
+    """`scorer serve` until it answers, and its end with all that it started."""
+    command = [CONSOLE_SCRIPT, "serve", "--model", files.path, "--port", port, "--dtype", "float32", "--device", "cpu"]
+    with log.open("wb") as output:
+        process = psutil.Popen(
+            list(map(str, command)),
+            stdout=output,
+            stderr=output,
+            env=os.environ | {"VLLM_API_KEY": KEY},
+            start_new_session=True,
+        )
+    try:
+        wait_for(port, process, log)
+        yield process
+    finally:
+        kill_all(process)
+
+
+def wait_for(port: int, process: psutil.Process, log: Path) -> None:
+    end = time.monotonic() + START_SECONDS
+    while time.monotonic() < end:
+        assert process.is_running(), log.read_text()
+        assert process.status() != psutil.STATUS_ZOMBIE, log.read_text()
+        try:
+            urllib3.request("GET", f"http://127.0.0.1:{port}/health", retries=False, timeout=2)
+            return
+        except urllib3.exceptions.HTTPError:
+            time.sleep(0.2)
+    raise AssertionError(log.read_text())
+
+
+def kill_all(process: psutil.Process) -> None:
+    """kill -9 of a server and of all that it started."""
+    try:
+        family = [*process.children(recursive=True), process]
+    except psutil.NoSuchProcess:
+        return
+    for member in family:
+        member.send_signal(signal.SIGKILL)
+    psutil.wait_procs(family, timeout=60)
+
+
+def scorer(folder: Path, *arguments: object, key: str = KEY) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [CONSOLE_SCRIPT, *map(str, arguments)],
+        cwd=folder,
+        env=os.environ | {"VLLM_API_KEY": key},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def assert_same(one: pl.DataFrame, two: pl.DataFrame) -> None:
+    for column in ("record_id", "status", "response_tokens", "alone_tokens"):
+        assert one[column].equals(two[column])
+    for column in ("nll_conditioned", "nll_alone"):
+        assert ((one[column] - two[column]).abs() / two[column]).max() < 1e-4  # type: ignore[operator]
+
+
+def test_a_served_model_scores_and_comes_back_in_the_middle(tiny: Tiny, tmp_path: Path) -> None:
+    """The table of the packed engine; nonsense is refused; killed and started again, the run goes on by itself."""
+    files, port = tiny("gpt2"), free_port()
+    url = f"http://127.0.0.1:{port}"
+    rows = [*alpaca(400), {"instruction": "no answer", "output": ""}]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    common = ("score", "data.json", "--model", files.path)
+    local = scorer(tmp_path, *common, "-o", "local", "--engine", "packed", "--dtype", "float32", "--device", "cpu")
+    assert local.returncode == 0, local.stderr
+    expected = Run(tmp_path / "local").scores()
+
+    with serving(files, port, tmp_path / "server.log") as server:
+        done = scorer(tmp_path, *common, "-o", "served", "--engine", url)
+        assert done.returncode == 0, done.stderr
+        assert_same(Run(tmp_path / "served").scores(), expected)
+        manifest = Run(tmp_path / "served").manifest
+        assert manifest["server"]["dtype"] == "float32"
+        assert KEY not in json.dumps(manifest)
+        assert str(port) not in json.dumps(manifest["identity"])
+
+        pool = urllib3.PoolManager(headers={"Authorization": f"Bearer {KEY}"})
+        for sequence, words in (
+            ({"token_ids": [1, 2, 3], "spans": [[1, 4]]}, "ascending"),
+            ({"token_ids": [1, 2, 3], "spans": [[2, 3], [1, 2]]}, "ascending"),
+            ({"token_ids": [1, 2, 3], "spans": [[0, 3]]}, "ascending"),
+            ({"token_ids": [1, 257], "spans": [[1, 2]]}, "vocabulary"),
+            ({"token_ids": [1] * 1025, "spans": [[1, 2]]}, "more than the 1024"),
+            ({"token_ids": [1], "spans": [[1, 1]]}, ""),
+            ({"token_ids": ["a", "b"], "spans": [[1, 2]]}, ""),
+        ):
+            answer = pool.request("POST", f"{url}/v1/scorer/score", json={"sequences": [sequence]})
+            assert answer.status in (400, 422), answer.data
+            assert words in answer.data.decode()
+        refused = {
+            "API key": scorer(tmp_path, *common, "-o", "other", "--engine", url, key="wrong"),
+            "computes in float32": scorer(tmp_path, *common, "-o", "other", "--engine", url, "--dtype", "bfloat16"),
+            "for the server to say": scorer(tmp_path, *common, "-o", "other", "--engine", url, "--batch-tokens", 9),
+            "differ in": scorer(
+                tmp_path, "score", "data.json", "-o", "other", "--model", tiny("llama").path, "--engine", url
+            ),
+        }
+        for words, ended in refused.items():
+            assert (ended.returncode, ended.stderr.count("\n")) == (2, 1), ended.stderr
+            assert words in ended.stderr
+
+        # Killed after the first shards of a run, and started again while it waits.
+        arguments = [*common, "-o", "cut", "--engine", url, "--shard-rows", 5]
+        cut = subprocess.Popen(
+            [CONSOLE_SCRIPT, *map(str, arguments)],
+            cwd=tmp_path,
+            env=os.environ | {"VLLM_API_KEY": KEY},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        wait(lambda: shards(tmp_path / "cut") >= 3)
+        kill_all(server)
+        assert cut.poll() is None, "it ended before the server did"
+    with serving(files, port, tmp_path / "server2.log"):
+        _, error = cut.communicate(timeout=300)
+        assert cut.returncode == 0, error
+        assert "Traceback" not in error
+        assert_same(Run(tmp_path / "cut").scores(), expected)
+
+
+def test_what_is_no_scoring_server_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "d.json").write_text('[{"instruction": "a", "output": "some text"}]')
+    port = free_port()
+    with subprocess.Popen(
+        [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as web:
+        try:
+            wait(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0)
+            ended = scorer(
+                tmp_path,
+                "score",
+                "d.json",
+                "-o",
+                "r",
+                "--model",
+                tiny("gpt2").path,
+                "--engine",
+                f"http://127.0.0.1:{port}",
+            )
+            assert (ended.returncode, ended.stderr.count("\n")) == (2, 1), ended.stderr
+            assert "does not score: start it with `scorer serve`" in ended.stderr
+        finally:
+            web.kill()
