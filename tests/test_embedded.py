@@ -107,7 +107,7 @@ def test_a_wheel_s_folder_is_stored_once_and_only_it(own_wheel: EmbeddedModel) -
     files = find_model("tiny")
     assert stored(cache_dir()) == [".fetch-killed", files.path.name]
     assert not (files.path / "__init__.py").exists()
-    assert load(files).config.n_embd == 48
+    assert load(files).config.n_embd == 64
     (cache_dir() / "wheels" / own_wheel.wheel).unlink()
     assert find_model("tiny") == files  # needs no wheel any more
 

@@ -27,6 +27,7 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 import scorer
 from scorer.models import ModelFiles
+from scorer.run import FREE
 from scorer.rundir import Run
 from scorer.types import ScorerError
 from tests.command import CONSOLE_SCRIPT, FORKS, SECONDS, Commands, alpaca, read_jsonl, shards, wait
@@ -362,7 +363,7 @@ def test_the_manifest_says_what_was_done(
     config = manifest["identity"]["config"]
     assert (config["engine"], config["dtype"], config["device"]) == ("packed", "float32", "cpu")
     assert (config["max_length"], config["shard_rows"], config["protocol"]) == (1024, 20, "superfiltering")
-    for free in ("batch_tokens", "model"):  # the revision says which model it is, and batches change no score
+    for free in FREE:  # the revision says which model it is, and batches change no score
         del config[free]
     identity = json.dumps(manifest["identity"], sort_keys=True).encode()
     assert manifest["fingerprint"] == hashlib.sha256(identity).hexdigest()
