@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
+
+from scorer.config import DEFAULT_MODEL, ENGINES, one_of
+from scorer.types import ScorerError
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "alpaca.json"
 
@@ -20,13 +24,52 @@ def bench() -> None:
 @click.option("--model", default="smollm2-135m", help="Any model that the packed engine runs.")
 @click.option("--repeats", default=3, help="Rounds; every engine runs once a round, and medians are reported.")
 @click.option("--agreement-rows", default=0, help="Rows for bfloat16 against float32; 0: those of --rows.")
+@click.option("--only", multiple=True, metavar="ENGINE", help="Its name in the table; repeatable.  [default: all]")
+@click.option("--compiled", is_flag=True, help="Compile every vLLM, ours and stock; they start a minute later.")
+@click.option("--gpu-memory-utilization", default=0.3, help="On CUDA: the share of its memory for each of two vLLM.")
+@click.option("--dummy-weights", is_flag=True, help="Random weights: --model is a shape of bench/shapes.py.")
 @click.option("--save", is_flag=True, help="Write the result under bench/results.")
-def engines(data: str, rows: int, model: str, repeats: int, agreement_rows: int, save: bool) -> None:
-    """Reference against packed, on the same rows."""
-    from bench.engines import run
+def engines(save: bool, only: tuple[str, ...], **options: Any) -> None:
+    """The engines, and stock vLLM where there is one, on the same rows."""
+    from bench.engines import NAMES, Asked, run
     from bench.report import finish
 
-    finish("engines", run(data, rows, model, repeats, agreement_rows), save)
+    for name in only:
+        one_of("--only", name, NAMES)
+    asked = Asked(only=only, **options)
+    finish("engines", run(asked), save, *_labels(asked.dummy_weights, asked.model))
+
+
+@bench.command()
+@click.option("--weak", required=True, help="Any model that `scorer score --model` takes; or a shape.")
+@click.option("--strong", required=True, help="The same.")
+@click.option("--dummy-weights", is_flag=True, help="Random weights, in the shapes of bench/shapes.py; no download.")
+@click.option("--weak-engine", default="auto", type=click.Choice(ENGINES), help="Of the weak scorer.")
+@click.option("--strong-engine", default="auto", type=click.Choice(ENGINES), help="Of the strong scorer.")
+@click.option("--compiled", is_flag=True, help="Compile the models that vLLM runs.")
+@click.option("--data", type=click.Path(exists=True, dir_okay=False), default=str(EXAMPLES), help="A dataset.")
+@click.option("--rows", default=256, help="Rows to score.")
+@click.option("--repeats", default=1, help="How often each scores them; medians are reported.")
+@click.option("--save", is_flag=True, help="Write the result under bench/results.")
+def scorers(
+    weak: str,
+    strong: str,
+    dummy_weights: bool,
+    weak_engine: str,
+    strong_engine: str,
+    compiled: bool,
+    data: str,
+    rows: int,
+    repeats: int,
+    save: bool,
+) -> None:
+    """A weak scorer against a strong one: the speed-up, and with real weights how far they agree."""
+    from bench.report import finish
+    from bench.scorers import Scorer, run
+
+    vllm_args = {"enforce_eager": not compiled}
+    sides = (Scorer(weak, weak_engine, vllm_args), Scorer(strong, strong_engine, vllm_args))
+    finish("scorers", run(data, rows, *sides, repeats, dummy_weights), save, *_labels(dummy_weights, weak, strong))
 
 
 @bench.command()
@@ -99,5 +142,14 @@ def readme(check: bool) -> None:
     update(check)
 
 
+def _labels(dummy_weights: bool, *models: str) -> list[str]:
+    """What tells a result apart from those of other models; nothing for the default one."""
+    names = [Path(model).name for model in models]
+    return [] if names == [DEFAULT_MODEL] else [*names, *(["dummy"] if dummy_weights else [])]
+
+
 if __name__ == "__main__":
-    bench()
+    try:
+        bench()
+    except ScorerError as error:
+        raise SystemExit(f"error: {error}") from error

@@ -27,19 +27,73 @@ def engines_table(result: dict[str, Any]) -> str:
         "| --- | ---: | ---: | ---: | ---: |",
     ]
     for name, figures in result["engines"].items():
+        times = figures["times_reference"]
         lines.append(
             f"| {name} | {figures['rows_per_second']:.2f} | {figures['tokens_per_second']:,.0f} "
-            f"| {figures['times_reference']:.2f} | {figures['fraction_of_bound']:.0%} |"
+            f"| {'-' if times is None else f'{times:.2f}'} | {figures['fraction_of_bound']:.0%} |"
         )
-    agreement = result["bfloat16_against_float32"]
-    lines += [
+    said = []
+    if result["largest_relative_error"] is not None:
+        said.append(
+            f"packed against reference in float32: largest relative error {result['largest_relative_error']:.0e}."
+        )
+    if agreement := result.get("bfloat16_against_float32"):
+        said.append(
+            f"bfloat16 against float32 over {agreement['rows']:,} rows: Spearman of IFD "
+            f"{agreement['spearman_ifd']:.4f}, overlap of the top tenth {agreement['top_10_percent_overlap']:.2f}."
+        )
+    if result["overhead_fraction"] is not None:
+        said.append(f"Reading, tokenising and writing: {result['overhead_fraction']:.1%} of a run.")
+    if vllm := result.get("vllm"):
+        said += _vllm_sentences(vllm, result["engines"])
+    if result.get("dummy_weights"):
+        said.append("Random weights, and random tokens of the rows' lengths.")
+    return "\n".join([*lines, "", " ".join([*said, f"(`{result['command']}`)"])])
+
+
+def _vllm_sentences(vllm: dict[str, Any], engines: dict[str, Any]) -> list[str]:
+    """How our vLLM engine compares with stock vLLM and with float32, and what was not measured."""
+    said = []
+    mode = "compiled" if vllm["compiled"] else "eager"
+    versions = ", ".join(f"{name} {release}" for name, release in vllm["versions"].items())
+    if ratios := [f"{ratio:.2f} times {name}" for name, ratio in vllm["times_stock"].items()]:
+        said.append(f"vllm bfloat16 ({versions}, {mode}): {', '.join(ratios)}.")
+    for name, figures in engines.items():
+        if name.startswith("vllm") and "spearman_ifd" in figures:
+            said.append(
+                f"{name} against {figures['compared_with']}: Spearman of IFD {figures['spearman_ifd']:.4f}, "
+                f"overlap of the top tenth {figures['top_10_percent_overlap']:.2f}."
+            )
+    return said + [f"{name} is left out: {why.rstrip('.')}." for name, why in vllm["left_out"].items()]
+
+
+def scorers_table(result: dict[str, Any]) -> str:
+    """One line a scorer, the speed-up, and how far the two agree."""
+    lines = [
+        f"{_where(result)}; {result['rows']} rows of `{result['data']}`:",
         "",
-        f"packed against reference in float32: largest relative error {result['largest_relative_error']:.0e}. bfloat16 "
-        f"against float32 over {agreement['rows']:,} rows: Spearman of IFD {agreement['spearman_ifd']:.4f}, overlap of "
-        f"the top tenth {agreement['top_10_percent_overlap']:.2f}. Reading, tokenising and writing: "
-        f"{result['overhead_fraction']:.1%} of a run. (`{result['command']}`)",
+        "| scorer | engine | parameters | rows/s | tokens/s |",
+        "| --- | --- | ---: | ---: | ---: |",
     ]
-    return "\n".join(lines)
+    for side in ("weak", "strong"):
+        figures = result[side]
+        lines.append(
+            f"| {side}: {figures['model']} | {figures['engine']} {figures['dtype']} "
+            f"| {figures['parameters'] / 1e6:,.0f}M | {figures['rows_per_second']:.2f} "
+            f"| {figures['tokens_per_second']:,.0f} |"
+        )
+    said = [f"The weak scorer is {result['speed_up']['rows_per_second']:.1f} times as fast."]
+    for name, title in (("ppl_conditioned", "perplexity"), ("ifd", "IFD")):
+        if found := (result["agreement"] or {}).get(name):
+            overlap = ", ".join(f"{_figure(own)} of the top {share}" for share, own in found["overlap"].items())
+            said.append(f"Spearman of {title}: {_figure(found['spearman'])}; overlap: {overlap}.")
+    if result["dummy_weights"]:
+        said.append("Random weights, and random tokens of the rows' lengths.")
+    return "\n".join([*lines, "", " ".join([*said, f"(`{result['command']}`)"])])
+
+
+def _figure(figure: dict[str, Any]) -> str:
+    return "not defined" if figure["value"] is None else f"{figure['value']:.3f}"
 
 
 def kernel_table(result: dict[str, Any]) -> str:
@@ -76,6 +130,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "engines": engines_table,
     "kernel": kernel_table,
     "learning": learning_table,
+    "scorers": scorers_table,
 }
 
 
@@ -85,7 +140,8 @@ def update(check: bool) -> None:
     made = SECTION.sub(lambda match: match[1] + _tables(match[2]) + match[3], text)
     if check and made != text:
         raise SystemExit("README.md is not what bench/results says: run `python -m bench readme`")
-    README.write_text(made, encoding="utf-8")
+    if made != text:
+        README.write_text(made, encoding="utf-8")
 
 
 def _tables(name: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shlex
 import sys
 from importlib.metadata import version
@@ -31,13 +32,14 @@ def machine() -> dict[str, Any]:
     } | {name: version(name) for name in ("torch", "transformers")}
 
 
-def finish(name: str, result: dict[str, Any], save: bool) -> None:
-    """Print the result as one line of JSON; with `save`, keep it as bench/results/NAME-DEVICE.json too."""
+def finish(name: str, result: dict[str, Any], save: bool, *labels: str) -> None:
+    """Print the result as one line of JSON; with `save`, keep it as bench/results/NAME-LABELS-DEVICE.json too."""
     arguments = (Path(word).name if "/" in word else word for word in sys.argv[1:])  # where data lies tells nothing
     command = shlex.join(["python", "-m", "bench", *arguments])
     document = {"benchmark": name, "command": command, "machine": machine(), **result}
     if save:
-        device = (document["machine"]["gpu"] or document["machine"]["cpu"]).lower().replace(" ", "-")
+        device = document["machine"]["gpu"] or document["machine"]["cpu"]
+        words = re.sub("[^a-z0-9.]+", "-", "-".join((name, *labels, device)).lower())
         RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"{name}-{device}.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        (RESULTS / f"{words}.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(document))
