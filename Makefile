@@ -1,6 +1,7 @@
 # Two commands for a fresh machine: `make demo` and `make test`. Both make their own .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
+ROWS := $(or $(DATA),examples/alpaca.json)
 INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt --editable
 
 demo: .venv/demo.stamp
@@ -44,7 +45,11 @@ gpu: .venv/test.stamp
 	$(INSTALL) '.[test,bench]'
 	$(BIN)/python -m bench kernel --save
 	$(BIN)/python -m bench tune --save
-	$(BIN)/python -m bench engines --rows 2048 --data $(or $(DATA),examples/alpaca.json) --save
+	$(BIN)/python -m bench engines --rows 2048 --data $(ROWS) --save
+	$(BIN)/python -m bench engines --rows 2048 --data $(ROWS) --model gpt2 --dummy-weights --save
+	$(BIN)/python -m bench engines --rows 512 --data $(ROWS) --model llama-2-7b --dummy-weights --save \
+		--gpu-memory-utilization 0.4 --only 'vllm bfloat16' --only 'vllm stock prompt_logprobs=0'
+	$(BIN)/python -m bench scorers --rows 2048 --data $(ROWS) --weak gpt2 --strong llama-2-7b --dummy-weights --save
 
 clean:
 	rm -rf .venv demo build *.egg-info

@@ -77,9 +77,7 @@ class VllmEngine:
 
     def score(self, sequences: Sequence[TokenSequence]) -> Iterator[list[SpanNLL]]:
         """The spans of each step as it is done."""
-        from vllm import PoolingParams
-
-        from scorer.engines.vllm_plugin import SPANS
+        from scorer.engines.vllm_plugin import request
 
         refuse_unknown_tokens(sequences, self.vocabulary)
         waiting = iter(sequences)
@@ -88,11 +86,9 @@ class VllmEngine:
             while True:
                 with _faults(self.log, "vLLM failed"):
                     for sequence in islice(waiting, IN_FLIGHT - len(pending)):
-                        spans = [[span.start, span.end] for span in sequence.targets]
-                        prompt: Any = {"type": "token", "prompt_token_ids": sequence.token_ids}
+                        prompt, params = request(sequence.token_ids, [[t.start, t.end] for t in sequence.targets])
                         self.asked += 1
                         pending[str(self.asked)] = sequence
-                        params = PoolingParams(task="plugin", extra_kwargs={SPANS: spans})
                         self.engine.add_request(str(self.asked), prompt, params)
                     outputs = self.engine.step() if pending else []
                 if not pending:
@@ -264,7 +260,8 @@ def _faults(log: Any, what: str) -> Iterator[None]:
     except Exception as error:  # of many kinds, and some of their classes move between releases
         dead = type(error).__name__ == "EngineDeadError"
         own = "its engine process died; the same command goes on" if dead else one_line(error)
-        kind = ScorerError if isinstance(error, ValueError) else EngineError
+        refused = isinstance(error, ValueError) or type(error).__name__ == "VLLMValidationError"
+        kind = ScorerError if refused else EngineError
         raise kind(f"{what}: {_printed_cause(log) or own}") from error
 
 

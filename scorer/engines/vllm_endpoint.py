@@ -17,10 +17,10 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, FastAPI, HTTPException, Request
 from pydantic import BaseModel, Field, StrictInt
-from vllm import PoolingParams
 from vllm.utils import random_uuid
 
-from scorer.engines.vllm_plugin import PREFIX, SPANS
+from scorer.engines.vllm_plugin import PREFIX
+from scorer.engines.vllm_plugin import request as scoring_request
 
 REVISION = "SCORER_MODEL_REVISION"  # of the environment: what `scorer serve` says of the model that it serves
 SHAPE = ("model_type", "vocab_size", "hidden_size", "n_embd", "num_hidden_layers", "n_layer", "intermediate_size")
@@ -59,8 +59,7 @@ async def score(body: ScoreRequest, request: Request) -> dict[str, Any]:
 
 
 async def _score(engine: Any, sequence: Sequence) -> list[list[float | None]]:
-    params = PoolingParams(task="plugin", extra_kwargs={SPANS: [list(span) for span in sequence.spans]})
-    prompt = {"type": "token", "prompt_token_ids": sequence.token_ids}
+    prompt, params = scoring_request(sequence.token_ids, sequence.spans)
     async for output in engine.encode(prompt, params, f"scorer-{random_uuid()}"):
         rows = output.outputs.data[: len(sequence.spans)].tolist()
     return [[nll if math.isfinite(nll) else None, tokens] for nll, tokens in rows]

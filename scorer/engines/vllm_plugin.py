@@ -15,14 +15,16 @@ from typing import Any
 import numpy as np
 import torch
 from scorer_kernels import merge_nll_partials, nll_head, nll_partials, nll_sums
-from vllm import ModelRegistry
+from vllm import ModelRegistry, PoolingParams
 from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.pooler import Pooler, PoolingParamsUpdate
 
 PREFIX = "Scoring"  # LlamaForCausalLM is registered a second time, as ScoringLlamaForCausalLM
 SUFFIXES = ("ForCausalLM", "LMHeadModel")  # of the classes in vLLM's registry that are causal language models
-SPANS = "spans"  # in PoolingParams.extra_kwargs: [[start, end], ...] of a request, ascending and apart, start >= 1
+# In PoolingParams.extra_kwargs: [[start, end], ...] of a request, ascending and apart, start >= 1; and the token that
+# its last span ends with, if the prompt ends before it.
+SPANS, LAST = "spans", "last"
 PROBED_ROWS = 8
 
 
@@ -33,6 +35,16 @@ def register() -> None:
         name = PREFIX + architecture
         if architecture.endswith(SUFFIXES) and not architecture.startswith(PREFIX) and name not in known:
             ModelRegistry.register_model(name, f"{__name__}:{name}")
+
+
+def request(token_ids: Sequence[int], spans: Sequence[Sequence[int]]) -> tuple[dict[str, Any], PoolingParams]:
+    """What vLLM is asked, to score spans [start, end) of a sequence: a prompt, and what its pooler is told.
+
+    The last token scored predicts nothing that is, so it is not in the prompt: a token a sequence is not computed.
+    """
+    end = spans[-1][1] - 1
+    extra = {SPANS: [list(span) for span in spans], LAST: token_ids[end]}
+    return {"type": "token", "prompt_token_ids": token_ids[:end]}, PoolingParams(task="plugin", extra_kwargs=extra)
 
 
 def __getattr__(name: str) -> type:
@@ -89,6 +101,14 @@ def lay_out(spans: Sequence[Sequence[Sequence[int]]], scheduled: np.ndarray, see
     rows = np.repeat(first + low - begin, lengths) + steps
     positions = np.repeat(low + 1, lengths) + steps
     return Step(rows, np.repeat(request, lengths), positions, offsets, slots, (len(spans), width))
+
+
+def predicted(metadata: Any, step: Step, lengths: np.ndarray) -> np.ndarray:
+    """The tokens [N] that the step's rows predict, int64: of prompts of `lengths` [R], or the token after one."""
+    ids = metadata.prompt_token_ids_cpu.numpy()
+    last = np.array([(params.extra_kwargs or {}).get(LAST, 0) for params in metadata.pooling_params], np.int64)
+    inside = step.positions < lengths[step.requests]
+    return np.where(inside, ids[step.requests, step.positions * inside], last[step.requests])
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +209,7 @@ class ScoringPooler(Pooler):  # type: ignore[misc]  # vLLM is not type-checked
         cursor = pooling_metadata.get_pooling_cursor()
         scheduled, seen = cursor.num_scheduled_tokens_cpu.numpy(), cursor.seq_lens_cpu.numpy()
         step = lay_out(spans, scheduled, seen)
-        words = pooling_metadata.prompt_token_ids_cpu.numpy()[step.requests, step.positions]
+        words = predicted(pooling_metadata, step, np.asarray(lengths))
         result = self._sums(hidden_states, step, words)
         for i in np.flatnonzero(scheduled != lengths):
             parts, own = pooling_metadata.pooling_states[i].hidden_states_cache, result[i, : len(spans[i])]
