@@ -49,7 +49,6 @@ ALLOWED: dict[str, set[str]] = {
         "scorer.config",
         "scorer.engines.faults",
         "scorer.engines.vllm_plugin",
-        "scorer.loading",
         "scorer.models",
         "scorer.types",
     },

@@ -18,11 +18,12 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from itertools import islice
+from multiprocessing.connection import wait
+from threading import Thread
 from typing import Any, NoReturn
 
 from scorer.config import ScoreConfig
 from scorer.engines.faults import refuse_unknown_tokens, with_counted_sums
-from scorer.loading import one_line
 from scorer.models import ModelFiles, model_settings
 from scorer.types import EngineError, ScorerError, SpanNLL, TokenSequence
 
@@ -49,8 +50,9 @@ OURS = (
     "pooler_config",
     "skip_tokenizer_init",
 )  # scoring is made of these
+_SET: set[str] = set()  # the environment's variables that are ours to change
 LOG_TAIL = 1 << 16  # bytes
-NO_CAUSE = ("Engine core initialization failed", "EngineDeadError", "See root cause above")
+NO_CAUSE = ("RuntimeError: cancelled", "Engine core initialization failed", "EngineDeadError", "See root cause above")
 CAUSE = re.compile(r"\b(\w+(?:Error|Exception)): (.+)")
 
 
@@ -72,6 +74,7 @@ class VllmEngine:
 
             arguments = EngineArgs(**engine_arguments(config, files))
             self.engine = LLMEngine.from_engine_args(arguments)
+            _wake_when_dead(self.engine.engine_core)
             self.vocabulary = self.engine.model_config.get_vocab_size()
         self.asked = 0
 
@@ -107,6 +110,20 @@ class VllmEngine:
             self.engine.engine_core.shutdown()
             self.engine = None
         self.log.close()
+
+
+def _wake_when_dead(core: Any) -> None:
+    """Have a step that waits for an engine process end when that process does: vLLM's own would wait for ever."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    processes = [process.sentinel for process in core.resources.engine_manager.processes]
+    answers = core.outputs_queue
+
+    def watch() -> None:
+        wait(processes)
+        answers.put_nowait(EngineDeadError())
+
+    Thread(target=watch, daemon=True, name="scorer-vllm-watch").start()
 
 
 def serve(config: ScoreConfig, files: ModelFiles, host: str, port: int) -> NoReturn:
@@ -157,6 +174,7 @@ def engine_arguments(config: ScoreConfig, files: ModelFiles) -> dict[str, Any]:
             f"max_model_len: {length} is less than the {config.max_length} tokens of the longest sequence"
         )
     chunked = extra.get("enable_chunked_prefill", False)
+    tokens = config.batch_tokens if chunked else max(config.batch_tokens, length)
     arguments = {
         "model": str(files.path),
         "runner": "pooling",
@@ -168,8 +186,8 @@ def engine_arguments(config: ScoreConfig, files: ModelFiles) -> dict[str, Any]:
         "max_model_len": length,
         # A request that is prefilled whole ends in the step that it begins in: nothing is kept between steps.
         "enable_chunked_prefill": False,
-        "max_num_batched_tokens": config.batch_tokens if chunked else max(config.batch_tokens, length),
-        "max_num_seqs": 1024,  # for short responses, the budget of tokens has to be what ends a step
+        "max_num_batched_tokens": tokens,
+        "max_num_seqs": min(1024, tokens),  # for short responses, the budget of tokens has to be what ends a step
         "enable_prefix_caching": False,  # the states of a cached prefix would be missing, and samples share none
         # A CUDA graph is for decoding's small batches, and compiling takes a minute.
         "enforce_eager": True,
@@ -226,7 +244,9 @@ def set_environment(config: ScoreConfig) -> None:
         "VLLM_CPU_OMP_THREADS_BIND": "|".join(",".join(map(str, part)) for part in parts),
     }
     for name, value in defaults.items():
-        os.environ.setdefault(name, value)
+        if name in _SET or name not in os.environ:
+            os.environ[name] = value
+            _SET.add(name)
 
 
 @contextmanager
@@ -259,7 +279,8 @@ def _faults(log: Any, what: str) -> Iterator[None]:
         raise
     except Exception as error:  # of many kinds, and some of their classes move between releases
         dead = type(error).__name__ == "EngineDeadError"
-        own = "its engine process died; the same command goes on" if dead else one_line(error)
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"  # pydantic gives its reason on line two
+        own = "its engine process died; the same command goes on" if dead else said
         refused = isinstance(error, ValueError) or type(error).__name__ == "VLLMValidationError"
         kind = ScorerError if refused else EngineError
         raise kind(f"{what}: {_printed_cause(log) or own}") from error
