@@ -10,13 +10,16 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 from click.core import ParameterSource
 
 from scorer.config import COLUMNS, DEVICES, DTYPES, ENGINES, PROTOCOLS, ScoreConfig
 from scorer.types import ScorerError
+
+if TYPE_CHECKING:
+    from scorer.distributed import Cluster
 
 DEFAULTS = ScoreConfig()
 Command = Callable[..., None]
@@ -249,6 +252,15 @@ def parse_vllm_args(
     return arguments or None
 
 
+def parse_workers(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
+    """`auto` as None."""
+    if value in (None, "auto"):
+        return None
+    if not value.isdecimal() or int(value) < 1:
+        raise click.BadParameter(f"'{value}' is neither auto nor a whole number of at least 1")
+    return int(value)
+
+
 def parse_names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...]:
     """`a,b` as a tuple."""
     return () if value is None else tuple(name.strip() for name in value.split(","))
@@ -258,12 +270,35 @@ def parse_names(_: click.Context, __: click.Parameter, value: str | None) -> tup
 @score_options
 @click.option("-o", "--output", required=True, metavar="RUN", help="The run directory.")
 @click.option("--fresh", is_flag=True, help="Discard what an earlier run left in RUN.  [default: no]")
-def score(data: tuple[str, ...], output: str, fresh: bool, strict: bool, **options: Any) -> None:
+@click.option(
+    "--ray", metavar="ADDRESS", help="Score on Ray: local, or the address of a cluster (auto finds it).  [default: no]"
+)
+@click.option("--workers", callback=parse_workers, metavar="N", help="--ray: how many engines.  [default: auto]")
+@click.option("--gpus-per-worker", type=float, help="--ray: a share is allowed.  [default: 1 if there is one]")
+@click.option("--cpus-per-worker", type=float, help="--ray: a share is allowed.  [default: an even share]")
+def score(
+    data: tuple[str, ...],
+    output: str,
+    fresh: bool,
+    strict: bool,
+    ray: str | None,
+    workers: int | None,
+    gpus_per_worker: float | None,
+    cpus_per_worker: float | None,
+    **options: Any,
+) -> None:
     """Score DATA (JSON, JSON Lines, Parquet; - is standard input) into the directory RUN.
 
     The same command again resumes an unfinished run.
     """
-    _score(data, output, fresh, strict, options)
+    cluster = None
+    if ray is not None:
+        from scorer.distributed import Cluster
+
+        cluster = Cluster(ray, workers, gpus_per_worker, cpus_per_worker)
+    elif given := [w for w in (workers, gpus_per_worker, cpus_per_worker) if w is not None]:
+        raise click.UsageError(f"{given[0]:g} of what? --workers and its like are for --ray")
+    _score(data, output, fresh, strict, options, cluster)
 
 
 @cli.command()
@@ -448,12 +483,19 @@ def fetch(name: str) -> None:
 SELECT_NAMES = tuple(parameter.name for parameter in select.params if parameter.name not in ("run", "output"))
 
 
-def _score(data: tuple[str, ...], output: str, fresh: bool, strict: bool, options: dict[str, Any]) -> None:
+def _score(
+    data: tuple[str, ...],
+    output: str,
+    fresh: bool,
+    strict: bool,
+    options: dict[str, Any],
+    cluster: Cluster | None = None,
+) -> None:
     from scorer.console import ConsoleProgress, show_run
     from scorer.run import score as score_data
 
     with ConsoleProgress() as progress:
-        run = score_data(data, output, fresh=fresh, strict=strict, progress=progress, **options)
+        run = score_data(data, output, fresh=fresh, strict=strict, cluster=cluster, progress=progress, **options)
     show_run(run)
 
 

@@ -22,7 +22,7 @@ from scorer.atomic import replacing
 from scorer.embed import EMBEDDER, MAX_TOKENS, Matrix, embed
 from scorer.files import inspect_input
 from scorer.models import choose_device
-from scorer.run import Progress, Silent
+from scorer.progress import Progress, Silent
 from scorer.rundir import Run
 from scorer.types import ScorerError
 

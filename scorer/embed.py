@@ -22,8 +22,8 @@ import torch
 from scorer.atomic import remove_temporaries, replacing
 from scorer.loading import loading
 from scorer.models import ModelFiles, find_model, load_tokenizer
+from scorer.progress import Progress
 from scorer.records import read_records
-from scorer.run import Progress
 from scorer.rundir import Run
 from scorer.types import Record, ScorerError
 

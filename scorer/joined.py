@@ -15,7 +15,7 @@ from typing import Any
 import polars as pl
 
 from scorer.learning import PROTOCOL, discard, finish, is_done, learning_manifest, refuse_other_kind
-from scorer.run import Progress, Silent
+from scorer.progress import Progress, Silent
 from scorer.rundir import Run
 from scorer.scores import SCHEMA
 from scorer.types import RowStatus, ScorerError

@@ -23,8 +23,9 @@ import polars as pl
 from scorer.config import PROTOCOLS, SERVERS, ScoreConfig, one_of
 from scorer.encode import Encoder
 from scorer.models import ModelFiles, choose_device, find_model, load_tokenizer
+from scorer.progress import Progress, Silent
 from scorer.records import read_records
-from scorer.run import Progress, Silent, score
+from scorer.run import score
 from scorer.rundir import MANIFEST, Run
 from scorer.scores import learning_table
 from scorer.types import ScorerError, TokenSequence

@@ -11,28 +11,29 @@ import platform
 import shutil
 import sys
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
-
-import polars as pl
+from typing import TYPE_CHECKING, Any
 
 from scorer.atomic import replacing
 from scorer.config import PROTOCOLS, SERVERS, ScoreConfig
-from scorer.encode import Encoder
-from scorer.engines import choose_engine, engine_versions, open_engine, served_model
-from scorer.files import InputFile, RawRecord, count_records, inspect_input, read_raw
-from scorer.models import ModelFiles, choose_device, choose_dtype, find_model, load_tokenizer, model_settings
+from scorer.engines import choose_engine, engine_versions, served_model
+from scorer.files import InputFile, count_records, inspect_input, read_raw
+from scorer.models import ModelFiles, choose_device, choose_dtype, find_model, model_settings
+from scorer.progress import Progress, Silent
 from scorer.records import read_records
 from scorer.rundir import MANIFEST, STDIN, Run
-from scorer.scores import score_table
-from scorer.types import EncodedTurn, Record, RowStatus, ScorerError, SpanNLL, TokenSequence
+from scorer.shards import ShardScorer, read_shards, refuse_faults, statuses
+from scorer.types import ScorerError
+
+if TYPE_CHECKING:
+    from scorer.distributed import Cluster
+
+Wrote = Callable[[int, float, str], None]  # told of each shard on disk: its tokens, its seconds, and who scored it
 
 FORMAT = 1  # raised whenever the meaning of a shard changes, so that an older run is not continued
 # What may change between two parts of one run: how much is computed at once and on what, and where a model of one
@@ -47,33 +48,13 @@ BATCH_TOKENS = {  # by engine and device
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions")
 
 
-class Progress(Protocol):
-    """What a run tells whoever watches it."""
-
-    def say(self, message: str) -> None: ...
-    def begin(self, records: int, done: int) -> None: ...
-    def advance(self, records: int, tokens: int) -> None: ...
-
-
-class Silent:
-    """Tells nobody."""
-
-    def say(self, message: str) -> None:
-        pass
-
-    def begin(self, records: int, done: int) -> None:
-        pass
-
-    def advance(self, records: int, tokens: int) -> None:
-        pass
-
-
 def score(
     data: str | Path | Sequence[str | Path],
     output: str | Path | None = None,
     *,
     fresh: bool = False,
     strict: bool = False,
+    cluster: Cluster | None = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> Run:
@@ -81,7 +62,8 @@ def score(
 
     data: JSON, JSON Lines or Parquet files; "-" is standard input. output: the run directory; None chooses one under
     `scorer-runs`, by the first file's name and what is computed. fresh: discard what an earlier run left there. strict:
-    the first record that can't be scored raises. options: the fields of ScoreConfig.
+    the first record that can't be scored raises. cluster: score on Ray, and not in this process. options: the fields of
+    ScoreConfig.
 
     Raises ScorerError for input, options or a directory that the user has to mend, EngineError where the machine
     failed; what was scored until then stays.
@@ -132,7 +114,7 @@ def score(
                 manifest["inputs"] = _inputs(inputs)
                 run.write_manifest(manifest)
             if strict:
-                _refuse_faults(read_raw(paths), _statuses(run.scores()))
+                refuse_faults(read_raw(paths), statuses(run.scores()))
             if run.complete:
                 progress.say(f"{run.path} is complete already; --fresh would start over")
                 return run
@@ -144,7 +126,7 @@ def score(
             run.write_manifest(manifest)
         what = f"{'http' if served else config.engine}{why}; {config.dtype}; {manifest['device']}"
         progress.say(f"loading {files.name} ({what})")
-        _score_shards(run, manifest, config, files, paths, strict, progress)
+        _score_missing(run, manifest, config, files, paths, cluster, strict, progress)
     return run
 
 
@@ -254,7 +236,8 @@ def _manifest(
         "records": records,
         "status": {},
         "tokens": 0,
-        "seconds": 0.0,
+        "seconds": 0.0,  # of all engines together
+        "shards_by": {},
     }
 
 
@@ -268,82 +251,59 @@ def _device_name(device: str) -> str:
     return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
 
-@dataclass(frozen=True, slots=True)
-class _Shard:
-    records: list[Record]
-    turns: list[EncodedTurn]
-    sequences: list[TokenSequence]
-
-
-def _encoded_shards(records: Iterable[Record], encoder: Encoder, shard_rows: int) -> Iterator[_Shard]:
-    iterator = iter(records)
-    while chunk := list(islice(iterator, shard_rows)):
-        yield _Shard(chunk, *encoder.encode(chunk))
-
-
-def _score_shards(
+def _score_missing(
     run: Run,
     manifest: dict[str, Any],
     config: ScoreConfig,
     files: ModelFiles,
     paths: list[str],
+    cluster: Cluster | None,
     strict: bool,
     progress: Progress,
 ) -> None:
-    assert config.max_length is not None
-    protocol = PROTOCOLS[config.protocol]
-    encoder = Encoder(
-        load_tokenizer(files, trust_remote_code=config.trust_remote_code),
-        protocol,
-        config.max_length,
-        files.document_token_id,
-    )
-    done = len(run.shards())
-    start = min(done * config.shard_rows, manifest["records"])
-    shards = _encoded_shards(
-        read_records(paths, columns=config.columns, start=start, limit=config.limit), encoder, config.shard_rows
-    )
-    engine = open_engine(config, files)
-    progress.begin(manifest["records"], start)
-    # One thread reads and tokenises the next shard while the engine scores this one.
-    with closing(engine), ThreadPoolExecutor(1, thread_name_prefix="scorer-reader") as reader:
-        upcoming = reader.submit(next, shards, None)
-        while (shard := upcoming.result()) is not None:
-            upcoming = reader.submit(next, shards, None)
-            clock = time.monotonic()
-            if strict:
-                _refuse_faults(shard.records, ((t.record_id, t.status) for t in shard.turns))
-            spans = list(_watched(engine.score(shard.sequences), shard, progress))
-            table = score_table(shard.turns, spans, two_views=protocol.alone is not None)
-            if strict:
-                _refuse_faults(shard.records, _statuses(table))
-            run.write_shard(done, table)
-            done += 1
-            manifest["tokens"] += sum(len(s.token_ids) for s in shard.sequences)
-            manifest["seconds"] = round(manifest["seconds"] + time.monotonic() - clock, 3)
-            run.write_manifest(manifest)
+    """Score the shards that are not there yet, here or on a cluster, and finish the manifest."""
+
+    def wrote(tokens: int, seconds: float, by: str) -> None:
+        manifest["tokens"] += tokens
+        manifest["seconds"] = round(manifest["seconds"] + seconds, 3)
+        manifest["shards_by"][by] = manifest["shards_by"].get(by, 0) + 1
+        run.write_manifest(manifest)
+
+    shards = -(-manifest["records"] // config.shard_rows)
+    if missing := run.missing(shards):
+        left = len(missing) * config.shard_rows
+        if missing[-1] == shards - 1:
+            left += manifest["records"] - shards * config.shard_rows  # the last one may be shorter
+        progress.begin(manifest["records"], manifest["records"] - left)
+        if cluster is None:
+            _score_here(run, config, files, paths, missing, strict, progress, wrote)
+        else:
+            from scorer.distributed import score_on_ray
+
+            score_on_ray(run, config, files, paths, missing, cluster, strict=strict, progress=progress, wrote=wrote)
     status = run.scores()["status"].value_counts(sort=True)
     run.write_manifest(manifest | {"state": "complete", "status": dict(status.iter_rows())})
 
 
-def _watched(batches: Iterator[list[SpanNLL]], shard: _Shard, progress: Progress) -> Iterator[SpanNLL]:
-    """The spans of `batches`, telling `progress` of each record at its first span."""
-    tokens: Counter[int] = Counter()
-    for sequence in shard.sequences:
-        tokens[sequence.record_id] += len(sequence.token_ids)
-    progress.advance(len(shard.records) - len(tokens), 0)
-    for batch in batches:
-        finished = {span.record_id for span in batch} & tokens.keys()
-        progress.advance(len(finished), sum(tokens.pop(record_id) for record_id in finished))
-        yield from batch
-
-
-def _statuses(table: pl.DataFrame) -> Iterator[tuple[int, RowStatus]]:
-    return zip(table["record_id"], map(RowStatus, table["status"]), strict=True)
-
-
-def _refuse_faults(rows: Iterable[Record | RawRecord], statuses: Iterable[tuple[int, RowStatus]]) -> None:
-    for record_id, status in statuses:
-        if not status.scored:
-            source = next(row.source for row in rows if row.record_id == record_id)
-            raise ScorerError(f"{source}: {status} (--strict refuses what can't be scored)")
+def _score_here(
+    run: Run,
+    config: ScoreConfig,
+    files: ModelFiles,
+    paths: list[str],
+    missing: list[int],
+    strict: bool,
+    progress: Progress,
+    wrote: Wrote,
+) -> None:
+    """Score the missing shards in this process."""
+    scorer = ShardScorer(config, files, strict=strict)
+    # One thread reads and tokenises the next shard while the engine scores this one.
+    with closing(scorer), ThreadPoolExecutor(1, thread_name_prefix="scorer-reader") as reader:
+        shards = ((index, scorer.encode(records)) for index, records in read_shards(paths, config, missing))
+        upcoming = reader.submit(next, shards, None)
+        while (following := upcoming.result()) is not None:
+            upcoming = reader.submit(next, shards, None)
+            clock = time.monotonic()
+            index, shard = following
+            run.write_shard(index, scorer.score(shard, progress))
+            wrote(shard.tokens, time.monotonic() - clock, "this process")

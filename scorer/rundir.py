@@ -4,8 +4,8 @@
     RUN/scores/part-00000.parquet    the score table of the first `shard_rows` records, and so on
     RUN/stdin.jsonl                  what was read from standard input, if it was an input
 
-A shard is whole or absent, so the number of shards says how far a run came. What a killed process
-left half written, the next writer removes. Knows Parquet and JSON files; neither how
+A shard is whole or absent, so what is absent is left to do. What a killed process left half written,
+the next writer removes. Knows Parquet and JSON files; neither how
 scores are made nor what they mean.
 """
 
@@ -71,11 +71,13 @@ class Run:
             raise ScorerError(f"{self.path}: a shard can't be read; score again with --fresh ({error})") from error
 
     def shards(self) -> list[Path]:
-        """The whole shards, from the first to the one before the first that is missing."""
-        paths: list[Path] = []
-        while (path := self._shard(len(paths))).exists():
-            paths.append(path)
-        return paths
+        """The whole shards, in order. Of an unfinished run some may be missing, wherever several workers score."""
+        paths = (self.path / "scores").glob("part-*.parquet")
+        return sorted(paths, key=lambda path: int(path.stem.removeprefix("part-")))
+
+    def missing(self, shards: int) -> list[int]:
+        """The numbers of the first `shards` shards that are not there."""
+        return [index for index in range(shards) if not self._shard(index).exists()]
 
     def write_shard(self, index: int, table: pl.DataFrame) -> None:
         """Write one shard. Raises EngineError where the disk is full."""

@@ -1,0 +1,102 @@
+"""The shards of a run: which records are whose, and one shard's records in, its score table out.
+
+Knows the encoder, the engine and the table; not where shards are kept.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import polars as pl
+
+from scorer.config import PROTOCOLS, ScoreConfig
+from scorer.encode import Encoder
+from scorer.engines import open_engine
+from scorer.files import RawRecord, read_raw
+from scorer.models import ModelFiles, load_tokenizer
+from scorer.progress import Progress
+from scorer.records import to_record
+from scorer.scores import score_table
+from scorer.types import EncodedTurn, Record, RowStatus, ScorerError, SpanNLL, TokenSequence
+
+
+def read_shards(paths: list[str], config: ScoreConfig, missing: list[int]) -> Iterator[tuple[int, list[Record]]]:
+    """The records of each shard whose number is in `missing`, which ascends."""
+    rows, wanted = config.shard_rows, set(missing)
+    raws = read_raw(paths, start=missing[0] * rows, limit=config.limit)
+    for index in range(missing[0], missing[-1] + 1):
+        chunk = list(islice(raws, rows))
+        if index in wanted:
+            yield index, [to_record(raw, config.columns) for raw in chunk]
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Records, their turns, and the sequences of those turns that can be scored."""
+
+    records: list[Record]
+    turns: list[EncodedTurn]
+    sequences: list[TokenSequence]
+
+    @property
+    def tokens(self) -> int:
+        """How many the engine is given."""
+        return sum(len(sequence.token_ids) for sequence in self.sequences)
+
+
+class ShardScorer:
+    """A tokenizer and an engine; opening one loads the model. `strict`: the first record without a score raises."""
+
+    def __init__(self, config: ScoreConfig, files: ModelFiles, *, strict: bool):
+        assert config.max_length is not None
+        self.strict = strict
+        self.protocol = PROTOCOLS[config.protocol]
+        tokenizer = load_tokenizer(files, trust_remote_code=config.trust_remote_code)
+        self.encoder = Encoder(tokenizer, self.protocol, config.max_length, files.document_token_id)
+        self.engine = open_engine(config, files)
+
+    def encode(self, records: list[Record]) -> Shard:
+        """The shard of `records`."""
+        return Shard(records, *self.encoder.encode(records))
+
+    def score(self, shard: Shard, progress: Progress) -> pl.DataFrame:
+        """The score table of a shard, one row a turn, in order. `progress` is told of each record at its first span."""
+        if self.strict:
+            refuse_faults(shard.records, ((turn.record_id, turn.status) for turn in shard.turns))
+        spans = list(_watched(self.engine.score(shard.sequences), shard, progress))
+        table = score_table(shard.turns, spans, two_views=self.protocol.alone is not None)
+        if self.strict:
+            refuse_faults(shard.records, statuses(table))
+        return table
+
+    def close(self) -> None:
+        """Free the model."""
+        self.engine.close()
+
+
+def _watched(batches: Iterator[list[SpanNLL]], shard: Shard, progress: Progress) -> Iterator[SpanNLL]:
+    """The spans of `batches`, telling `progress` of each record at its first span."""
+    tokens: Counter[int] = Counter()
+    for sequence in shard.sequences:
+        tokens[sequence.record_id] += len(sequence.token_ids)
+    progress.advance(len(shard.records) - len(tokens), 0)
+    for batch in batches:
+        finished = {span.record_id for span in batch} & tokens.keys()
+        progress.advance(len(finished), sum(tokens.pop(record_id) for record_id in finished))
+        yield from batch
+
+
+def statuses(table: pl.DataFrame) -> Iterator[tuple[int, RowStatus]]:
+    """Of each row of a score table, its record and status."""
+    return zip(table["record_id"], map(RowStatus, table["status"]), strict=True)
+
+
+def refuse_faults(rows: Iterable[Record | RawRecord], statuses: Iterable[tuple[int, RowStatus]]) -> None:
+    """Raise ScorerError at the first status that is not of a scored row, naming the record's file and line."""
+    for record_id, status in statuses:
+        if not status.scored:
+            source = next(row.source for row in rows if row.record_id == record_id)
+            raise ScorerError(f"{source}: {status} (--strict refuses what can't be scored)")
