@@ -46,7 +46,7 @@ IN_PROCESS = {  # engine and dtype
 OF_VLLM = (VLLM, STOCK, RESPONSE_ONLY)
 NAMES = (*IN_PROCESS, *OF_VLLM)
 AGREEMENT = 1e-4  # in float32, by `_relative`
-ROUNDING = 0.1  # in bfloat16, by `_rounding`
+ROUNDING = 0.02  # in bfloat16, by `_rounding`
 VIEWS = (("nll_conditioned", "response_tokens"), ("nll_alone", "alone_tokens"))
 
 
@@ -102,7 +102,7 @@ def run(asked: Asked) -> dict[str, Any]:
             "fraction_of_bound": work / max(rates[dtype].values()) / median,
         }
         if name != oracle:
-            measured[name] |= {"compared_with": oracle, "largest_error": errors[name]}
+            measured[name] |= {"compared_with": oracle, "error": errors[name]}
             if not asked.dummy_weights:
                 measured[name] |= _agreement(tables[name], tables[oracle])
     result: dict[str, Any] = {
@@ -210,7 +210,7 @@ def rounds(
 
 
 def checked_error(name: str, table: pl.DataFrame, oracle: str, exact: pl.DataFrame) -> float:
-    """The largest error of an engine's sums. Raises SystemExit where it is no rounding error."""
+    """The error of an engine's sums: the largest in float32, else the mean. Raises SystemExit where it is no rounding error."""
     if not table["status"].equals(exact["status"]):
         raise SystemExit(f"{name} and {oracle} don't score the same rows; nothing is reported")
     both_exact = name.endswith("float32") and oracle.endswith("float32")
@@ -228,13 +228,16 @@ def _relative(ours: pl.DataFrame, oracle: pl.DataFrame) -> float:
 
 
 def _rounding(ours: pl.DataFrame, oracle: pl.DataFrame) -> float:
-    """Of sums of rounded logits: relative to the sum and one nat a token, since a likely token's own sum is near 0."""
+    """Of sums of rounded logits: relative to the sum and one nat a token, since a likely token's own sum is near 0.
+
+    The mean: a span of one token may be a fifth off by rounding alone.
+    """
     errors = [
         float(e)
         for name, tokens in VIEWS
         for e in ((ours[name] - oracle[name]).abs() / (oracle[name] + oracle[tokens])).drop_nulls()
     ]
-    return max(errors)
+    return statistics.fmean(errors)
 
 
 def _overhead(sample: Rows, table: pl.DataFrame) -> float:
@@ -266,7 +269,7 @@ def _show(console: Console, result: dict[str, Any]) -> None:
             f"{figures['tokens_per_second']:,.0f}",
             "-" if times is None else f"{times:.2f}",
             f"{figures['fraction_of_bound']:.0%}",
-            f"{figures['largest_error']:.1e}" if "largest_error" in figures else "-",
+            f"{figures['error']:.1e}" if "error" in figures else "-",
         )
     console.print(shown)
     for dtype, rate in result["flop_per_second"].items():
