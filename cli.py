@@ -10,16 +10,13 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import click
 from click.core import ParameterSource
 
 from scorer.config import COLUMNS, DEVICES, DTYPES, ENGINES, PROTOCOLS, ScoreConfig
 from scorer.types import ScorerError
-
-if TYPE_CHECKING:
-    from scorer.distributed import Cluster
 
 DEFAULTS = ScoreConfig()
 Command = Callable[..., None]
@@ -489,7 +486,7 @@ def _score(
     fresh: bool,
     strict: bool,
     options: dict[str, Any],
-    cluster: Cluster | None = None,
+    cluster: Any = None,
 ) -> None:
     from scorer.console import ConsoleProgress, show_run
     from scorer.run import score as score_data
