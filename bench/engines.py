@@ -210,7 +210,7 @@ def rounds(
 
 
 def checked_error(name: str, table: pl.DataFrame, oracle: str, exact: pl.DataFrame) -> float:
-    """The error of an engine's sums: the largest in float32, else the mean. Raises SystemExit where it is no rounding error."""
+    """The largest error of an engine's sums in float32, else the mean. Raises SystemExit where it is no rounding."""
     if not table["status"].equals(exact["status"]):
         raise SystemExit(f"{name} and {oracle} don't score the same rows; nothing is reported")
     both_exact = name.endswith("float32") and oracle.endswith("float32")
