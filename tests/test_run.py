@@ -236,7 +236,7 @@ def test_a_deleted_shard_is_scored_again(
     shutil.copytree(run, tmp_path / "undisturbed")
     (run / "scores/part-00002.parquet").unlink()
     assert "unfinished" in command("select", run, "-o", "best.jsonl").line()
-    assert "resuming after 40 of 100" in command("score", data, "-o", run, *options).done()
+    assert "resuming after 80 of 100" in command("score", data, "-o", run, *options).done()
     assert_same(run, tmp_path / "undisturbed")
     (run / "scores/part-00002.parquet").write_bytes(b"PAR1")
     assert "--fresh" in command("select", run, "-o", "best.jsonl").line()
