@@ -20,7 +20,7 @@ from scorer.rundir import Run
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["tests.preload"])
 CONSOLE_SCRIPT = Path(sys.executable).with_name("scorer")
-SECONDS = 120.0  # more than any process here takes
+SECONDS = 300.0  # more than any process here takes
 
 
 @dataclass(frozen=True)
