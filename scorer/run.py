@@ -89,7 +89,10 @@ def score(
         report=progress.say,
     )
     served = served_model(config.engine, files) if remote else None
-    why = f": {choose_engine(config, files)[1]}" if config.engine == "auto" else ""
+    why = ""
+    if config.engine == "auto":
+        engine, reason = choose_engine(config, files)
+        config, why = replace(config, engine=engine), f": {reason}"
     config = choose(config, files, served)
     identity: dict[str, Any] = {
         "format": FORMAT,
@@ -269,12 +272,9 @@ def _score_missing(
         manifest["shards_by"][by] = manifest["shards_by"].get(by, 0) + 1
         run.write_manifest(manifest)
 
-    shards = -(-manifest["records"] // config.shard_rows)
-    if missing := run.missing(shards):
-        left = len(missing) * config.shard_rows
-        if missing[-1] == shards - 1:
-            left += manifest["records"] - shards * config.shard_rows  # the last one may be shorter
-        progress.begin(manifest["records"], manifest["records"] - left)
+    if missing := run.missing():
+        records, rows = manifest["records"], config.shard_rows
+        progress.begin(records, records - sum(min(rows, records - index * rows) for index in missing))
         if cluster is None:
             _score_here(run, config, files, paths, missing, strict, progress, wrote)
         else:

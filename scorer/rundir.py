@@ -57,8 +57,7 @@ class Run:
     def complete(self) -> bool:
         """Whether every record has its row; not so where a shard was deleted since."""
         manifest = self.manifest
-        shards: int = -(-manifest["records"] // manifest["identity"]["config"]["shard_rows"])
-        return bool(manifest["state"] == "complete" and len(self.shards()) == shards)
+        return bool(manifest["state"] == "complete" and len(self.shards()) == _shard_count(manifest))
 
     def scores(self) -> pl.DataFrame:
         """The score table, one row a turn, in input order: the columns of `scorer.scores.SCHEMA`."""
@@ -75,9 +74,9 @@ class Run:
         paths = (self.path / "scores").glob("part-*.parquet")
         return sorted(paths, key=lambda path: int(path.stem.removeprefix("part-")))
 
-    def missing(self, shards: int) -> list[int]:
-        """The numbers of the first `shards` shards that are not there."""
-        return [index for index in range(shards) if not self._shard(index).exists()]
+    def missing(self) -> list[int]:
+        """The numbers of the shards that the manifest's records make and that are not there."""
+        return [index for index in range(_shard_count(self.manifest)) if not self._shard(index).exists()]
 
     def write_shard(self, index: int, table: pl.DataFrame) -> None:
         """Write one shard. Raises EngineError where the disk is full."""
@@ -134,3 +133,7 @@ class Run:
 
     def _shard(self, index: int) -> Path:
         return self.path / "scores" / f"part-{index:05d}.parquet"
+
+
+def _shard_count(manifest: dict[str, Any]) -> int:
+    return int(-(-manifest["records"] // manifest["identity"]["config"]["shard_rows"]))

@@ -48,6 +48,7 @@ ALLOWED: dict[str, set[str]] = {
     "scorer.engines.vllm": {
         "scorer.config",
         "scorer.engines.faults",
+        "scorer.engines.vllm_endpoint",
         "scorer.engines.vllm_plugin",
         "scorer.models",
         "scorer.types",

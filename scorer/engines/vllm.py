@@ -42,14 +42,8 @@ OPTIONS = {  # EngineArgs that are options of our own
     "quantization": "--quantization",
     "gpu_memory_utilization": "--gpu-memory-utilization",
 }
-OURS = (
-    "model",
-    "runner",
-    "convert",
-    "hf_overrides",
-    "pooler_config",
-    "skip_tokenizer_init",
-)  # scoring is made of these
+# What scoring is made of, and no choice.
+OURS = ("model", "runner", "convert", "hf_overrides", "pooler_config", "skip_tokenizer_init")
 _SET: set[str] = set()  # the environment's variables that are ours to change
 LOG_TAIL = 1 << 16  # bytes
 NO_CAUSE = ("RuntimeError: cancelled", "Engine core initialization failed", "EngineDeadError", "See root cause above")
@@ -129,9 +123,12 @@ def _wake_when_dead(core: Any) -> None:
 def serve(config: ScoreConfig, files: ModelFiles, host: str, port: int) -> NoReturn:
     """Become vLLM's HTTP server of a model whose configuration has been chosen: for `--engine http://HOST:PORT`."""
     refuse_without_vllm()
-    os.environ |= {"VLLM_PLUGINS": "scorer", "SCORER_MODEL_REVISION": files.revision}
+    os.environ["VLLM_PLUGINS"] = "scorer"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")
     set_environment(config)
+    from scorer.engines.vllm_endpoint import REVISION
+
+    os.environ[REVISION] = files.revision
     arguments = engine_arguments(config, files)
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     for name, value in (arguments | {"host": host, "port": port}).items():
