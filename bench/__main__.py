@@ -134,6 +134,20 @@ def learning(data: str, rows: int, model: str, epochs: int, save: bool) -> None:
 
 
 @bench.command()
+@click.option("--data", type=click.Path(exists=True, dir_okay=False), default=str(EXAMPLES), help="A dataset.")
+@click.option("--scored", default=256, help="Rows of it to score, for the size of a shard.")
+@click.option("--model", default="smollm2-135m", help="Whose tokenizer counts, and what scores those rows.")
+@click.option("--samples", default=1_000_000_000, help="Rows of the run that is simulated.")
+@click.option("--save", is_flag=True, help="Write the result under bench/results.")
+def scaling(data: str, scored: int, model: str, samples: int, save: bool) -> None:
+    """A billion samples on one H100, eight and 64: simulated, from what a row takes here."""
+    from bench.report import finish
+    from bench.scaling import run
+
+    finish("scaling", run(data, scored, model, samples), save)
+
+
+@bench.command()
 @click.option("--check", is_flag=True, help="Fail if the README is not what the results say.")
 def readme(check: bool) -> None:
     """Put the figures of bench/results into the README."""

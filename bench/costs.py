@@ -1,0 +1,182 @@
+"""What one row takes on its way through scorer beside the model: bytes, tokens, and seconds of one core.
+
+Knows the rooms of scorer that a row passes through; nothing of devices, clusters or what the figures are for.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import pickle
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from bench.rows import PROTOCOL, Rows, longest
+from scorer.config import ScoreConfig
+from scorer.encode import Encoder
+from scorer.engines.packing import pack, plan_batches
+from scorer.files import count_records, read_raw
+from scorer.models import find_model, load_tokenizer
+from scorer.run import BATCH_TOKENS, score
+from scorer.rundir import Run
+from scorer.scores import score_table
+from scorer.shards import read_shards
+from scorer.types import Record, SpanNLL
+from scorer.writer import RecordWriter
+
+TIMED_ROWS = 5000  # at least; the data is repeated
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """Means of a row. Bytes in and the reader's seconds are of JSON Lines, unless they say Parquet."""
+
+    tokens: float  # of both views
+    bytes_in: float
+    read_seconds: float  # parsing, and pickling for a worker
+    count_seconds: float  # counting it, before a run begins
+    encode_seconds: float  # unpickling and tokenising, on one core
+    encode_parallel: float  # the share of it that the tokenizer spreads over cores
+    pack_seconds: float
+    table_seconds: float  # the score table, as Parquet
+    bytes_out: float  # of a shard, beside `shard_bytes`
+    shard_bytes: float  # which every shard takes
+    memory_bytes: float  # of the score table
+    parquet_bytes_in: float = 0
+    parquet_read_seconds: float = 0
+    manifest_seconds: float = 0  # of writing one on this machine's disk
+
+
+def measure(data: str, scored: int, model: str) -> tuple[Costs, Rows]:
+    """The costs of the rows of `data`, and the rows, encoded. A real run scores `scored` of them, for its shards.
+
+    Tokens are those of the model's own tokenizer under PROTOCOL.
+    """
+    values = [raw.value for raw in read_raw([data])]
+    files = find_model(model)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        once = {kind: _written(folder / f"once.{kind}", values) for kind in ("jsonl", "parquet")}
+        often = values * math.ceil(TIMED_ROWS / len(values))
+        timed = {kind: str(_written(folder / f"often.{kind}", often)) for kind in once}
+        lines, count = timed["jsonl"], len(often)
+        payloads = _read(lines, count)
+        encoder = Encoder(load_tokenizer(files), PROTOCOL, longest(files), files.document_token_id)
+        encode_seconds, inside = _encode_seconds(encoder, payloads)
+        encoded = [encoder.encode(_records(payload)) for payload in payloads]
+
+        def packs() -> None:
+            for _, sequences in encoded:
+                for batch in plan_batches(sequences, BATCH_TOKENS["packed", "cuda"]):
+                    pack(batch)
+
+        def tables() -> None:
+            for turns, sequences in encoded:
+                spans = [SpanNLL(s.record_id, t.turn, s.view, 1.0, 1) for s in sequences for t in s.targets]
+                score_table(turns, spans, two_views=True).write_parquet(io.BytesIO())
+
+        run = score(lines, folder / "run", model=model, limit=scored)
+        table = run.scores()
+        manifest = run.manifest
+        shard_bytes, bytes_out = _shard_bytes(table, folder / "shards")
+        costs = Costs(
+            tokens=sum(len(s.token_ids) for _, sequences in encoded for s in sequences) / count,
+            bytes_in=once["jsonl"].stat().st_size / len(values),
+            read_seconds=_seconds(lambda: _read(lines, count)) / count,
+            count_seconds=_seconds(lambda: count_records(lines)) / count,
+            encode_seconds=encode_seconds / count,
+            encode_parallel=inside,
+            pack_seconds=_seconds(packs) / count,
+            table_seconds=_seconds(tables) / count,
+            bytes_out=bytes_out,
+            shard_bytes=shard_bytes,
+            memory_bytes=table.estimated_size() / len(table),
+            parquet_bytes_in=once["parquet"].stat().st_size / len(values),
+            parquet_read_seconds=_seconds(lambda: _read(timed["parquet"], count)) / count,
+            manifest_seconds=_seconds(lambda: run.write_manifest(manifest), time.perf_counter),
+        )
+    turns = [turn for turns, _ in encoded for turn in turns]
+    return costs, Rows(count, turns, [s for _, sequences in encoded for s in sequences], encode_seconds)
+
+
+def _written(path: Path, values: list[Any]) -> Path:
+    with RecordWriter(path) as writer:
+        for value in values:
+            writer.write(value)
+    return path
+
+
+def _read(path: str, rows: int) -> list[bytes]:
+    """What the reader of a run on Ray sends to its workers."""
+    config = ScoreConfig()
+    shards = list(range(math.ceil(rows / config.shard_rows)))
+    return [pickle.dumps(records) for _, records in read_shards([path], config, shards)]
+
+
+def _records(payload: bytes) -> list[Record]:
+    records: list[Record] = pickle.loads(payload)  # as a worker does
+    return records
+
+
+def _encode_seconds(encoder: Encoder, payloads: list[bytes]) -> tuple[float, float]:
+    """Seconds of one core for all, and the share of them within the tokenizer's own batch, which it spreads."""
+    tokenizer = encoder.tokenizer
+    texts: list[list[str]] = []
+
+    def heard(batch: list[str], **options: Any) -> Any:
+        texts.append(batch)
+        return tokenizer(batch, **options)
+
+    with _one_core():
+        encoder.tokenizer = heard
+        for payload in payloads:
+            encoder.encode(_records(payload))
+        encoder.tokenizer = tokenizer
+        whole = _seconds(lambda: [encoder.encode(_records(payload)) for payload in payloads])
+        inside = tokenizer.backend_tokenizer
+        part = _seconds(lambda: [inside.encode_batch(batch, add_special_tokens=False) for batch in texts])
+    return whole, min(part / whole, 1.0)
+
+
+@contextmanager
+def _one_core() -> Iterator[None]:
+    """Keep tokenizers to the calling thread while the block runs."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
+
+
+def _shard_bytes(table: pl.DataFrame, folder: Path) -> tuple[float, float]:
+    """Of a shard: what it takes whatever its rows, and a row beside; by two shards, one of half the rows."""
+    shards = Run(folder)
+    (folder / "scores").mkdir(parents=True)
+    half = len(table) // 2
+    shards.write_shard(0, table)
+    shards.write_shard(1, table[:half])
+    large, small = (path.stat().st_size for path in shards.shards())
+    each = (large - small) / (len(table) - half)
+    return large - each * len(table), each
+
+
+def _seconds(work: Callable[[], object], clock: Callable[[], float] = time.process_time) -> float:
+    """The best of three; by default of computing alone, which others on the machine don't lengthen."""
+    took = []
+    for _ in range(3):
+        start = clock()
+        work()
+        took.append(clock() - start)
+    return min(took)

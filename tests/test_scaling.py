@@ -1,0 +1,130 @@
+"""The simulation of large runs: by hand where it has one thing to do, and what it is fed with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from bench import costs as of_a_row
+from bench.__main__ import EXAMPLES, bench
+from bench.costs import Costs
+from bench.engines import PACKED16, STOCK
+from bench.scaling import CORES, DEVICE, DRIVER, READER, REQUESTS, Given, rates, simulate
+from scorer.models import ModelFiles
+
+# Nothing takes time but what a test says.
+FREE = Costs(*[0.0] * 14)
+AT_ONCE = Given(ray_seconds=0, request_seconds=0, start_seconds=0, straggler_share=0, node_failures=0)
+ROWS, TOKENS, RATE = 1_000_000, 100.0, 10_000.0  # 10,000 s of one device
+
+
+def costs(**fields: float) -> Costs:
+    return Costs(**dict.fromkeys(FREE.__slots__, 0.0) | {"tokens": TOKENS} | fields)
+
+
+def given(**fields: Any) -> Given:
+    return Given(**{name: getattr(AT_ONCE, name) for name in AT_ONCE.__slots__} | fields)
+
+
+def test_one_worker_with_nothing_else_takes_the_tokens_over_the_rate() -> None:
+    outcome = simulate(ROWS, 1, RATE, costs(), AT_ONCE)
+    assert outcome.hours == pytest.approx(ROWS * TOKENS / RATE / 3600)
+    assert (outcome.first, outcome.lost) == (DEVICE, 0)
+    assert outcome.device_share == pytest.approx(1)
+
+
+def test_twice_the_devices_take_half_the_time_until_the_reader_is_full() -> None:
+    read = costs(read_seconds=0.001)  # 1,000 s, as 10 devices take
+    hours = {n: simulate(ROWS, n, RATE, read, AT_ONCE) for n in (1, 2, 4, 8, 16, 32)}
+    assert [hours[n].first for n in hours] == [DEVICE] * 4 + [READER] * 2
+    for n in (2, 4, 8):
+        assert hours[n // 2].hours / hours[n].hours == pytest.approx(2, rel=0.01)
+    # the last shard leaves the reader after 1,000 s, and takes a device 10 s
+    assert [hours[n].hours * 3600 for n in (16, 32)] == pytest.approx([1010, 1010])
+    assert hours[32].device_share == pytest.approx(10_000 / 32 / 1010)
+
+
+def test_the_driver_takes_shards_one_by_one() -> None:
+    outcome = simulate(ROWS, 64, RATE, costs(), given(ray_seconds=0.5))
+    assert outcome.first == DRIVER
+    assert outcome.hours * 3600 == pytest.approx(10 + 1000 * 0.5)  # the first shard, and then 1,000 times
+    larger = simulate(ROWS, 64, RATE, costs(), given(ray_seconds=0.5, shard_rows=10_000))
+    assert larger.hours * 3600 == pytest.approx(200 + 36 * 0.5)  # 100 of 100 s, of which 36 in the second round
+    assert larger.first == DEVICE
+
+
+def test_a_worker_does_one_thing_after_the_other_and_several_share_a_device() -> None:
+    slow = costs(encode_seconds=0.01, encode_parallel=0.5)  # a row: 5 ms, and 5 ms that all its cores share
+    alone = simulate(ROWS, 1, RATE, slow, given(cores_per_device=5))
+    assert alone.hours * 3600 == pytest.approx(10_000 + 1_000_000 * (0.005 + 0.005 / 5))
+    assert alone.first == DEVICE
+    faster = simulate(ROWS, 1, 10 * RATE, slow, given(cores_per_device=5))
+    assert faster.hours * 3600 == pytest.approx(1000 + 6000)
+    assert faster.first == CORES
+    # 5 workers of 1 core each: 1 s of the device for each 10 s of a core, and 2 s for each core's turn
+    shared = simulate(ROWS, 1, 10 * RATE, slow, given(cores_per_device=5, workers_per_device=5))
+    assert shared.hours * 3600 == pytest.approx(1_000_000 * 0.011 / 5, rel=0.01)
+    # where the cores are quick, two workers keep the device busy all the time
+    busy = simulate(ROWS, 1, RATE, costs(table_seconds=0.005), given(workers_per_device=2))
+    assert busy.hours * 3600 == pytest.approx(10_000, rel=0.01)
+    assert busy.first == DEVICE
+
+
+def test_requests_count_a_shard() -> None:
+    outcome = simulate(ROWS, 1, 1000 * RATE, costs(), given(request_seconds=2.0))
+    assert outcome.first == REQUESTS
+    assert outcome.hours * 3600 == pytest.approx(1000 * (0.01 + 2.0) + 2.0)  # the driver's manifest is behind by one
+
+
+def test_stragglers_take_their_share_longer() -> None:
+    outcome = simulate(ROWS, 1, RATE, costs(), given(straggler_share=0.1, straggler_times=3))
+    assert outcome.hours * 3600 == pytest.approx(10_000 * (0.9 + 0.1 * 3), rel=0.05)
+
+
+def test_what_a_failing_node_loses_is_done_again() -> None:
+    failing = given(node_failures=1.0, start_seconds=100)  # of 8 devices: one in 1,250 s of work and 100 of start
+    outcome = simulate(8 * ROWS, 8, RATE, costs(), failing)
+    failures = outcome.lost / 8  # each of the 8 has a shard of 10 s in flight
+    assert 1 <= failures <= 10
+    late = outcome.hours * 3600 - 100 - 10_000
+    assert failures * 100 <= late <= failures * 110 + 10
+    few = simulate(8 * ROWS, 1, RATE, costs(), failing)  # an eighth of a node fails an eighth as often
+    assert few.lost < 8 * 10_000 * 8 / 3600
+
+
+def test_a_rate_is_measured_only_where_an_h100_was(tmp_path: Path) -> None:
+    assumed = rates("gpt2", 1e9, 1e15, tmp_path)
+    assert assumed == {f"ASSUMED, {n}% of peak": pytest.approx(n * 1e4) for n in (20, 40, 60)}
+    engines = {PACKED16: {"tokens_per_second": 7.0}, STOCK: {"tokens_per_second": 9.0}}
+    for gpu in (None, "NVIDIA H200", "NVIDIA H100 80GB HBM3"):
+        saved = {"machine": {"gpu": gpu}, "model": "gpt2", "engines": engines}
+        (tmp_path / f"engines-{gpu}.json").write_text(json.dumps(saved))
+    assert rates("gpt2", 1e9, 1e15, tmp_path) == {f"measured: {PACKED16}, NVIDIA H100 80GB HBM3": 7.0}  # not stock's
+    assert list(rates("llama-2-7b", 1e9, 1e15, tmp_path)) == list(assumed)
+
+
+def test_the_command_measures_prints_and_reports(
+    tiny: Callable[[str], ModelFiles], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(of_a_row, "TIMED_ROWS", 400)
+    options = ["--scored", "40", "--model", str(tiny("gpt2").path), "--samples", "100000"]
+    done = CliRunner().invoke(bench, ["scaling", *options], catch_exceptions=False)
+    *tables, last = done.stdout.strip().splitlines()
+    result = json.loads(last)
+    rows = json.loads(EXAMPLES.read_text())
+    lines = [len(json.dumps(row, ensure_ascii=False).encode()) + 1 for row in rows]
+    assert result["costs"]["bytes_in"] == pytest.approx(sum(lines) / len(rows))
+    assert result["bytes_in"] == pytest.approx(100_000 * sum(lines) / len(rows))
+    assert 12 < result["costs"]["bytes_out"] < 100  # of 76 in memory
+    assert all(value > 0 for value in result["costs"].values())
+    assert (len(result["cases"]), result["shards"]) == (18, 100)
+    # GPT-2: 85 million weights for each token, and 38.6 million more for each that is scored
+    assert 2 * 84_934_656 < result["cases"][0]["flop_per_token"] < 2 * (84_934_656 + 38_597_376)
+    models = [line for line in tables if line.startswith(("| GPT-2 |", "| LLaMA-7B |"))]
+    assert len(models) == 6
+    assert all("ASSUMED, 20% of peak" in line for line in models)
