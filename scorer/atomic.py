@@ -1,13 +1,17 @@
-"""Files that are whole or absent. Knows paths and the operating system's errors; nothing of what is written."""
+"""Files that are whole or absent, on a disk and in object storage. Knows places and the operating system's errors;
+nothing of what is written.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from scorer.places import remote, upload
 from scorer.types import EngineError, ScorerError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -18,10 +22,15 @@ SUFFIX = ".tmp"
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`, to be written; then flush it to the disk and rename it to `path`.
 
-    Where `path` is a symbolic link, all this is done to the file it leads to, and the link stays. If the block raises,
-    the temporary file is removed and `path` stays as it was. An OSError becomes EngineError where
-    the disk is full, and ScorerError where the place can't be written.
+    Where `path` is a symbolic link, all this is done to the file it leads to, and the link stays. Where it is an
+    object, the temporary file is in the temporary folder and is uploaded at the end. If the block raises, the temporary
+    file is removed and `path` stays as it was. An OSError becomes EngineError where the disk is full, and ScorerError
+    where the place can't be written.
     """
+    if remote(path):
+        with _uploading(path) as temporary:
+            yield temporary
+        return
     target = Path(os.path.realpath(path)) if path.is_symlink() else path
     temporary = target.with_name(f".{target.name}.{os.getpid()}{SUFFIX}")
     try:
@@ -36,8 +45,24 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink()
 
 
+@contextmanager
+def _uploading(path: Path) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="scorer-") as folder:
+        temporary = Path(folder, path.name)
+        try:
+            yield temporary
+        except OSError as error:
+            raise storage_error(temporary, error) from error
+        try:
+            upload(temporary, path)
+        except FileNotFoundError as error:
+            raise ScorerError(f"{path}: there is no such bucket; create it") from error
+
+
 def remove_temporaries(path: Path) -> None:
     """Remove what killed processes left of `replacing(path)`, which nobody else is writing; its name may hold a `*`."""
+    if remote(path):
+        return
     for temporary in path.parent.glob(f".{path.name}.*{SUFFIX}"):
         temporary.unlink()
 

@@ -20,7 +20,7 @@ import polars as pl
 
 from scorer.atomic import replacing
 from scorer.embed import EMBEDDER, MAX_TOKENS, Matrix, embed
-from scorer.files import inspect_input
+from scorer.files import refuse_changed
 from scorer.models import choose_device
 from scorer.progress import Progress, Silent
 from scorer.rundir import Run
@@ -63,6 +63,7 @@ def cluster(
         if value is not None and value < 1:
             raise ScorerError(f"{name}: {value} is below 1")
     run, progress = run if isinstance(run, Run) else Run(run), progress or Silent()
+    run.require_disk("clustering")
     manifest = run.manifest
     _refuse_without_data(run, manifest)
     options: dict[str, Any] = {"embedder": embedder, "max_tokens": max_tokens, "progress": progress}
@@ -149,10 +150,7 @@ def _far(one: Matrix, two: Matrix, below: float) -> pl.Series:
 def _refuse_without_data(run: Run, manifest: dict[str, Any]) -> None:
     if not manifest["inputs"]:
         raise ScorerError(f"{run.path} was joined from tables and has no data to embed: join run directories instead")
-    for entry in manifest["inputs"]:
-        now = inspect_input(entry["path"])
-        if (now.size, now.sha256) != (entry["size"], entry["sha256"]):
-            raise ScorerError(f"{entry['path']} changed since it was scored: score it again")
+    refuse_changed(manifest["inputs"])
 
 
 def _write(table: pl.DataFrame, path: Path) -> None:

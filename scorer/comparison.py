@@ -19,11 +19,12 @@ import polars as pl
 from scorer.agreement import Agreement, agree
 from scorer.atomic import replacing
 from scorer.files import first_line, read_raw
+from scorer.places import fetched, is_folder, place
 from scorer.rundir import Run
 from scorer.scores import LEARNING
 from scorer.selection import parse_keep
 from scorer.sidecars import clusters, has_clusters
-from scorer.turns import measures_of, per_record
+from scorer.turns import KEYS, measures_of, per_record
 from scorer.types import ScorerError
 
 SHARES = "1%,3%,5%,10%,15%"
@@ -89,8 +90,8 @@ def compare(
     shares = [_share(value) for value in (at.split(",") if isinstance(at, str) else at)]
     if resamples < 0 or seed < 0:
         raise ScorerError("compare: resamples and seed are whole numbers of at least 0")
-    paths = [Path(source) for source in sources]
-    scored = [path.is_dir() or _is_table(path) for path in paths]
+    paths = [place(source) for source in sources]
+    scored = [is_folder(path) or _is_table(path) for path in paths]
     if any(scored) and not all(scored):
         odd = paths[scored.index(False)]
         raise ScorerError(
@@ -101,7 +102,7 @@ def compare(
         columns = _columns(by, len(paths))
         loaded = [_load(path, column, lowest) for path, column in zip(paths, columns, strict=True)]
         run = Run(paths[0])
-        groups = clusters(run) if paths[0].is_dir() and has_clusters(run) else None
+        groups = clusters(run) if is_folder(paths[0]) and has_clusters(run) else None
         result = [_pair(a, b, shares, groups, resamples, seed) for a, b in combinations(loaded, 2)]
     else:
         if by is not None:
@@ -109,7 +110,7 @@ def compare(
         held = [(str(path), _contents(path)) for path in paths]
         result = [_overlap(*a, *b) for a, b in combinations(held, 2)]
     if output is not None:
-        with replacing(Path(output)) as temporary:
+        with replacing(place(output)) as temporary:
             text = json.dumps([asdict(row) for row in result], indent=2, ensure_ascii=False, default=float)
             temporary.write_text(text + "\n", encoding="utf-8")
     return result
@@ -137,24 +138,27 @@ def _is_table(path: Path) -> bool:
 
 
 def _load(path: Path, by: str | None, lowest: bool | None) -> Scored:
-    if path.is_dir():
-        run = Run(path)
+    run, table, low = Run(path) if is_folder(path) else None, pl.DataFrame(), False
+    if run is not None:
         ranking = run.manifest["ranking"]
         if not run.complete:
             raise ScorerError(f"{path} is unfinished: run the same command again to finish it")
-        table, low = per_record(run.scores()), ranking["lowest"] and by in (None, ranking["by"])
+        schema, low = run.schema, ranking["lowest"] and by in (None, ranking["by"])
         by = by or ranking["by"]
     else:
-        table, low = _read_table(path), False
+        table = _read_table(path)
+        schema = table.schema
     low = low or by in LEARNING
-    if "record_id" not in table.columns or not table.schema["record_id"].is_integer():
+    if "record_id" not in schema or not schema["record_id"].is_integer():
         raise ScorerError(f"{path}: it has no column record_id of whole numbers")
-    measures = measures_of(table)
+    measures = measures_of(schema)
     if by is None and len(measures) == 1:
         by = measures[0]
     if by not in measures:
         asked = "which column is meant?" if by is None else f"there is no column of numbers '{by}';"
         raise ScorerError(f"{path}: {asked} --by takes one of {', '.join(measures)}")
+    if run is not None:
+        table = per_record(run.scores([*KEYS, by]))  # the only columns of it that are read
     values = table.select(pl.col("record_id").cast(pl.Int64), value=pl.col(by).cast(pl.Float64)).sort("record_id")
     if missing := values["record_id"].null_count():
         raise ScorerError(f"{path}: {missing:,} rows have no record_id")
@@ -166,11 +170,12 @@ def _load(path: Path, by: str | None, lowest: bool | None) -> Scored:
 def _read_table(path: Path) -> pl.DataFrame:
     """A table of one row a record; of one row a turn, where it says turn and status."""
     read: dict[str, Callable[[], pl.DataFrame]] = {
-        ".csv": lambda: pl.read_csv(path, glob=False, infer_schema_length=None),
-        ".parquet": lambda: pl.read_parquet(path, glob=False, hive_partitioning=False),
+        ".csv": lambda: pl.read_csv(copy, glob=False, infer_schema_length=None),
+        ".parquet": lambda: pl.read_parquet(copy, glob=False, hive_partitioning=False),
     }
     try:
-        rows = read.get(path.suffix.lower(), lambda: _frame(path))()
+        with fetched(path) as copy:
+            rows = read.get(path.suffix.lower(), lambda: _frame(path))()
     except (pl.exceptions.PolarsError, TypeError, ValueError, OverflowError) as error:
         raise ScorerError(f"{path}: can't be read as a table ({first_line(error)})") from error
     return per_record(rows) if {"record_id", "turn", "status"} <= set(rows.columns) else rows

@@ -22,7 +22,7 @@ from scorer.comparison import Contents, Pair
 from scorer.models import ModelRow
 from scorer.rundir import Run
 from scorer.selection import Selection
-from scorer.summary import QUANTILES, summarise
+from scorer.summary import COLUMNS, QUANTILES, summarise
 
 console = Console(stderr=True, highlight=False, markup=False, emoji=False)  # paths may hold [brackets] and :colons:
 line = partial(console.print, soft_wrap=True)  # prints a line that stays one, however long
@@ -86,7 +86,7 @@ class ConsoleProgress:
 def show_run(run: Run) -> None:
     """The summary of a finished run."""
     manifest = run.manifest
-    scores = run.scores()
+    scores = run.scores([name for name in run.schema if name in ("status", *COLUMNS)])
     summary = summarise(scores)
     table = Table(title=f"{run.path}: {manifest['records']:,} records, {scores.height:,} rows", title_justify="left")
     table.add_column("")

@@ -17,11 +17,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from scorer.config import ScoreConfig
 from scorer.models import ModelFiles, find_model
+from scorer.places import absolute
 from scorer.progress import Progress, Silent
 from scorer.rundir import Run
 from scorer.shards import ShardScorer, read_shards
@@ -100,7 +100,7 @@ def score_on_ray(
     Raises ScorerError where the cluster can't be reached or is too small, EngineError where it fails.
     """
     # Names as every worker understands them, whatever its working directory.
-    paths = [str(Path(path).resolve()) for path in paths]
+    paths = [absolute(path) for path in paths]
     if files.origin == "directory":
         config = replace(config, model=str(files.path))
     with connected(cluster.address) as ray:
@@ -116,7 +116,7 @@ def score_on_ray(
         )
         scored = shards.map_batches(
             _Worker,
-            fn_constructor_args=(config, str(run.path.resolve()), strict, size.cpus),
+            fn_constructor_args=(config, absolute(run.path), strict, size.cpus),
             batch_size=1,
             concurrency=size.workers,
             num_cpus=size.cpus,

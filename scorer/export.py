@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ import polars as pl
 
 from scorer.config import one_of
 from scorer.diversity import facility_location
-from scorer.files import RawRecord, inspect_input, read_raw
-from scorer.guards import FLAGS, STORED
+from scorer.files import RawRecord, read_raw, refuse_changed
+from scorer.guards import FLAGS, SCORE_FLAGS, STORED
+from scorer.places import absolute
 from scorer.rundir import Run
 from scorer.scores import LEARNING, SCHEMA
 from scorer.selection import SelectConfig, Selection, choose, parse_keep
 from scorer.sidecars import clusters, column_groups, embeddings, flags
-from scorer.turns import KEYS
+from scorer.turns import KEYS, measures_of, per_record
 from scorer.types import ScorerError
 from scorer.writer import RecordWriter
 
@@ -65,7 +67,7 @@ def select(
         return selection
     if not paths:
         raise ScorerError(f"{run.path} was joined from tables and has no data to write: join run directories instead")
-    _refuse_changed(manifest["inputs"])
+    refuse_changed(manifest["inputs"])
     # A record that can't be written leaves neither file.
     with ExitStack() as stack:
         limit = manifest["identity"]["config"]["limit"]
@@ -80,7 +82,11 @@ def select(
 
 def _choose(run: Run, config: SelectConfig) -> Selection:
     """The selection, given what the configuration asks for beside the scores."""
-    scores = run.scores()
+    schema = run.schema
+    one_of("by", config.by, measures_of(schema))
+    looked_at = [name for name, _ in SCORE_FLAGS.values()] if config.drop_flagged else []
+    names = dict.fromkeys((*KEYS, config.by, "ifd", *looked_at))
+    scores = run.scores([name for name in names if name in schema])  # the others only of what is kept
     groups = None
     if config.per_cluster:
         groups = clusters(run)
@@ -91,7 +97,11 @@ def _choose(run: Run, config: SelectConfig) -> Selection:
     def spread(ids: pl.Series, size: int) -> list[int]:
         return facility_location(embeddings(run, ids), size)
 
-    return choose(scores, config, groups=groups, flags=flagged, spread=spread)
+    selection = choose(scores, config, groups=groups, flags=flagged, spread=spread)
+    kept = selection.kept.select("record_id", "rank")
+    rows = run.collect(lambda table: table.join(kept.lazy(), on="record_id", how="semi"))
+    whole = per_record(rows, config.aggregate).drop("reason")
+    return replace(selection, kept=kept.join(whole, on="record_id", how="left", maintain_order="left"))
 
 
 def check_options(
@@ -113,7 +123,7 @@ def check_options(
     scored: there are scores, so that `by` may be any column of them, and clusters and embeddings may have been made.
     Raises ScorerError for all that `select` would refuse of its options, so that nobody waits for scores first.
     """
-    targets = [Path(path) for path in (output, rejected) if path is not None]
+    targets = [str(path) for path in (output, rejected) if path is not None]
     for target in targets:
         RecordWriter(target)
     _refuse_overwriting(targets, paths)
@@ -168,15 +178,8 @@ def _notes(table: pl.DataFrame) -> dict[int, dict[str, Any]]:
     return {row["record_id"]: row for row in table.iter_rows(named=True)}
 
 
-def _refuse_overwriting(targets: Sequence[Path], inputs: Sequence[str]) -> None:
-    resolved = [target.resolve() for target in targets]
-    for target in resolved:
-        if target in [Path(path).resolve() for path in inputs] or resolved.count(target) > 1:
+def _refuse_overwriting(targets: Sequence[str], inputs: Sequence[str]) -> None:
+    places = [absolute(target) for target in targets]
+    for target in places:
+        if target in map(absolute, inputs) or places.count(target) > 1:
             raise ScorerError(f"{target} would be overwritten: write to another file")
-
-
-def _refuse_changed(inputs: list[dict[str, Any]]) -> None:
-    for entry in inputs:
-        now = inspect_input(entry["path"])
-        if (now.size, now.sha256) != (entry["size"], entry["sha256"]):
-            raise ScorerError(f"{entry['path']} changed since it was scored: score it again")

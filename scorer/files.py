@@ -3,7 +3,8 @@
 Every row of every file gets a record id, whatever is in it. It does not know what a prompt or a response is, nor how
 files are written (scorer.writer).
 JSON Lines is read line by line. Parquet is read some thousand rows at a time, which holds the compressed bytes of one
-row group in memory (Polars reads whole column chunks). A JSON array is parsed whole.
+row group in memory (Polars reads whole column chunks). A JSON array is parsed whole. An object of a store is copied to
+the temporary folder while it is read: one input at a time.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import json
 import os
 import sys
 import zlib
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -24,6 +25,7 @@ from typing import Any, BinaryIO, cast
 import polars as pl
 import zstandard
 
+from scorer.places import fetched, place, remote, status
 from scorer.types import RowStatus, ScorerError
 
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
@@ -48,14 +50,24 @@ class RawRecord:
 
 @dataclass(frozen=True, slots=True)
 class InputFile:
-    """What tells whether a file is still the same: size in bytes, and SHA-256 of the bytes as they lie on disk."""
+    """What tells whether a file is still the same: size in bytes, and SHA-256 of the bytes as they lie on disk.
+
+    An object is not read for it: instead of a SHA-256 it has the ETag that its store gives to each content.
+    """
 
     path: str
     size: int
-    sha256: str
+    sha256: str | None
+    etag: str | None = None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What stays the same wherever a copy of the file lies."""
+        return {"size": self.size} | ({"etag": self.etag} if self.etag else {"sha256": self.sha256})
 
 
 Rows = Generator[RawRecord, None, int]  # returns the record id after the file's last row
+Check = Callable[[Path, Iterator[RawRecord]], None]  # of a file and its rows; raises ScorerError
 
 
 def inspect_input(path: str | Path) -> InputFile:
@@ -63,10 +75,20 @@ def inspect_input(path: str | Path) -> InputFile:
 
     Raises ScorerError: missing, not a file, unreadable, of unknown suffix, of a name or folder that is not UTF-8.
     """
-    _check_input(Path(path))
-    with _reading(Path(path)), open(path, "rb") as file:
+    where = place(path)
+    entry = _check_input(where)
+    if entry is not None:
+        return InputFile(str(where), entry["size"], None, entry["ETag"].strip('"'))
+    with _reading(where), open(where, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return InputFile(str(path), file.tell(), digest)
+
+
+def refuse_changed(inputs: Iterable[Mapping[str, Any]]) -> None:
+    """Raise ScorerError for the first of a manifest's inputs that is not what it was."""
+    for entry in inputs:
+        if {"path": entry["path"]} | inspect_input(entry["path"]).identity != entry:
+            raise ScorerError(f"{entry['path']} changed since it was scored: score it again")
 
 
 def read_raw(
@@ -74,7 +96,7 @@ def read_raw(
     *,
     start: int = 0,
     limit: int | None = None,
-    check: Callable[[Path, Iterator[RawRecord]], None] | None = None,
+    check: Check | None = None,
 ) -> Iterator[RawRecord]:
     """The rows of all files in order, those with `start <= record_id < limit`.
 
@@ -82,31 +104,37 @@ def read_raw(
     reached, with an iterator over the file's rows below `limit`, from its first. Raises ScorerError for a file-level
     fault, and where there is no row in all of the files.
     """
-    files = [Path(path) for path in paths]
+    files = [place(path) for path in paths]
     for path in files:
         _check_input(path)
     next_id = 0
     for path in files:
         if limit is not None and next_id >= limit:
             return
-        if check is not None:
-            check(path, _read_file(path, next_id, next_id, limit))
-        next_id = yield from _read_file(path, next_id, start, limit)
+        with fetched(path) as file:
+            if check is not None:
+                check(path, _read_file(path, file, next_id, next_id, limit))
+            next_id = yield from _read_file(path, file, next_id, start, limit)
     if next_id == 0 and limit != 0:
         raise ScorerError(f"{', '.join(map(str, files)) or 'the inputs'}: hold no records; give at least one")
 
 
-def count_records(paths: Sequence[str | Path]) -> int:
-    """How many rows all files hold (0 if none), without parsing JSON lines. Raises ScorerError as `read_raw` does."""
-    next_id = 0
-    for path in map(Path, paths):
-        _check_input(path)
-        rows = _read_file(path, next_id, sys.maxsize, None)
+def count_records(path: str | Path, check: Check | None = None, limit: int | None = None) -> int:
+    """How many rows a file holds, without parsing JSON lines. `check` is as of `read_raw`; of an empty file not called.
+
+    `limit` is of the check alone. Raises ScorerError as `read_raw` does.
+    """
+    where = place(path)
+    _check_input(where)
+    with fetched(where) as file:
+        rows, count = _read_file(where, file, 0, sys.maxsize, None), 0
         try:
             next(rows)
         except StopIteration as end:
-            next_id = end.value
-    return next_id
+            count = end.value
+        if check is not None and count:
+            check(where, _read_file(where, file, 0, 0, limit))
+    return count
 
 
 def known_suffix(path: Path) -> str:
@@ -127,7 +155,11 @@ def first_line(error: Exception) -> str:
     return str(error).partition("\n")[0]
 
 
-def _check_input(path: Path) -> None:
+def _check_input(path: Path) -> dict[str, Any] | None:
+    """What the store knows of an object; None of a file."""
+    if remote(path):
+        known_suffix(path)
+        return status(path)
     if path.is_dir():
         raise ScorerError(f"{path}: is a folder; name the files in it")
     if not path.exists():
@@ -140,6 +172,7 @@ def _check_input(path: Path) -> None:
     except UnicodeDecodeError as error:
         raise ScorerError(f"{place.decode('utf-8', 'backslashreplace')}: is no UTF-8 name; rename it") from error
     known_suffix(path)
+    return None
 
 
 @contextlib.contextmanager
@@ -156,26 +189,26 @@ def _reading(path: Path) -> Iterator[None]:
         raise ScorerError(f"{path}: cannot be read ({error.strerror or first_line(error)}); check the file") from error
 
 
-def _read_file(path: Path, first_id: int, start: int, limit: int | None) -> Rows:
+def _read_file(path: Path, file: Path, first_id: int, start: int, limit: int | None) -> Rows:
     with _reading(path):
         if known_suffix(path) == ".parquet":
-            return (yield from _parquet(path, first_id, start, limit))
-        with _open(path) as stream:
+            return (yield from _parquet(path, file, first_id, start, limit))
+        with _open(file) as stream:
             if stream.read(2) in UTF16_BOMS:
                 raise ScorerError(f"{path}: is UTF-16; convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)")
-        with _open(path) as stream:
+        with _open(file) as stream:
             read = _json_lines if _is_json_lines(stream, known_suffix(path)) else _json_array
-        with _open(path) as stream:
+        with _open(file) as stream:
             return (yield from read(path, stream, first_id, start, limit))
 
 
-def _parquet(path: Path, first_id: int, start: int, limit: int | None) -> Rows:
+def _parquet(path: Path, file: Path, first_id: int, start: int, limit: int | None) -> Rows:
     # Slices and not LazyFrame.collect_batches: that one is marked unstable, and with the file in one row group it held
     # twice as much (900,000 rows, 300 MB on disk: 1,130 MiB at the peak against 410).
-    frame = pl.scan_parquet(path, glob=False, hive_partitioning=False)
+    frame = pl.scan_parquet(file, glob=False, hive_partitioning=False)
     height: int = frame.select(pl.len()).collect().item()
     end = height if limit is None else min(height, limit - first_id)
-    batch = max(1, min(PARQUET_BATCH_ROWS, height * PARQUET_BATCH_BYTES // max(1, path.stat().st_size)))
+    batch = max(1, min(PARQUET_BATCH_ROWS, height * PARQUET_BATCH_BYTES // max(1, file.stat().st_size)))
     for offset in range(max(0, start - first_id), end, batch):
         rows = frame.slice(offset, min(batch, end - offset)).collect(engine="in-memory")
         for row, value in enumerate(rows.iter_rows(named=True), offset):

@@ -15,6 +15,7 @@ from typing import Any
 import polars as pl
 
 from scorer.learning import PROTOCOL, discard, finish, is_done, learning_manifest, refuse_other_kind
+from scorer.places import absolute, fetched, is_folder, place
 from scorer.progress import Progress, Silent
 from scorer.rundir import Run
 from scorer.scores import SCHEMA
@@ -37,15 +38,16 @@ def join_runs(
     progress = progress or Silent()
     if len(sources) < 2:
         raise ScorerError("--runs needs the scores before training and after each epoch: two at least")
-    manifests = [Run(path).manifest for path in sources if Path(path).is_dir()]
+    manifests = [Run(path).manifest for path in sources if is_folder(place(path))]
     for manifest in manifests[1:]:
         _refuse_other_data(manifests[0], manifest)
-    tables = [_read_table(Path(path)) for path in sources]
+    tables = [_read_table(place(path)) for path in sources]
     for path, table in zip(sources[1:], tables[1:], strict=True):
         _refuse_mismatch(str(sources[0]), tables[0], str(path), table)
-    digests = [_digest(Path(path)) for path in sources]
+    digests = [_digest(place(path)) for path in sources]
     base = manifests[0] if manifests else _table_manifest(sources, tables[0])
     run = Run(output)
+    run.require_disk("joining")
     with run.locked():
         if fresh:
             discard(run)
@@ -60,11 +62,11 @@ def join_runs(
 
 def _table_manifest(sources: Sequence[str | Path], table: pl.DataFrame) -> dict[str, Any]:
     config = {"limit": None, "columns": None, "shard_rows": TABLE_ROWS, "protocol": PROTOCOL}
-    name = " ".join(Path(path).name for path in sources)
+    name = " ".join(place(path).name for path in sources)
     return {
         "identity": {"config": config, "model_revision": None, "inputs": []},
         "inputs": [],
-        "model": {"name": name, "revision": None, "origin": "tables", "path": str(Path(sources[0]).resolve())},
+        "model": {"name": name, "revision": None, "origin": "tables", "path": absolute(sources[0])},
         "versions": {"python": platform.python_version()} | {n: version(n) for n in ("ifd-scorer", "polars")},
         "device": "",
         "records": table["record_id"].n_unique(),
@@ -73,7 +75,7 @@ def _table_manifest(sources: Sequence[str | Path], table: pl.DataFrame) -> dict[
 
 def _read_table(path: Path) -> pl.DataFrame:
     """A run's score table, or a file's, by record_id and turn, with all columns of SCHEMA."""
-    if path.is_dir():
+    if is_folder(path):
         if not Run(path).complete:
             raise ScorerError(f"{path} is unfinished: run the same `scorer score` command again to finish it")
         return Run(path).scores().select(pl.col(name).cast(dtype) for name, dtype in SCHEMA.items()).sort(KEYS)
@@ -94,20 +96,21 @@ def _read_table(path: Path) -> pl.DataFrame:
 
 
 def _digest(path: Path) -> str:
-    if path.is_dir():
+    if is_folder(path):
         return str(Run(path).manifest["fingerprint"])
-    with path.open("rb") as file:
+    with fetched(path) as copy, copy.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_file(path: Path) -> pl.DataFrame:
-    match path.suffix.lower():
-        case ".parquet":
-            return pl.read_parquet(path, glob=False, hive_partitioning=False)
-        case ".csv":
-            return pl.read_csv(path, glob=False, infer_schema_length=None)
-        case ".jsonl" | ".ndjson":
-            return pl.read_ndjson(path, infer_schema_length=None)
+    with fetched(path) as copy:
+        match path.suffix.lower():
+            case ".parquet":
+                return pl.read_parquet(copy, glob=False, hive_partitioning=False)
+            case ".csv":
+                return pl.read_csv(copy, glob=False, infer_schema_length=None)
+            case ".jsonl" | ".ndjson":
+                return pl.read_ndjson(copy, infer_schema_length=None)
     raise ScorerError(f"{path}: neither a run directory nor a table (.parquet, .csv, .jsonl)")
 
 

@@ -26,7 +26,7 @@ from scorer.models import ModelFiles, choose_device, find_model, load_tokenizer
 from scorer.progress import Progress, Silent
 from scorer.records import read_records
 from scorer.run import score
-from scorer.rundir import MANIFEST, Run
+from scorer.rundir import Run
 from scorer.scores import learning_table
 from scorer.types import ScorerError, TokenSequence
 
@@ -112,7 +112,9 @@ def learn(
     if options.get("dtype", "auto") == "auto" and device == "cpu":
         options["dtype"] = "float32"
     plan = training.plan(device)
-    run, checkpoints = Run(output), Path(output) / "checkpoints"
+    run = Run(output)
+    run.require_disk("training")
+    checkpoints = run.path / "checkpoints"
     with run.locked():
         if fresh:
             discard(run)
@@ -151,7 +153,7 @@ def learn(
 
 
 def _is_complete(run: Run) -> bool:
-    return (run.path / MANIFEST).exists() and run.complete
+    return run.begun and run.complete
 
 
 def _training_rows(paths: list[str], config: ScoreConfig, files: ModelFiles) -> list[TokenSequence]:
@@ -225,13 +227,13 @@ def finish(run: Run, manifest: dict[str, Any], tables: list[pl.DataFrame], runs:
 
 def refuse_other_kind(run: Run) -> None:
     """Raise ScorerError where the directory holds a run, and not of LP."""
-    if (run.path / MANIFEST).exists() and run.manifest["identity"].get("format") != FORMAT:
+    if run.begun and run.manifest["identity"].get("format") != FORMAT:
         raise ScorerError(f"{run.path} holds a run of another kind: use --fresh to discard it, or another -o")
 
 
 def is_done(run: Run, manifest: dict[str, Any], progress: Progress) -> bool:
     """Whether the run that `manifest` describes is complete. Raises ScorerError where the directory holds another."""
-    if not (run.path / MANIFEST).exists():
+    if not run.begun:
         return False
     before, now = run.manifest["identity"], manifest["identity"]
     if before != now:

@@ -13,7 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from scorer.files import RawRecord, read_raw
+from scorer.files import Check, RawRecord, read_raw
 from scorer.types import Message, Record, RowStatus, ScorerError, Turn
 
 
@@ -77,6 +77,11 @@ def read_records(
     Raises ScorerError for a file that cannot be read, or in which no row has all the required keys of a format (looked
     at as the file is reached, so before any of its records is given).
     """
+    return (to_record(raw, columns) for raw in read_raw(paths, start=start, limit=limit, check=known_format(columns)))
+
+
+def known_format(columns: Mapping[str, str] | None) -> Check:
+    """The check that a file has a row with all the required keys of a format; it raises ScorerError where none has."""
     formats = FORMATS if columns is None else (Format(**columns, named=True),)
 
     def whole(raw: RawRecord) -> bool:
@@ -94,7 +99,7 @@ def read_records(
         missed = f"has {' and '.join(columns.values())}" if columns else "has a known format"
         raise ScorerError(f"{path}: no row {missed} ({held}); name them: --columns prompt=...,response=...")
 
-    return (to_record(raw, columns) for raw in read_raw(paths, start=start, limit=limit, check=check))
+    return check
 
 
 def _describe(raw: RawRecord) -> str:

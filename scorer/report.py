@@ -22,6 +22,7 @@ from scorer.atomic import replacing
 from scorer.comparison import Pair, compare
 from scorer.export import select
 from scorer.page import details, digits, figure, page, section, table
+from scorer.places import absolute, place, remote
 from scorer.rundir import Run
 from scorer.samples import samples
 from scorer.scores import LEARNING
@@ -85,16 +86,16 @@ def report(
 
     Raises ScorerError where a run is unfinished, where the runs do not hold the same records, and without matplotlib.
     """
-    path = Path(output)
+    path = place(output)
     if not runs:
         raise ScorerError("report: name one run or more")
     if path.suffix.lower() not in (".html", ".htm"):
         raise ScorerError(f"{path}: a report is a web page; name it .html")
-    if not path.parent.is_dir():
+    if not remote(path) and not path.parent.is_dir():
         raise ScorerError(f"{path}: there is no folder {path.parent}; create it")
     with pictures.style():
         selection = select(runs[0], keep=keep, by=by)
-        paths = [run.path if isinstance(run, Run) else Path(run) for run in runs]
+        paths = [run.path if isinstance(run, Run) else place(run) for run in runs]
         pairs = [_compare(paths[0], other, by) for other in paths[1:]]
         loaded = [_load(number, path, len(paths)) for number, path in enumerate(paths, 1)]
         first, draw = loaded[0], Pictures(None if pictures_folder is None else Path(pictures_folder))
@@ -117,7 +118,7 @@ def report(
 def _load(number: int, path: Path, of: int) -> Scored:
     run = Run(path)
     scores = run.scores()
-    name = path.resolve().name.encode("utf-8", "backslashreplace").decode()
+    name = Path(absolute(path)).name.encode("utf-8", "backslashreplace").decode()
     name = name if len(name) <= NAME else f"{name[:NAME]}…"
     return Scored(run, name if of == 1 else f"{number}: {name}", run.manifest, scores, per_record(scores))
 

@@ -13,8 +13,8 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
-from dataclasses import asdict, replace
+from contextlib import closing, suppress
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,9 +24,10 @@ from scorer.config import PROTOCOLS, SERVERS, ScoreConfig
 from scorer.engines import choose_engine, engine_versions, served_model
 from scorer.files import InputFile, count_records, inspect_input, read_raw
 from scorer.models import ModelFiles, choose_device, choose_dtype, find_model, model_settings
+from scorer.places import absolute, exists, expand, fetched, place
 from scorer.progress import Progress, Silent
-from scorer.records import read_records
-from scorer.rundir import MANIFEST, STDIN, Run
+from scorer.records import known_format
+from scorer.rundir import STDIN, Run
 from scorer.shards import ShardScorer, read_shards, refuse_faults, statuses
 from scorer.types import ScorerError
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 Wrote = Callable[[int, float, str], None]  # told of each shard on disk: its tokens, its seconds, and who scored it
 
+MANIFEST_SECONDS = 1.0  # between two writings: a store takes longer for one than a GPU for a shard
 FORMAT = 1  # raised whenever the meaning of a shard changes, so that an older run is not continued
 # What may change between two parts of one run: how much is computed at once and on what, and where a model of one
 # revision lies.
@@ -60,7 +62,8 @@ def score(
 ) -> Run:
     """Score every record of `data` and return its run directory; the same call again resumes an unfinished one.
 
-    data: JSON, JSON Lines or Parquet files; "-" is standard input. output: the run directory; None chooses one under
+    data: JSON, JSON Lines or Parquet files, or s3:// URLs of them; "-" is standard input. output: the run directory, or
+    an s3:// URL; None chooses one under
     `scorer-runs`, by the first file's name and what is computed. fresh: discard what an earlier run left there. strict:
     the first record that can't be scored raises. cluster: score on Ray, and not in this process. options: the fields of
     ScoreConfig.
@@ -70,7 +73,7 @@ def score(
     """
     progress = progress or Silent()
     config = ScoreConfig.from_dict(options)
-    paths = [str(p) for p in ([data] if isinstance(data, str | Path) else data)]
+    paths = [name for p in ([data] if isinstance(data, str | Path) else data) for name in expand(str(p))]
     if not paths:
         raise ScorerError("no data: name at least one file, or - for standard input")
     if "-" in paths:
@@ -100,24 +103,24 @@ def score(
         "config": config.to_dict() | ({"engine": "http"} if served else {}),
         "model_revision": files.revision,
         "served": served and served["identity"],
-        "inputs": [{"size": i.size, "sha256": i.sha256} for i in inputs],
+        "inputs": [i.identity for i in inputs],
     }
     bound = identity | {"config": {name: value for name, value in identity["config"].items() if name not in FREE}}
     fingerprint = hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()
     if output is None:
-        output = Path("scorer-runs") / f"{Path(paths[0]).name.split('.')[0]}-{fingerprint[:12]}"
+        output = Path("scorer-runs") / f"{place(paths[0]).name.split('.')[0]}-{fingerprint[:12]}"
     run = Run(output)
     with run.locked():
         if fresh:
             run.clear()
-        if run.shards() and (run.path / MANIFEST).exists():
+        if run.shards() and run.begun:
             manifest = run.manifest
             _refuse_changes(run, manifest["identity"], identity)
             if manifest["inputs"] != _inputs(inputs):  # the same data lies elsewhere now
                 manifest["inputs"] = _inputs(inputs)
                 run.write_manifest(manifest)
             if strict:
-                refuse_faults(read_raw(paths), statuses(run.scores()))
+                refuse_faults(read_raw(paths), statuses(run.scores(["record_id", "status"])))
             if run.complete:
                 progress.say(f"{run.path} is complete already; --fresh would start over")
                 return run
@@ -171,7 +174,10 @@ def _spool(run: Run, fresh: bool) -> str:
     """
     path = run.path / STDIN
     with run.locked():
-        kept = inspect_input(path).sha256 if path.exists() and run.shards() and not fresh else None
+        kept = None
+        if run.shards() and exists(path) and not fresh:
+            with fetched(path) as copy:
+                kept = inspect_input(copy).sha256
         with replacing(path) as temporary, temporary.open("w+b") as file:
             shutil.copyfileobj(sys.stdin.buffer, file)
             file.seek(0)
@@ -189,8 +195,7 @@ def _count(paths: list[str], config: ScoreConfig) -> int:
         left = None if config.limit is None else config.limit - total
         if left is not None and left <= 0:
             break
-        if count := count_records([path]):
-            next(read_records([path], columns=config.columns, limit=left))
+        count = count_records(path, known_format(config.columns), left)
         total += count if left is None else min(count, left)
     if not total:
         raise ScorerError(f"{', '.join(paths)}: there are no records to score")
@@ -198,7 +203,7 @@ def _count(paths: list[str], config: ScoreConfig) -> int:
 
 
 def _inputs(inputs: list[InputFile]) -> list[dict[str, Any]]:
-    return [asdict(i) | {"path": str(Path(i.path).resolve())} for i in inputs]
+    return [{"path": absolute(i.path)} | i.identity for i in inputs]
 
 
 def _refuse_changes(run: Run, before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -266,22 +271,32 @@ def _score_missing(
 ) -> None:
     """Score the shards that are not there yet, here or on a cluster, and finish the manifest."""
 
+    written = time.monotonic()
+
     def wrote(tokens: int, seconds: float, by: str) -> None:
+        nonlocal written
         manifest["tokens"] += tokens
         manifest["seconds"] = round(manifest["seconds"] + seconds, 3)
         manifest["shards_by"][by] = manifest["shards_by"].get(by, 0) + 1
-        run.write_manifest(manifest)
+        if time.monotonic() - written >= MANIFEST_SECONDS:
+            run.write_manifest(manifest)
+            written = time.monotonic()
 
     if missing := run.missing():
         records, rows = manifest["records"], config.shard_rows
         progress.begin(records, records - sum(min(rows, records - index * rows) for index in missing))
-        if cluster is None:
-            _score_here(run, config, files, paths, missing, strict, progress, wrote)
-        else:
-            from scorer.distributed import score_on_ray
+        try:
+            if cluster is None:
+                _score_here(run, config, files, paths, missing, strict, progress, wrote)
+            else:
+                from scorer.distributed import score_on_ray
 
-            score_on_ray(run, config, files, paths, missing, cluster, strict=strict, progress=progress, wrote=wrote)
-    status = run.scores()["status"].value_counts(sort=True)
+                score_on_ray(run, config, files, paths, missing, cluster, strict=strict, progress=progress, wrote=wrote)
+        except BaseException:
+            with suppress(ScorerError):  # the error to see is the one that came before
+                run.write_manifest(manifest)
+            raise
+    status = run.collect(lambda table: table.group_by("status").len().sort("len", "status", descending=[True, False]))
     run.write_manifest(manifest | {"state": "complete", "status": dict(status.iter_rows())})
 
 

@@ -4,25 +4,26 @@
     RUN/scores/part-00000.parquet    the score table of the first `shard_rows` records, and so on
     RUN/stdin.jsonl                  what was read from standard input, if it was an input
 
-A shard is whole or absent, so what is absent is left to do. What a killed process left half written,
-the next writer removes. Knows Parquet and JSON files; neither how
-scores are made nor what they mean.
+A run directory is a folder, or the objects under an s3:// URL. A shard is whole or absent in either, so what is absent
+is left to do. What a killed process left half written on a disk, the next writer removes. Knows Parquet and JSON files;
+neither how scores are made nor what they mean.
 """
 
 from __future__ import annotations
 
-import fcntl
 import io
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
 from scorer.atomic import remove_temporaries, replacing, storage_error
+from scorer.lock import locked
+from scorer.places import exists, fetched_all, is_folder, place, reaching, remote, remove
 from scorer.types import ScorerError
 
 MANIFEST = "manifest.json"
@@ -35,7 +36,8 @@ class Run:
     """A run directory. Reading it never changes it; what writes it holds `locked()`."""
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
+        self.path = place(path)
+        self._check: Callable[[], None] = lambda: None
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})"
@@ -44,7 +46,8 @@ class Run:
     def manifest(self) -> dict[str, Any]:
         """The manifest's content. Raises ScorerError where this is not a run directory."""
         try:
-            manifest: dict[str, Any] = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
+            with reaching(self.path):
+                manifest: dict[str, Any] = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ScorerError(f"{self.path} is not a run directory: it has no {MANIFEST}") from None
         except (OSError, ValueError) as error:
@@ -54,29 +57,51 @@ class Run:
         return manifest
 
     @property
+    def begun(self) -> bool:
+        """Whether there is a manifest."""
+        return exists(self.path / MANIFEST)
+
+    @property
     def complete(self) -> bool:
         """Whether every record has its row; not so where a shard was deleted since."""
         manifest = self.manifest
         return bool(manifest["state"] == "complete" and len(self.shards()) == _shard_count(manifest))
 
-    def scores(self) -> pl.DataFrame:
-        """The score table, one row a turn, in input order: the columns of `scorer.scores.SCHEMA`."""
-        shards = self.shards()
+    def scores(self, columns: Sequence[str] | None = None) -> pl.DataFrame:
+        """The score table, one row a turn, in input order: the columns of `scorer.scores.SCHEMA`, or some of them."""
+        return self.collect(lambda table: table if columns is None else table.select(columns))
+
+    @property
+    def schema(self) -> pl.Schema:
+        """The columns of the score table, and their types. Raises ScorerError as `collect` does."""
+        return self._collect(self.shards()[:1], lambda table: table.head(0)).schema
+
+    def collect(self, query: Callable[[pl.LazyFrame], pl.LazyFrame]) -> pl.DataFrame:
+        """What a query of the score table gives, which is read lazily: of each shard only what the query needs.
+
+        Raises ScorerError where there are no shards, and where one can't be read.
+        """
+        return self._collect(self.shards(), query)
+
+    def _collect(self, shards: list[Path], query: Callable[[pl.LazyFrame], pl.LazyFrame]) -> pl.DataFrame:
         if not shards:
             raise ScorerError(f"{self.path} holds no scores yet: run `scorer score` to its end first")
-        try:
-            return pl.read_parquet(shards, glob=False, hive_partitioning=False)
-        except pl.exceptions.PolarsError as error:
-            raise ScorerError(f"{self.path}: a shard can't be read; score again with --fresh ({error})") from error
+        with fetched_all(shards) as files:
+            try:
+                return query(pl.scan_parquet(files, glob=False, hive_partitioning=False)).collect(engine="streaming")
+            except (pl.exceptions.PolarsError, FileNotFoundError) as error:
+                raise ScorerError(f"{self.path}: a shard can't be read; score again with --fresh ({error})") from error
 
     def shards(self) -> list[Path]:
         """The whole shards, in order. Of an unfinished run some may be missing, wherever several workers score."""
-        paths = (self.path / "scores").glob("part-*.parquet")
-        return sorted(paths, key=lambda path: int(path.stem.removeprefix("part-")))
+        with reaching(self.path):
+            paths = list((self.path / "scores").glob("part-*.parquet"))
+        return sorted(paths, key=_number)
 
     def missing(self) -> list[int]:
         """The numbers of the shards that the manifest's records make and that are not there."""
-        return [index for index in range(_shard_count(self.manifest)) if not self._shard(index).exists()]
+        there = set(map(_number, self.shards()))
+        return [index for index in range(_shard_count(self.manifest)) if index not in there]
 
     def write_shard(self, index: int, table: pl.DataFrame) -> None:
         """Write one shard. Raises EngineError where the disk is full."""
@@ -86,7 +111,8 @@ class Run:
             temporary.write_bytes(buffer.getbuffer())
 
     def write_manifest(self, manifest: dict[str, Any]) -> None:
-        """Replace the manifest."""
+        """Replace the manifest. Raises ScorerError where the run's lock was lost."""
+        self._check()
         with replacing(self.path / MANIFEST) as temporary:
             temporary.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -95,44 +121,48 @@ class Run:
 
         The manifest goes first.
         """
-        (self.path / MANIFEST).unlink(missing_ok=True)
-        for name in SIDECARS:
-            (self.path / name).unlink(missing_ok=True)
-        shutil.rmtree(self.path / "embeddings", ignore_errors=True)
-        for shard in sorted((self.path / "scores").glob("part-*.parquet"), reverse=True):
-            shard.unlink()
+        remove([self.path / MANIFEST])
+        remove(self.path / name for name in SIDECARS)
+        if not remote(self.path):
+            shutil.rmtree(self.path / "embeddings", ignore_errors=True)
+        remove(reversed(self.shards()))
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Make the directory, and be its only writer while the block runs; the lock dies with its holder.
+        """Make the directory, and be its only writer while the block runs.
 
         Raises ScorerError where another process holds it, where the place can't be written, and where the directory
         has files in it but is no run.
         """
-        if self.path.is_dir() and not (self.path / LOCK).exists() and any(self.path.iterdir()):
-            raise ScorerError(f"{self.path} is not a run directory, and not empty: choose another with -o")
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = (self.path / LOCK).open("w")  # before all else: it is the mark of a run directory
-        except OSError as error:
-            raise storage_error(self.path, error) from error
-        with lock:
+        lock = self.path / LOCK
+        if is_folder(self.path) and not exists(lock):
+            with reaching(self.path):
+                if any(self.path.iterdir()):
+                    raise ScorerError(f"{self.path} is not a run directory, and not empty: choose another with -o")
+        with ExitStack() as held:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ScorerError(
-                    f"{self.path}: another process is writing this run; wait for it or choose another"
-                ) from None
-            try:
-                (self.path / "scores").mkdir(exist_ok=True)
+                if not remote(self.path):
+                    self.path.mkdir(parents=True, exist_ok=True)
+                self._check = held.enter_context(locked(lock))  # before all else: it is the mark of a run directory
+                if not remote(self.path):
+                    (self.path / "scores").mkdir(exist_ok=True)
                 for name in (MANIFEST, STDIN, "scores/part-*.parquet"):
                     remove_temporaries(self.path / name)
             except OSError as error:
                 raise storage_error(self.path, error) from error
             yield
 
+    def require_disk(self, work: str) -> None:
+        """Raise ScorerError where the run is in object storage, and `work` maps its files into memory."""
+        if remote(self.path):
+            raise ScorerError(f"{self.path}: {work} needs a run directory on a disk: copy it to one first")
+
     def _shard(self, index: int) -> Path:
         return self.path / "scores" / f"part-{index:05d}.parquet"
+
+
+def _number(shard: Path) -> int:
+    return int(shard.stem.removeprefix("part-"))
 
 
 def _shard_count(manifest: dict[str, Any]) -> int:

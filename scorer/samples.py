@@ -10,7 +10,7 @@ from html import escape
 
 import polars as pl
 
-from scorer.files import inspect_input, read_raw
+from scorer.files import read_raw, refuse_changed
 from scorer.page import digits
 from scorer.records import to_record
 from scorer.rundir import Run
@@ -66,10 +66,7 @@ def _texts(run: Run, wanted: set[int]) -> tuple[dict[int, Record], str]:
     if not wanted:
         return {}, ""
     try:
-        for entry in manifest["inputs"]:
-            now = inspect_input(entry["path"])
-            if (now.size, now.sha256) != (entry["size"], entry["sha256"]):
-                return {}, f"{entry['path']} changed since it was scored"
+        refuse_changed(manifest["inputs"])
         columns = manifest["identity"]["config"]["columns"]
         rows = read_raw(paths, start=min(wanted), limit=max(wanted) + 1)
         return {raw.record_id: to_record(raw, columns) for raw in rows if raw.record_id in wanted}, ""

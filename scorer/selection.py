@@ -175,9 +175,9 @@ def choose(
 
     Raises ScorerError where `config.by` is no measure of the table, a key column is absent, or a turn stands twice.
     """
-    one_of("by", config.by, measures_of(scores))
+    one_of("by", config.by, measures_of(scores.schema))
     records = per_record(scores, config.aggregate)
-    measures = measures_of(records)
+    measures = measures_of(records.schema)
     limited = config.max_ifd is not None and "ifd" in measures and records["ifd"].count() > 0
     reason = _reasons(records, config, limited, flags)
     total = records.height

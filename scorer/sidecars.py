@@ -20,6 +20,7 @@ import polars as pl
 
 from scorer.files import first_line, read_raw
 from scorer.guards import SCORE_FLAGS, TEXT_FLAGS, score_flags, text_flags
+from scorer.places import exists, fetched
 from scorer.records import read_records
 from scorer.rundir import Run
 from scorer.types import ScorerError
@@ -31,7 +32,7 @@ STORED_FLAGS = "flags.parquet"
 
 def has_clusters(run: Run) -> bool:
     """Whether the run was clustered."""
-    return (run.path / CLUSTERS).exists()
+    return exists(run.path / CLUSTERS)
 
 
 def clusters(run: Run) -> pl.DataFrame:
@@ -61,6 +62,7 @@ def embeddings(run: Run, ids: pl.Series) -> npt.NDArray[np.float32]:
 
     Raises ScorerError where the run has none, or not one of every record.
     """
+    run.require_disk("choosing by embeddings")
     parts: list[Any] = []
     while (path := run.path / EMBEDDINGS / f"part-{len(parts):05d}.npy").exists():
         try:
@@ -106,7 +108,8 @@ def flags(run: Run, scores: pl.DataFrame, names: Sequence[str]) -> pl.DataFrame:
 def _table(run: Run, name: str, columns: list[str], option: str = "") -> pl.DataFrame:
     path, command = run.path / name, f"`scorer cluster {run.path}{option}`"
     try:
-        return pl.read_parquet(path, glob=False, hive_partitioning=False).select("record_id", *columns)
+        with fetched(path) as file:
+            return pl.read_parquet(file, glob=False, hive_partitioning=False).select("record_id", *columns)
     except FileNotFoundError:
         raise ScorerError(f"{path}: no such file; make it with {command}") from None
     except (pl.exceptions.PolarsError, OSError) as error:

@@ -5,7 +5,7 @@ Pure Polars: it knows the key columns and that all other numbers are measures, n
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import polars as pl
 
@@ -21,9 +21,9 @@ KEYS = ("record_id", "turn", "status")
 NOT_MEASURES = (*KEYS, "rank", "reason")  # the last two name columns of a Selection
 
 
-def measures_of(scores: pl.DataFrame) -> tuple[str, ...]:
+def measures_of(schema: Mapping[str, pl.DataType]) -> tuple[str, ...]:
     """The columns of a score table that hold numbers to rank by."""
-    return tuple(name for name, dtype in scores.schema.items() if dtype.is_numeric() and name not in NOT_MEASURES)
+    return tuple(name for name, dtype in schema.items() if dtype.is_numeric() and name not in NOT_MEASURES)
 
 
 def per_record(scores: pl.DataFrame, aggregate: str = "mean") -> pl.DataFrame:
@@ -32,7 +32,7 @@ def per_record(scores: pl.DataFrame, aggregate: str = "mean") -> pl.DataFrame:
     """
     if missing := [name for name in KEYS if name not in scores.columns]:
         raise ScorerError(f"not a score table: it has no column {', '.join(missing)}")
-    measures = measures_of(scores)
+    measures = measures_of(scores.schema)
     # Sorted first, so that sums of floats, `last`, and a failed record's status come out alike for any order of rows.
     table = scores.select(*KEYS, *measures)
     same = pl.col("record_id") == pl.col("record_id").shift()

@@ -20,6 +20,7 @@ import zstandard
 
 from scorer.atomic import replacing
 from scorer.files import first_line, is_array, known_suffix
+from scorer.places import place, remote
 from scorer.types import ScorerError
 
 
@@ -32,11 +33,11 @@ class RecordWriter:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = place(path)
         self._suffix = known_suffix(self.path)
-        if self.path.is_dir():
+        if not remote(self.path) and self.path.is_dir():
             raise ScorerError(f"{path}: is a folder; name a file")
-        if not self.path.parent.is_dir():
+        if not remote(self.path) and not self.path.parent.is_dir():
             raise ScorerError(f"{path}: there is no folder {self.path.parent}; create it")
         self._files = contextlib.ExitStack()
         self._encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=_json_value).encode

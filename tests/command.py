@@ -6,9 +6,10 @@ import json
 import multiprocessing
 import os
 import random
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -93,6 +94,26 @@ def _command(arguments: list[str], folder: str, stem: Path) -> None:
     sys.stdin = open(0, encoding="utf-8")  # noqa: SIM115 (lives as long as the process)
     sys.argv = ["scorer", *arguments]
     cli.main()
+
+
+def start(folder: Path, *arguments: object, env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+    """The installed command, as a shell starts it, with `env` added to the environment: what a fork can't be given."""
+    return subprocess.Popen(
+        [CONSOLE_SCRIPT, *map(str, arguments)],
+        cwd=folder,
+        env=os.environ | (env or {}),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def end(process: subprocess.Popen[str]) -> Ended:
+    """Wait for what `start` gave."""
+    out, err = process.communicate(timeout=SECONDS)
+    return Ended(process.returncode, out, err)
 
 
 def wait(condition: Callable[[], Any]) -> None:

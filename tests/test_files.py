@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import polars as pl
 import pytest
 import zstandard
 
-from scorer.files import count_records, inspect_input, read_raw
+from scorer.files import InputFile, count_records, inspect_input, read_raw
 from scorer.types import RowStatus, ScorerError
 from scorer.writer import RecordWriter
 
@@ -52,7 +51,7 @@ def test_start_and_limit_count_over_all_files(tmp_path: Path, name: str) -> None
         write(tmp_path / name, ROWS[3:6]),
         write(tmp_path / "c.json", ROWS[6:]),
     ]
-    assert count_records(paths) == 10
+    assert sum(map(count_records, paths)) == 10
     for start in range(12):
         for limit in (None, 1, 3, 5, 6, 10, 20):
             found = list(read_raw(paths, start=start, limit=limit))
@@ -122,7 +121,7 @@ def test_files_without_records(tmp_path: Path, name: str) -> None:
     assert "hold no records" in refusal(path)
     path.write_bytes(b"")
     assert "hold no records" in refusal(path)
-    assert count_records([path]) == 0
+    assert count_records(path) == 0
     full = write(tmp_path / "full.jsonl", ROWS)
     assert values(path, full) == ROWS
     assert values(full, path, start=10) == []
@@ -181,7 +180,7 @@ def test_names_that_are_not_utf8_are_to_be_renamed(tmp_path: Path, name: bytes) 
     except OSError:
         pytest.skip("this file system takes UTF-8 names only")
     shown = f"{tmp_path}/{name.decode('utf-8', 'backslashreplace')}"
-    for read in (inspect_input, lambda path: count_records([path])):
+    for read in (inspect_input, lambda path: count_records(path)):
         with pytest.raises(ScorerError, match="rename it") as caught:
             read(path)
         assert str(caught.value).encode().startswith(shown.encode())
@@ -194,7 +193,7 @@ def test_utf16_is_to_be_converted(tmp_path: Path, name: str, encoding: str) -> N
     (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
     assert "convert it to UTF-8" in refusal(tmp_path / name)
     with pytest.raises(ScorerError, match="UTF-16"):
-        count_records([tmp_path / name])
+        count_records(tmp_path / name)
 
 
 def test_a_line_that_is_json_keeps_its_text(tmp_path: Path) -> None:
@@ -207,7 +206,7 @@ def test_inspect_input_describes_the_bytes_on_disk(tmp_path: Path) -> None:
     path = tmp_path / "d.jsonl.gz"
     path.write_bytes(b"abc")
     digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, example B.1
-    assert asdict(inspect_input(path)) == {"path": str(path), "size": 3, "sha256": digest}
+    assert inspect_input(path) == InputFile(str(path), 3, digest)
 
 
 PEAK = """

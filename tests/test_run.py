@@ -58,7 +58,7 @@ def _ahead(run: Path, target: int) -> bool:
 
 
 def test_twenty_kills_change_nothing(command: Commands, options: list[str], write_jsonl: Write, tmp_path: Path) -> None:
-    data = write_jsonl(alpaca(800))
+    data = write_jsonl(alpaca(1600))
     undisturbed, run = tmp_path / "undisturbed", tmp_path / "run"
     began = time.monotonic()
     command("score", data, "-o", undisturbed, *options).done()
@@ -68,18 +68,18 @@ def test_twenty_kills_change_nothing(command: Commands, options: list[str], writ
     for kill in range(20):
         process = command.start("score", data, "-o", run, *options)
         if kill % 5 == 0:  # at any moment of loading
-            time.sleep(draw.uniform(0, whole / 10))
+            time.sleep(draw.uniform(0, whole / 20))
         else:  # at any moment of the second shard from here on
             target = shards(run) + draw.randint(0, 1)
             wait(partial(_ahead, run, target))
-            time.sleep(draw.uniform(0, whole / 40))
+            time.sleep(draw.uniform(0, whole / 80))
         assert process.kill().code == -signal.SIGKILL  # it was not over
         found.append(shards(run))
     assert found == sorted(found)  # no shard is lost again
-    assert 10 <= found[-1] < 40
+    assert 10 <= found[-1] < 80
     assert "resuming after" in command("score", data, "-o", run, *options).done()
     assert_same(run, undisturbed)
-    assert Run(run).scores()["record_id"].to_list() == list(range(800))
+    assert Run(run).scores()["record_id"].to_list() == list(range(1600))
     before, after = Run(undisturbed).manifest, Run(run).manifest
     assert {key: after[key] for key in ("fingerprint", "status", "state", "records")} == {
         key: before[key] for key in ("fingerprint", "status", "state", "records")

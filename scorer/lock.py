@@ -1,0 +1,117 @@
+"""One writer at a time: a lock on a disk, a lease in object storage. Knows nothing of what is written.
+
+A disk's lock dies with its holder. A store has none, so there the holder writes its name and a time into an object and
+renews it; a name whose time has passed, or whose process is known here to be dead, is replaced. Of two that replace one
+at the same moment the later writer holds it, and the other sees so a second later. Clocks may differ by less than
+`LEASE_SECONDS`; if they differ more, two writers do the same work twice, since a shard's content depends on no writer.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from scorer.places import reaching, remote
+from scorer.types import ScorerError
+
+LEASE_SECONDS = 60.0
+RENEW_SECONDS = 15.0
+SETTLE_SECONDS = 1.0
+
+Check = Callable[[], None]  # raises ScorerError where the lock was lost since
+
+
+@contextmanager
+def locked(lock: Path) -> Iterator[Check]:
+    """Hold the lock file or object `lock` while the block runs. Raises ScorerError where another process does."""
+    with _leased(lock) if remote(lock) else _flocked(lock) as check:
+        yield check
+
+
+def _held(lock: Path, by: str = "") -> ScorerError:
+    return ScorerError(f"{lock.parent}: another process is writing this run{by}; wait for it or choose another")
+
+
+@contextmanager
+def _flocked(lock: Path) -> Iterator[Check]:
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _held(lock) from None
+        yield lambda: None
+
+
+@contextmanager
+def _leased(lock: Path) -> Iterator[Check]:
+    token, ended, lost = uuid.uuid4().hex, threading.Event(), threading.Event()
+
+    def renew() -> None:
+        while not ended.wait(RENEW_SECONDS):
+            with suppress(ScorerError):  # a store that fails for a while: the writes themselves tell
+                if _read(lock).get("token") != token:
+                    lost.set()
+                    return
+                _write(lock, token)
+
+    def check() -> None:
+        if lost.is_set():
+            raise _held(lock, ", since this one could not renew its lease")
+
+    _refuse_living(lock)
+    _write(lock, token)
+    time.sleep(SETTLE_SECONDS)
+    if (now := _read(lock)).get("token") != token:
+        raise _held(lock, f" ({now.get('host')}, process {now.get('process')})")
+    thread = threading.Thread(target=renew, name="scorer-lease", daemon=True)
+    thread.start()
+    try:
+        yield check
+    finally:
+        ended.set()
+        thread.join()
+        if not lost.is_set():
+            with suppress(ScorerError):  # it runs out by itself
+                _write(lock, None)
+
+
+def _refuse_living(lock: Path) -> None:
+    lease = _read(lock)
+    left = float(lease.get("until", 0.0)) - time.time()
+    dead = lease.get("host") == platform.node() and not _is_alive(int(lease["process"]))
+    if lease.get("token") and left > 0 and not dead:
+        raise _held(lock, f" ({lease['host']}, process {lease['process']}; its lease ends in {left:.0f} s if it died)")
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _read(lock: Path) -> dict[str, Any]:
+    try:
+        with reaching(lock):
+            lease: dict[str, Any] = json.loads(lock.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    return lease
+
+
+def _write(lock: Path, token: str | None) -> None:
+    lease = {"token": token, "host": platform.node(), "process": os.getpid(), "until": time.time() + LEASE_SECONDS}
+    with reaching(lock):
+        lock.write_text(json.dumps(lease) + "\n", encoding="utf-8")

@@ -1,0 +1,167 @@
+"""Where files are: on a disk of this machine, or in object storage under an `s3://` URL.
+
+A place has pathlib's methods either way (universal_pathlib over s3fs for a URL). Credentials, region and endpoint are
+those of the environment, as AWS's own tools take them: no URL holds any. An object appears whole or not at all, and
+an upload that is cut off leaves nothing to see, so nothing is ever renamed there. Knows stores and what they raise;
+nothing of what is kept in them.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from pathlib import Path
+from typing import Any, cast
+
+from scorer.types import EngineError, ScorerError
+
+SCHEME = "s3"
+
+
+def place(where: str | Path) -> Path:
+    """A path, or of an `s3://` URL what acts as one. Raises ScorerError for other URLs, and where s3fs is missing."""
+    if not isinstance(where, str):
+        return where
+    scheme, colons, rest = where.partition("://")
+    if not colons:
+        return Path(where)
+    if scheme != SCHEME:
+        raise ScorerError(f"{scheme}://: is no place for data; name a file of this machine, or s3://BUCKET/KEY")
+    bucket = rest.partition("/")[0]
+    if not bucket or "@" in bucket or "?" in rest:
+        raise ScorerError("s3://: write s3://BUCKET/KEY; credentials and endpoint belong in the environment")
+    try:
+        from upath import UPath
+
+        # Listings are not kept: other processes write here too.
+        return cast(Path, UPath(where.rstrip("/"), use_listings_cache=False))
+    except ImportError as error:
+        raise ScorerError(f"{where}: object storage needs s3fs: pip install 'ifd-scorer[s3]' ({error})") from error
+
+
+def remote(where: Path) -> bool:
+    """Whether a place is in object storage."""
+    return not isinstance(where, Path)
+
+
+def absolute(where: str | Path) -> str:
+    """The name of a place that holds in every folder and on every machine that sees it."""
+    found = place(where)
+    return str(found) if remote(found) else str(found.resolve())
+
+
+def expand(where: str) -> list[str]:
+    """What a URL with a `*` stands for, sorted; anything else is itself: of local files the shell does it.
+
+    Raises ScorerError where nothing matches.
+    """
+    found = place(where)
+    if not remote(found) or not set("*?[") & set(where):
+        return [where]
+    with reaching(found):
+        objects = sorted(store(found).glob(found.path))  # type: ignore[attr-defined]
+    if not objects:
+        raise ScorerError(f"{where}: nothing there has such a name; check the bucket and the pattern")
+    return [f"{SCHEME}://{name}" for name in objects]
+
+
+def exists(where: Path) -> bool:
+    """Whether there is such a file, folder or object."""
+    with reaching(where):
+        return where.exists()
+
+
+def is_folder(where: Path) -> bool:
+    """Whether there is a folder, or any object under the URL."""
+    with reaching(where):
+        return where.is_dir()
+
+
+def status(where: Path) -> dict[str, Any]:
+    """What the store knows of an object: size (bytes), ETag and more. Raises ScorerError where there is none."""
+    try:
+        with reaching(where):
+            known: dict[str, Any] = store(where).info(where.path)  # type: ignore[attr-defined]
+    except FileNotFoundError as error:
+        raise ScorerError(f"{where}: no such object; check the bucket and the key") from error
+    if known["type"] != "file":
+        raise ScorerError(f"{where}: is a folder; name the objects in it, or write {where}/*.jsonl")
+    return known
+
+
+def store(where: Path) -> Any:
+    """The fsspec file system of a remote place; its names are `where.path`."""
+    return where.fs  # type: ignore[attr-defined]
+
+
+def remove(files: Iterable[Path]) -> None:
+    """Remove files, those that are there; of a store many in one request."""
+    for folder, group in groupby(files, lambda file: file.parent):
+        if not remote(folder):
+            for file in group:
+                file.unlink(missing_ok=True)
+            continue
+        with reaching(folder):
+            there = set(folder.iterdir()) if is_folder(folder) else set()
+            if names := [file.path for file in group if file in there]:  # type: ignore[attr-defined]
+                store(folder).rm(names)
+
+
+@contextmanager
+def fetched(where: Path) -> Iterator[Path]:
+    """A file on this machine's disk: itself, or of an object a copy in the temporary folder while the block runs."""
+    with fetched_all([where]) as (file,):
+        yield file
+
+
+@contextmanager
+def fetched_all(files: Sequence[Path]) -> Iterator[list[Path]]:
+    """The files of one folder on this machine's disk, as `fetched` gives one."""
+    if not files or not remote(files[0]):
+        yield list(files)
+        return
+    with tempfile.TemporaryDirectory(prefix="scorer-") as folder:
+        copies = [Path(folder, file.name) for file in files]
+        try:
+            with reaching(files[0].parent):
+                names = [file.path for file in files]  # type: ignore[attr-defined]
+                store(files[0]).get(names, list(map(str, copies)))
+        except FileNotFoundError as error:
+            raise ScorerError(f"{files[0].parent}: an object is gone ({_said(error)})") from error
+        yield copies
+
+
+def upload(file: Path, where: Path) -> None:
+    """Make a local file's content the object `where`: in one request, or in parts that appear together at the end."""
+    with reaching(where):
+        store(where).put_file(str(file), where.path)  # type: ignore[attr-defined]
+
+
+@contextmanager
+def reaching(where: Path) -> Iterator[None]:
+    """Turn what a store raises into an error for the user; FileNotFoundError, and a disk's errors, pass.
+
+    ScorerError where the store refuses, EngineError where it fails or can't be reached.
+    """
+    if not remote(where):
+        yield
+        return
+    from botocore.exceptions import BotoCoreError, NoCredentialsError, PartialCredentialsError, ProfileNotFound
+
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except (PermissionError, NoCredentialsError, PartialCredentialsError, ProfileNotFound) as error:
+        raise ScorerError(
+            f"{where}: the store refuses ({_said(error)}); check the bucket and the credentials in the environment"
+        ) from error
+    except (OSError, BotoCoreError) as error:
+        raise EngineError(f"{where}: the store fails ({_said(error)}); the same command resumes") from error
+
+
+def _said(error: Exception) -> str:
+    """What an error says, without the document that a store's answer may hold: it names keys."""
+    return " ".join(str(error).partition("<")[0].split())[:200]
