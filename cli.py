@@ -263,39 +263,42 @@ def parse_names(_: click.Context, __: click.Parameter, value: str | None) -> tup
     return () if value is None else tuple(name.strip() for name in value.split(","))
 
 
+RAY_NAMES = ("ray", "workers", "gpus_per_worker", "cpus_per_worker")
+
+
+def ray_options(command: Command) -> Command:
+    """Where a run is spread to: the fields of scorer.distributed.Cluster."""
+    for option in reversed(
+        (
+            click.option(
+                "--ray",
+                metavar="ADDRESS",
+                help="Score on Ray: local, or the address of a cluster (auto finds it).  [default: no]",
+            ),
+            click.option(
+                "--workers", callback=parse_workers, metavar="N", help="--ray: how many engines.  [default: auto]"
+            ),
+            click.option(
+                "--gpus-per-worker", type=float, help="--ray: a share is allowed.  [default: 1 if there is one]"
+            ),
+            click.option("--cpus-per-worker", type=float, help="--ray: a share is allowed.  [default: an even share]"),
+        )
+    ):
+        command = option(command)
+    return command
+
+
 @cli.command()
 @score_options
 @click.option("-o", "--output", required=True, metavar="RUN", help="The run directory.")
 @click.option("--fresh", is_flag=True, help="Discard what an earlier run left in RUN.  [default: no]")
-@click.option(
-    "--ray", metavar="ADDRESS", help="Score on Ray: local, or the address of a cluster (auto finds it).  [default: no]"
-)
-@click.option("--workers", callback=parse_workers, metavar="N", help="--ray: how many engines.  [default: auto]")
-@click.option("--gpus-per-worker", type=float, help="--ray: a share is allowed.  [default: 1 if there is one]")
-@click.option("--cpus-per-worker", type=float, help="--ray: a share is allowed.  [default: an even share]")
-def score(
-    data: tuple[str, ...],
-    output: str,
-    fresh: bool,
-    strict: bool,
-    ray: str | None,
-    workers: int | None,
-    gpus_per_worker: float | None,
-    cpus_per_worker: float | None,
-    **options: Any,
-) -> None:
+@ray_options
+def score(data: tuple[str, ...], output: str, fresh: bool, strict: bool, **options: Any) -> None:
     """Score DATA (JSON, JSON Lines, Parquet; - is standard input) into the directory RUN.
 
-    The same command again resumes an unfinished run.
+    DATA and RUN may be s3:// URLs. The same command again resumes an unfinished run.
     """
-    cluster = None
-    if ray is not None:
-        from scorer.distributed import Cluster
-
-        cluster = Cluster(ray, workers, gpus_per_worker, cpus_per_worker)
-    elif given := [w for w in (workers, gpus_per_worker, cpus_per_worker) if w is not None]:
-        raise click.UsageError(f"{given[0]:g} of what? --workers and its like are for --ray")
-    _score(data, output, fresh, strict, options, cluster)
+    _score(data, output, fresh, strict, options)
 
 
 @cli.command()
@@ -316,6 +319,7 @@ def select(run: str, output: str, **options: Any) -> None:
 )
 @click.option("--run", metavar="RUN", help="Keep the scores in this run directory.  [default: FILE.run]")
 @click.option("--fresh", is_flag=True, help="Discard what an earlier run left in RUN.  [default: no]")
+@ray_options
 @select_options
 def filter_(data: tuple[str, ...], output: str, run: str | None, fresh: bool, strict: bool, **options: Any) -> None:
     """Score DATA and select from it in one go."""
@@ -486,14 +490,24 @@ def _score(
     fresh: bool,
     strict: bool,
     options: dict[str, Any],
-    cluster: Any = None,
 ) -> None:
     from scorer.console import ConsoleProgress, show_run
     from scorer.run import score as score_data
 
+    cluster = _cluster(**{name: options.pop(name) for name in RAY_NAMES})
     with ConsoleProgress() as progress:
         run = score_data(data, output, fresh=fresh, strict=strict, cluster=cluster, progress=progress, **options)
     show_run(run)
+
+
+def _cluster(ray: str | None, workers: int | None, gpus_per_worker: float | None, cpus_per_worker: float | None) -> Any:
+    if ray is not None:
+        from scorer.distributed import Cluster
+
+        return Cluster(ray, workers, gpus_per_worker, cpus_per_worker)
+    if given := [w for w in (workers, gpus_per_worker, cpus_per_worker) if w is not None]:
+        raise click.UsageError(f"{given[0]:g} of what? --workers and its like are for --ray")
+    return None
 
 
 def _selection(options: dict[str, Any]) -> dict[str, Any]:

@@ -97,10 +97,12 @@ def read_raw(
     start: int = 0,
     limit: int | None = None,
     check: Check | None = None,
+    counts: Sequence[int] = (),
 ) -> Iterator[RawRecord]:
     """The rows of all files in order, those with `start <= record_id < limit`.
 
-    Skipped JSON lines are not parsed, skipped Parquet rows not decoded. `check`, where given, is called as each file is
+    Skipped JSON lines are not parsed, skipped Parquet rows not decoded, and a file that is skipped whole is not opened
+    where `counts`, of the rows of each of the first files, says so. `check`, where given, is called as each file is
     reached, with an iterator over the file's rows below `limit`, from its first. Raises ScorerError for a file-level
     fault, and where there is no row in all of the files.
     """
@@ -108,9 +110,12 @@ def read_raw(
     for path in files:
         _check_input(path)
     next_id = 0
-    for path in files:
+    for number, path in enumerate(files):
         if limit is not None and next_id >= limit:
             return
+        if number < len(counts) and next_id + counts[number] <= start:
+            next_id += counts[number]
+            continue
         with fetched(path) as file:
             if check is not None:
                 check(path, _read_file(path, file, next_id, next_id, limit))

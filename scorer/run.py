@@ -127,8 +127,8 @@ def score(
             manifest |= {"state": "running", "identity": identity}
         else:
             run.clear()  # a manifest without shards, or shards that no manifest describes: nothing to continue
-            records = _count(paths, config)
-            manifest = _manifest(config, identity, fingerprint, files, _inputs(inputs), records) | {"server": served}
+            counts = _count(paths, config)
+            manifest = _manifest(config, identity, fingerprint, files, _inputs(inputs), counts) | {"server": served}
             run.write_manifest(manifest)
         what = f"{'http' if served else config.engine}{why}; {config.dtype}; {manifest['device']}"
         progress.say(f"loading {files.name} ({what})")
@@ -188,18 +188,20 @@ def _spool(run: Run, fresh: bool) -> str:
     return str(path)
 
 
-def _count(paths: list[str], config: ScoreConfig) -> int:
-    """How many records there are. Raises ScorerError for any file that scoring would fail on, but hours later."""
-    total = 0
+def _count(paths: list[str], config: ScoreConfig) -> list[int]:
+    """How many rows each file has, of those that are not beyond the limit.
+
+    Raises ScorerError for any file that scoring would fail on, but hours later.
+    """
+    counts: list[int] = []
     for path in paths:
-        left = None if config.limit is None else config.limit - total
+        left = None if config.limit is None else config.limit - sum(counts)
         if left is not None and left <= 0:
             break
-        count = count_records(path, known_format(config.columns), left)
-        total += count if left is None else min(count, left)
-    if not total:
+        counts.append(count_records(path, known_format(config.columns), left))
+    if not sum(counts):
         raise ScorerError(f"{', '.join(paths)}: there are no records to score")
-    return total
+    return counts
 
 
 def _inputs(inputs: list[InputFile]) -> list[dict[str, Any]]:
@@ -228,7 +230,7 @@ def _manifest(
     fingerprint: str,
     files: ModelFiles,
     inputs: list[dict[str, Any]],
-    records: int,
+    counts: list[int],
 ) -> dict[str, Any]:
     return {
         "state": "running",
@@ -241,7 +243,8 @@ def _manifest(
         | engine_versions(config.engine),
         "device": _device_name(config.device),
         "ranking": {"by": PROTOCOLS[config.protocol].rank_by, "lowest": PROTOCOLS[config.protocol].lowest},
-        "records": records,
+        "records": sum(counts) if config.limit is None else min(sum(counts), config.limit),
+        "input_records": counts,
         "status": {},
         "tokens": 0,
         "seconds": 0.0,  # of all engines together
@@ -314,7 +317,8 @@ def _score_here(
     scorer = ShardScorer(config, files, strict=strict)
     # One thread reads and tokenises the next shard while the engine scores this one.
     with closing(scorer), ThreadPoolExecutor(1, thread_name_prefix="scorer-reader") as reader:
-        shards = ((index, scorer.encode(records)) for index, records in read_shards(paths, config, missing))
+        records = read_shards(paths, config, missing, run.manifest.get("input_records", ()))
+        shards = ((index, scorer.encode(chunk)) for index, chunk in records)
         upcoming = reader.submit(next, shards, None)
         while (following := upcoming.result()) is not None:
             upcoming = reader.submit(next, shards, None)

@@ -6,7 +6,7 @@ Knows the encoder, the engine and the table; not where shards are kept.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -23,10 +23,12 @@ from scorer.scores import score_table
 from scorer.types import EncodedTurn, Record, RowStatus, ScorerError, SpanNLL, TokenSequence
 
 
-def read_shards(paths: list[str], config: ScoreConfig, missing: list[int]) -> Iterator[tuple[int, list[Record]]]:
-    """The records of each shard whose number is in `missing`, which ascends."""
+def read_shards(
+    paths: list[str], config: ScoreConfig, missing: list[int], counts: Sequence[int] = ()
+) -> Iterator[tuple[int, list[Record]]]:
+    """The records of each shard whose number is in `missing`, which ascends; `counts` is as of `read_raw`."""
     rows, wanted = config.shard_rows, set(missing)
-    raws = read_raw(paths, start=missing[0] * rows, limit=config.limit)
+    raws = read_raw(paths, start=missing[0] * rows, limit=config.limit, counts=counts)
     for index in range(missing[0], missing[-1] + 1):
         chunk = list(islice(raws, rows))
         if index in wanted:

@@ -7,7 +7,7 @@ import hashlib
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -237,3 +237,12 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
         count, mib = peak(tmp_path / name)
         assert count == 60_000
         assert mib - small < 80, (name, small, mib)
+
+
+def test_a_file_whose_rows_are_all_skipped_is_not_opened(write_jsonl: Callable[..., Path]) -> None:
+    first, second = write_jsonl([{"n": 0}, {"n": 1}], "a.jsonl"), write_jsonl([{"n": 2}, {"n": 3}], "b.jsonl")
+    first.write_bytes(b"\xff\xfe")  # UTF-16, which is refused wherever it is read
+    rows = read_raw([first, second], start=3, counts=[2, 2])
+    assert [(row.record_id, row.value) for row in rows] == [(3, {"n": 3})]
+    with pytest.raises(ScorerError, match="UTF-16"):
+        list(read_raw([first, second], start=1, counts=[2, 2]))

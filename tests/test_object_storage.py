@@ -64,6 +64,7 @@ class Server:
         self.process = subprocess.Popen(
             [
                 Path(sys.executable).with_name("weed"),
+                f"-logdir={self.folder}",
                 "server",
                 "-s3",
                 "-ip=127.0.0.1",
@@ -205,7 +206,7 @@ def test_a_run_in_a_store_is_a_run(shell: Shell, server: Server, options: list[o
 
 
 def test_killed_and_resumed(shell: Shell, server: Server, options: list[object], tmp_path: Path) -> None:
-    (tmp_path / "data.json").write_text(json.dumps(alpaca(1000)))
+    (tmp_path / "data.json").write_text(json.dumps(alpaca(600)))
     shell("score", "data.json", "-o", "local", *options).done()
     arguments = ("score", "data.json", "-o", "s3://bucket/killed", *options)
     running = shell.start(*arguments)
@@ -215,7 +216,7 @@ def test_killed_and_resumed(shell: Shell, server: Server, options: list[object],
     running.send_signal(signal.SIGKILL)
     end(running)
     left = held(server, "bucket/killed")
-    assert 1 < left < 50
+    assert 1 < left < 30
     assert "is unfinished" in shell("select", "s3://bucket/killed", "-o", "x.jsonl").line()
     assert "resuming after" in shell(*arguments).done()
     expected = Run(tmp_path / "local").scores()
@@ -237,7 +238,7 @@ def test_a_lease_of_another_machine_runs_out(
 
 
 def test_the_server_dies_and_comes_back(shell: Shell, server: Server, options: list[object], tmp_path: Path) -> None:
-    (tmp_path / "data.json").write_text(json.dumps(alpaca(1000)))
+    (tmp_path / "data.json").write_text(json.dumps(alpaca(600)))
     shell("score", "data.json", "-o", "local", *options).done()
     server.files().put_file(str(tmp_path / "data.json"), "bucket/dies.json")
     arguments = ("score", "s3://bucket/dies.json", "-o", "s3://bucket/dies", *options)
@@ -254,7 +255,7 @@ def test_the_server_dies_and_comes_back(shell: Shell, server: Server, options: l
 
     server.start()
     wait(lambda: _answers(server))
-    assert held(server, "bucket/dies") < 50
+    assert held(server, "bucket/dies") < 30
     assert "resuming after" in shell(*arguments).done()
     expected = Run(tmp_path / "local").scores()
     assert_frame_equal(table(server, "bucket/dies"), expected, check_exact=True)

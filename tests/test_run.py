@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+import pyarrow.parquet as pq
 import pytest
 from polars.testing import assert_frame_equal
 from transformers import GPT2Config
@@ -425,3 +426,27 @@ def test_memory_does_not_grow_with_the_data(tmp_path: Path) -> None:
         peaks.append(answer.get())
     assert Run(tmp_path / "run200000").manifest["status"] == {"ok": 200_000}
     assert peaks[1] - peaks[0] <= 300, f"MiB at the peak: {peaks}"
+
+
+def test_only_the_columns_that_are_asked_for_are_read(tmp_path: Path) -> None:
+    count = 300 * 50
+    run = Run(tmp_path / "run")
+    with run.locked():
+        for index in range(300):
+            ids = range(index * 50, index * 50 + 50)
+            run.write_shard(index, pl.DataFrame({"record_id": ids, "ifd": [i / count for i in ids], "other": ids}))
+    shard = run.shards()[150]
+    (place,) = [
+        group["columns"][2]
+        for group in pq.read_metadata(shard).to_dict()["row_groups"]
+        if group["columns"][2]["path_in_schema"] == "other"
+    ]
+    begin = place["dictionary_page_offset"] or place["data_page_offset"]
+    content = bytearray(shard.read_bytes())
+    content[begin : begin + place["total_compressed_size"]] = b"\xff" * place["total_compressed_size"]
+    shard.write_bytes(content)
+    assert run.scores(["record_id", "ifd"])["record_id"].to_list() == list(range(count))
+    largest = run.collect(lambda table: table.select(pl.col("ifd").max()))
+    assert largest.item() == (count - 1) / count
+    with pytest.raises(ScorerError, match="a shard can't be read"):
+        run.scores()
