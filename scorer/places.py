@@ -79,6 +79,15 @@ def is_folder(where: Path) -> bool:
         return where.is_dir()
 
 
+def listing(folder: Path) -> list[Path]:
+    """What is in a folder, in no order; nothing where there is no such folder."""
+    try:
+        with reaching(folder):
+            return list(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):  # the latter is what a store says
+        return []
+
+
 def status(where: Path) -> dict[str, Any]:
     """What the store knows of an object: size (bytes), ETag and more. Raises ScorerError where there is none."""
     try:
@@ -103,8 +112,8 @@ def remove(files: Iterable[Path]) -> None:
             for file in group:
                 file.unlink(missing_ok=True)
             continue
+        there = set(listing(folder))
         with reaching(folder):
-            there = set(folder.iterdir()) if is_folder(folder) else set()
             if names := [file.path for file in group if file in there]:  # type: ignore[attr-defined]
                 store(folder).rm(names)
 
@@ -141,7 +150,7 @@ def upload(file: Path, where: Path) -> None:
 
 @contextmanager
 def reaching(where: Path) -> Iterator[None]:
-    """Turn what a store raises into an error for the user; FileNotFoundError, and a disk's errors, pass.
+    """Turn what a store raises into an error for the user; what is not there, and a disk's errors, pass.
 
     ScorerError where the store refuses, EngineError where it fails or can't be reached.
     """
@@ -152,7 +161,7 @@ def reaching(where: Path) -> Iterator[None]:
 
     try:
         yield
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise
     except (PermissionError, NoCredentialsError, PartialCredentialsError, ProfileNotFound) as error:
         raise ScorerError(

@@ -23,7 +23,7 @@ import polars as pl
 
 from scorer.atomic import remove_temporaries, replacing, storage_error
 from scorer.lock import locked
-from scorer.places import exists, fetched_all, is_folder, place, reaching, remote, remove
+from scorer.places import exists, fetched_all, listing, place, reaching, remote, remove
 from scorer.types import ScorerError
 
 MANIFEST = "manifest.json"
@@ -52,7 +52,7 @@ class Run:
             raise ScorerError(f"{self.path} is not a run directory: it has no {MANIFEST}") from None
         except (OSError, ValueError) as error:
             raise ScorerError(f"{self.path / MANIFEST} can't be read ({error})") from error
-        if not isinstance(manifest, dict) or "identity" not in manifest:
+        if not _is_manifest(manifest):
             raise ScorerError(f"{self.path / MANIFEST} is not the manifest of a run: name another directory")
         return manifest
 
@@ -94,9 +94,7 @@ class Run:
 
     def shards(self) -> list[Path]:
         """The whole shards, in order. Of an unfinished run some may be missing, wherever several workers score."""
-        with reaching(self.path):
-            paths = list((self.path / "scores").glob("part-*.parquet"))
-        return sorted(paths, key=_number)
+        return sorted((path for path in listing(self.path / "scores") if path.match("part-*.parquet")), key=_number)
 
     def missing(self) -> list[int]:
         """The numbers of the shards that the manifest's records make and that are not there."""
@@ -135,10 +133,8 @@ class Run:
         has files in it but is no run.
         """
         lock = self.path / LOCK
-        if is_folder(self.path) and not exists(lock):
-            with reaching(self.path):
-                if any(self.path.iterdir()):
-                    raise ScorerError(f"{self.path} is not a run directory, and not empty: choose another with -o")
+        if not exists(lock) and listing(self.path):
+            raise ScorerError(f"{self.path} is not a run directory, and not empty: choose another with -o")
         with ExitStack() as held:
             try:
                 if not remote(self.path):
@@ -159,6 +155,13 @@ class Run:
 
     def _shard(self, index: int) -> Path:
         return self.path / "scores" / f"part-{index:05d}.parquet"
+
+
+def _is_manifest(content: Any) -> bool:
+    if not isinstance(content, dict) or not {"state", "records", "inputs", "ranking", "identity"} <= content.keys():
+        return False
+    identity = content["identity"]
+    return isinstance(identity, dict) and "shard_rows" in (identity.get("config") or {})
 
 
 def _number(shard: Path) -> int:
