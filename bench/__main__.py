@@ -148,6 +148,34 @@ def scaling(data: str, scored: int, model: str, samples: int, save: bool) -> Non
 
 
 @bench.command()
+@click.option("--data", type=click.Path(exists=True, dir_okay=False), default=str(EXAMPLES), help="A dataset.")
+@click.option("--rows", default=1000, help="Rows to score.")
+@click.option("--model", default=DEFAULT_MODEL, help="Any model that `scorer score --model` takes.")
+@click.option("--repeats", default=1, help="How often both sides score them, in turn; medians are reported.")
+@click.option("--pair-rows", default=200, help="Rows for two workers against none, in both dtypes; 0: leave them out.")
+@click.option("--save", is_flag=True, help="Write the result under bench/results.")
+def ray(data: str, rows: int, model: str, repeats: int, pair_rows: int, save: bool) -> None:
+    """One worker over Ray against a run without it, and that two workers give the same table."""
+    from bench.ray_runs import run
+    from bench.report import finish
+
+    finish("ray", run(data, rows, model, repeats, pair_rows), save, *_labels(False, model))
+
+
+@bench.command()
+@click.option("--rows", default=1_000_000, help="Short rows, for a tiny model.")
+@click.option("--shard-rows", default=5_000, help="Of one shard.")
+@click.option("--workers", default=1, help="Over Ray, on this machine.")
+@click.option("--save", is_flag=True, help="Write the result under bench/results.")
+def ray_million(rows: int, shard_rows: int, workers: int, save: bool) -> None:
+    """A long run over Ray: memory and open files of every process, from its beginning to its end."""
+    from bench.ray_runs import long_run
+    from bench.report import finish
+
+    finish("ray-million", long_run(rows, shard_rows, workers), save)
+
+
+@bench.command()
 @click.option("--check", is_flag=True, help="Fail if the README is not what the results say.")
 def readme(check: bool) -> None:
     """Put the figures of bench/results into the README."""

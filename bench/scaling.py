@@ -1,10 +1,11 @@
 """A billion samples on one H100, eight and 64: a simulation of `scorer score --ray` with object storage.
 
-    reader --records--> workers (tokenise, score, write a shard) --"done"--> driver (writes the manifest)
+    readers --records--> workers (tokenise; pack, compute, write a shard) --"done"--> driver (writes the manifest)
 
-The reader hands out shards in order, one after the other. A free worker takes the next, uses its cores, then its share
-of the device, then writes. The driver takes what is done one by one. A node that fails takes the shards in flight with
-it, which are done again. Knows seconds a row and a shard; what scorer does with a row is measured first, in `measure`.
+Each reader has a stretch of the shards, and reads it in order. A worker holds two shards: one thread tokenises the
+next, while the other packs one, has it computed when the device is free, and writes it. The driver takes what is done
+one by one. A node that fails takes the shards in flight with it, which are done again. Knows seconds a row and a shard;
+what scorer does with a row is measured first, in `measure`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import heapq
 import json
 import math
 import random
+from collections import deque
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import groupby
 from pathlib import Path
@@ -23,12 +25,15 @@ from bench.costs import Costs, measure
 from bench.engines import PACKED16, VLLM
 from bench.report import RESULTS
 from bench.shapes import network, shape_config
+from scorer.distributed import WORKERS_A_READER
+from scorer.run import MANIFEST_SECONDS
 
 MODELS = {"gpt2": "GPT-2", "llama-2-7b": "LLaMA-7B"}
 DEVICES = (1, 8, 64)
 ASSUMED = "ASSUMED"  # how such a figure is marked, wherever it is shown
 EFFICIENCIES = (0.2, 0.4, 0.6)  # of the peak, where no rate was measured
-READER, DRIVER, CORES, DEVICE, REQUESTS = "the reader", "the driver", "the workers' cores", "the devices", "requests"
+READER, DRIVER, REQUESTS = "the readers", "the driver", "requests"
+TOKENISING, PACKING, DEVICE = "tokenising", "packing, tables", "the devices"
 TOTALS = ("tokens", "bytes_in", "bytes_out", "shards", "table_bytes_in_memory")
 RUNS, RAN = ("default", "tuned"), ("hours", "computing", "first to saturate")
 COLUMNS = ("model", "H100s", "basis", "tokens/s of one", "device hours")
@@ -50,17 +55,16 @@ class Given:
     devices_per_node: int = given(8, "devices", "the same")
     request_seconds: float = given(0.1, "s", "Amazon S3's guide to performance: small objects, 100 to 200 ms")
     stream_bytes: float = given(850e6, "B/s", "the same: 85 MB/s a request; s3fs copies an object by 10 at once")
-    copies_before: int = given(3, "copies", "of each input that scorer.run makes, to count and to look at its rows")
     put_rate: float = given(3500, "requests/s", "the same: at least so many PUT a second and prefix")
-    ray_seconds: float = given(
-        0.009, "s a shard", "measured apart: 1,000 rows of 0.5 MB through Ray Data 2.60, 2 workers, the 2 cores here"
-    )
+    copies_before: int = given(1, "copies", "of each input, which scorer.run makes to count and to look at its rows")
+    input_files: int = given(1, "files", "assumed, at the worst: each reader copies whole files and skips lines in one")
+    workers_a_reader: int = given(WORKERS_A_READER, "workers", "scorer.distributed")
+    manifest_pause: float = given(MANIFEST_SECONDS, "s", "scorer.run: from one writing of the manifest to the next")
+    ray_seconds: float = given(0.009, "s a shard", "measured apart: 0.5 MB, Ray Data 2.60, 2 workers on 2 cores")
     start_seconds: float = given(60, "s", "assumed: a worker's start, and its next start after a failure")
     straggler_share: float = given(0.01, "of shards", "assumed")
     straggler_times: float = given(3, "times as long", "assumed")
-    node_failures: float = given(
-        8 * 419 / (16384 * 54 * 24), "per hour", "arXiv 2407.21783: 419 in 54 days of 16,384 H100, here of 8 at once"
-    )
+    node_failures: float = given(8 / 16384 * 419 / 1296, "per hour", "arXiv 2407.21783: 419 of 16,384 H100 in 54 days")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,53 +80,78 @@ class Outcome:
 def simulate(rows: float, devices: int, rate: float, costs: Costs, g: Given) -> Outcome:
     """One run of `rows` rows on `devices` devices of `rate` tokens/s each."""
     shards = math.ceil(rows / g.shard_rows)
-    size = rows / shards
-    fetch = costs.bytes_in / g.stream_bytes  # an input is copied, and then read
-    read = size * (fetch + costs.read_seconds)
-    threads = max(g.cores_per_device / g.workers_per_device, 1)
-    encode = costs.encode_seconds * (1 - costs.encode_parallel + costs.encode_parallel / threads)
-    cores = size * (encode + costs.pack_seconds + costs.table_seconds)
-    cores *= max(g.workers_per_device / g.cores_per_device, 1)
-    compute, tell = size * costs.tokens / rate, g.ray_seconds + g.request_seconds
+    size, workers = rows / shards, devices * g.workers_per_device
+    own = g.cores_per_device / g.workers_per_device  # cores of a worker, for both of its threads
+    alone = costs.encode_seconds * (1 - costs.encode_parallel + costs.encode_parallel / max(own, 1))
+    both = costs.encode_seconds + costs.pack_seconds + costs.table_seconds
+    encode, pack = size * max(alone, both / own), size * costs.pack_seconds * max(1 / own, 1)
+    table, compute = size * costs.table_seconds * max(1 / own, 1), size * costs.tokens / rate
 
     draw = random.Random(0)
     hourly = g.node_failures * min(devices, g.devices_per_node) / g.devices_per_node / 3600
     fails = [_next(draw, 0, hourly) for _ in range(math.ceil(devices / g.devices_per_node))]
-    free = [(0.0, worker) for worker in range(devices * g.workers_per_device)]
-    device_free = [0.0] * devices
-    ends, shard_read, lost = [], 0.0, 0
-    used = {CORES: 0.0, DEVICE: 0.0, REQUESTS: 0.0}  # seconds of workers, those of waiting for the device included
-    for _ in range(shards):
-        shard_read += read
-        times = g.straggler_times if draw.random() < g.straggler_share else 1.0
-        while True:
-            begin, worker = heapq.heappop(free)
-            begin, device = max(begin, shard_read), worker // g.workers_per_device
+    arrivals = _arrivals(shards, size, math.ceil(workers / g.workers_a_reader), costs, g)
+    waiting, again, lost = iter(arrivals), 0, 0
+    # When, of the two places of which worker; of a shard that is packed, also its slowness and its node's next failure.
+    events = [(0.0, place, worker, 0.0, 0.0) for place in (0, 1) for worker in range(workers)]
+    held: list[deque[tuple[float, float, float]]] = [deque() for _ in range(workers)]  # tokenised, or to be
+    encoded, scored, scoring, device_free = [0.0] * workers, [0.0] * workers, [False] * workers, [0.0] * devices
+    ends: list[float] = []
+    turns = on_device = 0.0  # shards, a slow one as so many; seconds, waiting for the device included
+    while len(ends) < shards:
+        now, place, worker, times, until = heapq.heappop(events)
+        device = worker // g.workers_per_device
+        if not times:  # a free place
             node = device // g.devices_per_node
-            loaded = begin + cores * times
-            computed = max(loaded, device_free[device]) + compute * times
-            end = computed + g.request_seconds
-            while fails[node] + g.start_seconds <= begin:
-                fails[node] = _next(draw, fails[node], hourly)
-            if end <= fails[node]:
-                break
-            lost += begin < fails[node]
-            heapq.heappush(free, (fails[node] + g.start_seconds, worker))
-        device_free[device] = computed
-        heapq.heappush(free, (end, worker))
-        ends.append(end)
-        used[CORES] += loaded - begin
-        used[DEVICE] += computed - loaded
-        used[REQUESTS] += g.request_seconds
-    seconds = 0.0
+            while fails[node] <= now:
+                now, fails[node] = max(now, fails[node] + g.start_seconds), _next(draw, fails[node], hourly)
+            if (arrived := now if again else next(waiting, None)) is None:
+                continue
+            again = max(again - 1, 0)
+            times = g.straggler_times if draw.random() < g.straggler_share else 1.0
+            encoded[worker] = max(now, arrived, encoded[worker]) + encode * times
+            held[worker].append((encoded[worker], times, fails[node]))
+        else:  # a packed shard
+            computed = max(now, device_free[device]) + compute * times
+            end = computed + table * times + g.request_seconds
+            if end > until:
+                end, again, lost = until + g.start_seconds, again + 1, lost + 1
+            else:
+                device_free[device] = computed
+                ends.append(end)
+                turns, on_device = turns + times, on_device + computed - now
+            scored[worker], scoring[worker] = end, False
+            heapq.heappush(events, (end, place, worker, 0.0, 0.0))
+        if held[worker] and not scoring[worker]:
+            ready, times, until = held[worker].popleft()
+            scoring[worker] = True
+            heapq.heappush(events, (max(ready, scored[worker]) + pack * times, place, worker, times, until))
+    seconds = written = told = 0.0
     for end in sorted(ends):
-        seconds = max(seconds, end) + tell
+        seconds, told = max(seconds, end) + g.ray_seconds, told + g.ray_seconds
+        if seconds - written >= g.manifest_pause:
+            written = seconds = seconds + g.request_seconds
+            told += g.request_seconds
 
-    shares = {READER: shards * read / seconds, DRIVER: shards * tell / seconds}
-    shares[max(used, key=lambda name: used[name])] = sum(used.values()) / len(free) / seconds
-    before = rows * (costs.count_seconds + g.copies_before * fetch) + g.start_seconds
+    shares = {READER: arrivals[-1] / seconds, DRIVER: told / seconds, TOKENISING: turns * encode / workers / seconds}
+    used = {PACKING: turns * (pack + table), DEVICE: on_device, REQUESTS: shards * g.request_seconds}  # by one thread
+    shares[max(used, key=lambda name: used[name])] = sum(used.values()) / workers / seconds
+    before = rows * (costs.count_seconds + g.copies_before * costs.bytes_in / g.stream_bytes) + g.start_seconds
     computing = rows * costs.tokens / rate / devices / seconds
     return Outcome((before + seconds) / 3600, max(shares, key=lambda name: shares[name]), computing, lost)
+
+
+def _arrivals(shards: int, size: float, readers: int, costs: Costs, g: Given) -> list[float]:
+    """When the shards come from their readers, in order of time. A file is copied whole, and then read."""
+    length, file = math.ceil(shards / readers), shards * size / g.input_files
+    fetch, read = file * costs.bytes_in / g.stream_bytes, size * costs.read_seconds
+    times: list[float] = []
+    for begin in range(0, shards, length):
+        before = math.floor(begin * size / file + 1e-9)  # files that are not opened
+        skip = (begin * size - before * file) * costs.count_seconds
+        for shard in range(begin + 1, min(begin + length, shards) + 1):
+            times.append(skip + (math.ceil(shard * size / file - 1e-9) - before) * fetch + (shard - begin) * read)
+    return sorted(times)
 
 
 def _next(draw: random.Random, after: float, rate: float) -> float:
@@ -143,48 +172,50 @@ def rates(model: str, flop_per_token: float, peak: float, results: Path = RESULT
 def run(data: str, scored: int, model: str, rows: float, results: Path = RESULTS) -> dict[str, Any]:
     """Measure, simulate and print the tables in Markdown; returns what is to be reported."""
     costs, sample = measure(data, scored, model)
-    g = Given()
+    flops = {name: flop(network(shape_config(name)), sample) / sample.tokens for name in MODELS}
+    return reckon({"data": Path(data).name, "tokenizer": model, "samples": rows}, costs, flops, results)
+
+
+def reckon(about: dict[str, Any], costs: Costs, flops: dict[str, float], results: Path = RESULTS) -> dict[str, Any]:
+    """`run` of costs that are known, with the operations a token of each model; `about` is reported with it."""
+    g, rows = Given(), about["samples"]
     cases: list[dict[str, Any]] = []
     for name, title in MODELS.items():
-        needed = flop(network(shape_config(name)), sample) / sample.tokens
-        # What a user can do: larger shards, where cores are short an engine a core, and a run of its own a device.
-        tuned = replace(g, shard_rows=20 * g.shard_rows, workers_per_device=12 if name == "gpt2" else 1)
+        # What a user can do: larger shards, many files, and of a small model an engine a core.
+        tuned = replace(g, shard_rows=20 * g.shard_rows, input_files=1000)
+        tuned = replace(tuned, workers_per_device=12) if name == "gpt2" else tuned
         for devices in DEVICES:
-            for basis, rate in rates(name, needed, g.peak, results).items():
+            for basis, rate in rates(name, flops[name], g.peak, results).items():
                 # an engine's measured rate has the packing in it
                 own = costs if basis.startswith(ASSUMED) else replace(costs, pack_seconds=0.0)
                 case = {"model": title, "devices": devices, "basis": basis, "tokens_per_second": rate}
-                case |= {"flop_per_token": needed, "device_hours": rows * costs.tokens / rate / 3600}
+                case |= {"flop_per_token": flops[name], "device_hours": rows * costs.tokens / rate / 3600}
                 case["default"] = asdict(simulate(rows, devices, rate, own, g))
-                case["tuned"] = asdict(simulate(rows / devices, 1, rate, own, tuned))
+                case["tuned"] = asdict(simulate(rows, devices, rate, own, tuned))
                 cases.append(case)
     shards = math.ceil(rows / g.shard_rows)
-    totals = {
-        "tokens": rows * costs.tokens,
-        "bytes_in": rows * costs.bytes_in,
-        "bytes_out": rows * costs.bytes_out + shards * costs.shard_bytes,
-        "shards": shards,
-        "table_bytes_in_memory": rows * costs.memory_bytes,
-    }
-    stages = _stages(costs, g)
-    result = {"data": Path(data).name, "tokenizer": model, "samples": rows, **totals, "costs": asdict(costs)}
-    result |= {"given": asdict(g), "rows_per_second": stages, "cases": cases}
+    written = rows * costs.bytes_out + shards * costs.shard_bytes
+    totals = (rows * costs.tokens, rows * costs.bytes_in, written, shards, rows * costs.memory_bytes)
+    result = about | dict(zip(TOTALS, totals, strict=True))
+    result |= {"costs": asdict(costs), "given": asdict(g), "rows_per_second": _stages(costs, g), "cases": cases}
     _show(result, g)
     return result
 
 
 def _stages(costs: Costs, g: Given) -> dict[str, float]:
     """The most rows/s of each stage by itself."""
-    core = 1 / (costs.encode_seconds + costs.pack_seconds + costs.table_seconds)
-    told = 1 / (g.ray_seconds + g.request_seconds)
+    told = 1 / (g.ray_seconds * (1 + g.request_seconds / g.manifest_pause))
+    spread = 1 - costs.encode_parallel + costs.encode_parallel / g.cores_per_device
+    thread, cores, rows = costs.pack_seconds + costs.table_seconds, g.cores_per_device, g.shard_rows
     return {
-        "the reader, JSON Lines": 1 / (costs.read_seconds + costs.bytes_in / g.stream_bytes),
-        "the reader, Parquet": 1 / (costs.parquet_read_seconds + costs.parquet_bytes_in / g.stream_bytes),
-        f"the driver, shards of {g.shard_rows:,}": told * g.shard_rows,
-        f"the driver, shards of {20 * g.shard_rows:,}": told * g.shard_rows * 20,
-        f"the store's PUT, shards of {g.shard_rows:,}": g.put_rate / 2 * g.shard_rows,  # the shard, and the manifest
-        "a worker's tokens and tables, 1 core": core,
-        f"the same, {g.cores_per_device} cores": core * g.cores_per_device,
+        "a reader, JSON Lines": 1 / (costs.read_seconds + costs.bytes_in / g.stream_bytes),
+        "a reader, Parquet": 1 / (costs.parquet_read_seconds + costs.parquet_bytes_in / g.stream_bytes),
+        f"the driver, shards of {rows:,}": told * rows,
+        f"the store's PUT, shards of {rows:,}": g.put_rate * rows,
+        f"a worker's tokenising, {cores} cores": 1 / (costs.encode_seconds * spread),
+        f"a worker's packing, tables and write, shards of {rows:,}": 1 / (thread + g.request_seconds / rows),
+        f"the same, shards of {20 * rows:,}": 1 / (thread + g.request_seconds / rows / 20),
+        f"{cores} workers of 1 core": cores / (costs.encode_seconds + thread),
     }
 
 

@@ -1,7 +1,8 @@
-"""The same run on Ray: one reader, and workers that each hold an engine and write the shards that they score.
+"""The same run on Ray: readers, and workers that each hold an engine and write the shards that they score.
 
-Ray Data moves the records, holds the reader back while the workers are busy, and starts again what dies. Knows Ray and
-shards; nothing of formats, models or formulas.
+Ray Data moves the records, holds the reader back while the workers are busy, and starts again what dies; a shard that
+dies with its worker is missing on disk at the end, and what is missing is asked of Ray again. Knows Ray; nothing of
+what its workers do.
 """
 
 from __future__ import annotations
@@ -9,29 +10,42 @@ from __future__ import annotations
 import logging
 import math
 import os
-import pickle
-import platform
+import queue
+import re
 import socket
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
 from scorer.config import ScoreConfig
-from scorer.models import ModelFiles, find_model
+from scorer.models import ModelFiles
 from scorer.places import absolute
-from scorer.progress import Progress, Silent
+from scorer.progress import Progress
 from scorer.rundir import Run
-from scorer.shards import ShardScorer, read_shards
 from scorer.types import EngineError, ScorerError
+from scorer.workers import Reader, Worker, versions
 
-CONNECT_SECONDS = 30
-# Of a CPU: the reader's, and what is left to Ray Data's own tasks. Workers that took the whole cluster would wait for
-# ever for records that nobody has a CPU to read.
-READER_CPUS = 0.25
-SPARE_CPUS = 0.5
+SETTINGS = {  # of Ray, by environment, before it is imported
+    "RAY_USAGE_STATS_ENABLED": "0",  # no telemetry
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_worker_niceness": "0",  # of a Ray of our own: its workers get as much of a shared machine as a run without it
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # after the end of a run: what still asks Ray would start it again
+}
+CONNECT_SECONDS = 25
+# By itself Ray would try for minutes: 20 times, each after 10 seconds more of its own.
+CONNECT = {"RAY_NUM_REDIS_GET_RETRIES": "1", "RAY_py_gcs_connect_timeout_s": "15"}
+SILENCE_SECONDS = 60  # without a shard, until the user is told what there is; twice as long each time
+STOP_SECONDS = 3  # for what Ray still has under way where a run ends early
+GONE_SECONDS = 600  # without any node that a worker fits on, until the run ends
+# A reader asks for no CPU of Ray: it would wait for ever where workers have taken all, and after the death of a node
+# they do, whatever was left to it before: they start again on the nodes that are left.
+READER_CPUS = 0
+WORKERS_A_READER = 2  # one parses 36,000 rows/s; a weak model on a large GPU takes a third of that
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +53,8 @@ class Cluster:
     """Where a run is spread to, and how: `local` starts a Ray of this machine, else the address of one that runs.
 
     workers: engines; None: as many as there are GPUs for, and one where there is none. gpus_per_worker: shares are
-    allowed; None: 1 where the device is a GPU. cpus_per_worker: None: 1 beside a GPU, else an even share of all CPUs.
+    allowed; None: on GPUs as many as the model is spread over. cpus_per_worker: None: 1 beside a GPU, else an even
+    share of all CPUs.
     """
 
     address: str = "local"
@@ -52,6 +67,8 @@ class Cluster:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ScorerError(f"{name}: {value} is not above 0")
+        if self.gpus_per_worker is not None and self.gpus_per_worker > 1 and self.gpus_per_worker % 1:
+            raise ScorerError(f"gpus_per_worker: {self.gpus_per_worker} is neither a share of one GPU nor whole GPUs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,25 +79,40 @@ class Plan:
     gpus: float
     cpus: float
 
+    def fits(self, nodes: Sequence[Mapping[str, float]]) -> bool:
+        """Whether `nodes` have a place for each worker."""
+        return sum(self._places(node) for node in nodes) >= self.workers
 
-def plan(cluster: Cluster, device: str, has: Mapping[str, float]) -> Plan:
-    """How many workers, of what size, on a cluster that `has` CPU and GPU.
+    def _places(self, node: Mapping[str, float]) -> int:
+        needs = ((self.cpus, node.get("CPU", 0.0)), (self.gpus, node.get("GPU", 0.0)))
+        return min(math.floor(has / each + 1e-6) for each, has in needs if each)  # 1e-6: 0.3 / 0.1 is less than 3
 
-    Raises ScorerError where it has too little: Ray would wait for ever.
+
+def plan(cluster: Cluster, nodes: Sequence[Mapping[str, float]]) -> Plan:
+    """How many workers, of what size, on a cluster of `nodes` that each have so much CPU and GPU.
+
+    Raises ScorerError where no worker, or not all of them, would ever have a place: Ray would wait for ever.
     """
-    cpus, gpus = has.get("CPU", 0.0), has.get("GPU", 0.0)
-    each_gpu = cluster.gpus_per_worker if cluster.gpus_per_worker is not None else float(device == "cuda")
-    workers = cluster.workers or (max(math.floor(gpus / each_gpu), 1) if each_gpu else 1)
-    free = cpus - SPARE_CPUS
-    each_cpu = cluster.cpus_per_worker or (min(1.0, free / workers) if each_gpu else free / workers)
-    there = f"the cluster has {gpus:g} GPUs and {cpus:g} CPUs"
-    if workers * each_gpu > gpus:
-        raise ScorerError(f"{workers} workers of {each_gpu:g} GPUs need {workers * each_gpu:g}, and {there}")
-    if each_cpu <= 0 or workers * each_cpu > free:
-        raise ScorerError(
-            f"{workers} workers of {each_cpu:g} CPUs, and {SPARE_CPUS} to feed them, are too many: {there}"
-        )
-    return Plan(workers, each_gpu, math.floor(each_cpu * 100) / 100)
+    gpus = cluster.gpus_per_worker or 0.0
+    room = sum(math.floor(node.get("GPU", 0.0) / gpus + 1e-6) for node in nodes) if gpus else 1
+    workers = cluster.workers or max(room, 1)
+    shares = {math.floor(node.get("CPU", 0.0) / n * 100) / 100 for node in nodes for n in range(1, workers + 1)}
+    even = sorted({min(share, 1.0) if gpus else share for share in shares} - {0.0}, reverse=True)
+    for cpus in [cluster.cpus_per_worker] if cluster.cpus_per_worker else even:
+        if (found := Plan(workers, gpus, cpus)).fits(nodes):
+            return found
+    size = f"{gpus:g} GPUs and " + (
+        f"{cluster.cpus_per_worker:g} CPUs" if cluster.cpus_per_worker else "a part of a CPU"
+    )
+    raise ScorerError(f"{workers} workers of {size} each do not fit: {_has(nodes)}")
+
+
+def _has(nodes: Sequence[Mapping[str, float]]) -> str:
+    """The cluster in words."""
+    alike = Counter((node.get("GPU", 0.0), node.get("CPU", 0.0)) for node in nodes)
+    gpus, cpus = (sum(each[which] * count for each, count in alike.items()) for which in (0, 1))
+    words = ", ".join(f"{count} of {gpu:g} and {cpu:g}" for (gpu, cpu), count in sorted(alike.items(), reverse=True))
+    return f"the cluster has {gpus:g} GPUs and {cpus:g} CPUs" + (f" (nodes: {words})" if len(nodes) > 1 else "")
 
 
 def score_on_ray(
@@ -103,115 +135,169 @@ def score_on_ray(
     paths = [absolute(path) for path in paths]
     if files.origin == "directory":
         config = replace(config, model=str(files.path))
+    if cluster.gpus_per_worker is None and config.device == "cuda":
+        cluster = replace(cluster, gpus_per_worker=config.tensor_parallel_size or 1)
     with connected(cluster.address) as ray:
-        size = plan(cluster, config.device, ray.cluster_resources())
+        size = plan(cluster, _nodes(ray))
         progress.say(f"Ray: {size.workers} workers of {size.cpus:g} CPUs and {size.gpus:g} GPUs")
+        free = ray.available_resources()
+        if size.workers * size.cpus > free.get("CPU", 0.0) or size.workers * size.gpus > free.get("GPU", 0.0):
+            progress.say(f"Ray: others hold a part of it now, and workers wait for that: {_free(ray)}")
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.print_on_execution_start = False
         # A shard is a block of its own, which any worker may take: Ray would gather 128 MiB of them for one.
         context.target_min_block_size = context.target_max_block_size = 1
-        shards = ray.data.from_items([{"paths": paths}], override_num_blocks=1).map_batches(
-            _Reader(config, missing), batch_size=1, num_cpus=READER_CPUS
+        reader = Reader(config, paths, run.manifest.get("input_records", ()))
+        worker = (config, absolute(run.path), strict, size.cpus, versions(config.engine))
+        while missing:
+            # A pass goes on without the shards that died with their workers, but not for ever: where every worker dies,
+            # Ray would start them again and again.
+            context.max_errored_blocks = min(4 * size.workers, len(missing) - 1)
+            scored = _dataset(ray, missing, reader, worker, replace(size, workers=min(size.workers, len(missing))))
+            fault = ""
+            try:
+                with closing(_heard(ray, scored, size, progress)) as rows:
+                    for row in rows:
+                        if row["error"]:
+                            kind = EngineError if row["exit_code"] == EngineError.exit_code else ScorerError
+                            raise kind(row["error"])
+                        progress.advance(row["records"], row["tokens"])
+                        wrote(row["tokens"], row["seconds"], row["by"])
+            except ray.exceptions.RayError as error:
+                fault = _cause(str(error))
+            before, missing = missing, run.missing()
+            if len(missing) == len(before):
+                raise EngineError(
+                    f"Ray: no worker lived to score shard {missing[0]} or a later one, for want of memory perhaps; the "
+                    f"last fault was: {fault}"
+                )
+            if missing:
+                progress.say(f"Ray: {len(missing)} shards were lost with their workers, and are scored again")
+
+
+def _dataset(ray: Any, missing: list[int], reader: Reader, worker: tuple[Any, ...], size: Plan) -> Any:
+    """Rows that say what became of each missing shard."""
+    readers = math.ceil(size.workers / WORKERS_A_READER)
+    length = math.ceil(len(missing) / readers)
+    stretches = [{"shards": missing[begin : begin + length]} for begin in range(0, len(missing), length)]
+    with warnings.catch_warnings():  # of the last two options, which have no other place yet
+        warnings.simplefilter("ignore", ray.util.annotations.RayDeprecationWarning)
+        read = ray.data.from_items(stretches, override_num_blocks=len(stretches)).map_batches(
+            reader, batch_size=1, num_cpus=READER_CPUS
         )
-        scored = shards.map_batches(
-            _Worker,
-            fn_constructor_args=(config, absolute(run.path), strict, size.cpus),
+        return read.map_batches(
+            Worker,
+            fn_constructor_args=worker,
             batch_size=1,
-            concurrency=size.workers,
+            # One shard is tokenised while another is scored.
+            compute=ray.data.ActorPoolStrategy(
+                size=size.workers, max_tasks_in_flight_per_actor=2, enable_true_multi_threading=True
+            ),
+            max_concurrency=2,
             num_cpus=size.cpus,
             num_gpus=size.gpus or None,
+            # A worker starts again where there is room. Its shards do not wait for it, as they would by default: there
+            # may be no room any more, and the others go on.
+            max_restarts=-1,
+            max_task_retries=0,
         )
+
+
+def _cause(text: str) -> str:
+    """Of what Ray says of a fault, the exception that it began with: tracebacks of others are around it."""
+    found = re.search(r"^(?:\w+\.)*\w*(?:Error|Exception): .*", text, re.MULTILINE)
+    return " ".join((found[0] if found else text).split())[:300]
+
+
+def _nodes(ray: Any) -> list[dict[str, float]]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _free(ray: Any) -> str:
+    free = ray.available_resources()
+    return f"{free.get('GPU', 0.0):g} GPUs and {free.get('CPU', 0.0):g} CPUs are free, {_has(_nodes(ray))}"
+
+
+def _heard(ray: Any, dataset: Any, size: Plan, progress: Progress) -> Generator[dict[str, Any], None, None]:
+    """The rows of `dataset` as they come. Tells the user of silence; EngineError where no node is left to end it."""
+    rows: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    stop = threading.Event()
+
+    def listen() -> None:
         try:
-            for row in scored.iter_rows():
-                if row["error"]:
-                    kind = EngineError if row["exit_code"] == EngineError.exit_code else ScorerError
-                    raise kind(row["error"])
-                progress.advance(row["records"], row["tokens"])
-                wrote(row["tokens"], row["seconds"], row["by"])
-        except ray.exceptions.RayError as error:
-            raise EngineError(
-                f"Ray failed ({' '.join(str(error).split())[-300:]}); the same command resumes"
-            ) from error
+            for row in dataset.iter_rows():
+                rows.put(row)
+                if stop.is_set():
+                    return
+            rows.put(None)
+        except Exception as error:  # noqa: BLE001 (raised where it is heard)
+            rows.put(error)
+
+    # A daemon: Ray may never answer it, and the process has to end all the same.
+    listener = threading.Thread(target=listen, name="scorer-ray", daemon=True)
+    listener.start()
+    quiet = gone = 0  # times that nothing came; and that no node had a place for a worker
+    try:
+        while True:
+            try:
+                row = rows.get(timeout=SILENCE_SECONDS)
+            except queue.Empty:
+                quiet += 1
+                gone = 0 if replace(size, workers=1).fits(_nodes(ray)) else gone + 1
+                if gone * SILENCE_SECONDS >= GONE_SECONDS:
+                    raise EngineError(
+                        f"Ray: no node is left for a worker: {_free(ray)}; the same command resumes"
+                    ) from None
+                if quiet.bit_count() == 1:  # after 1, 2, 4, 8 minutes
+                    progress.say(f"Ray: no shard for {quiet * SILENCE_SECONDS} s: {_free(ray)}")
+                continue
+            if row is None:
+                return
+            if isinstance(row, Exception):
+                raise row
+            quiet = gone = 0
+            yield row
+    finally:
+        stop.set()
+        listener.join(STOP_SECONDS)  # with it end the threads of Ray Data, which would complain of a Ray that is gone
 
 
 @contextmanager
 def connected(address: str) -> Iterator[Any]:
-    """Ray, of this machine or at `address`."""
+    """Ray, of this machine or at `address`. Raises ScorerError where there is none, or one of another version."""
     if find_spec("ray") is None:
         raise ScorerError("--ray needs Ray: pip install 'ifd-scorer[ray]'")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry
-    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if host and port.isdecimal():  # which Ray would try for minutes
+    where = (os.environ.get("RAY_ADDRESS") or address) if address == "auto" else address
+    named = f"--ray {address}" + (f" (RAY_ADDRESS is {where})" if where != address else "")
+    if where.startswith("ray://"):
+        raise ScorerError(
+            f"{named}: Ray Data does not run through Ray's client; run scorer on a node of the cluster, with "
+            "--ray auto, or submit it there as a Ray job"
+        )
+    host, _, port = where.rpartition(":")
+    if host and port.isdecimal():
         try:
             socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
-        except OSError as error:
-            raise ScorerError(f"--ray {address}: no Ray there ({error})") from error
+        except (OSError, OverflowError) as error:
+            raise ScorerError(f"{named}: no Ray there ({error})") from error
+    for name, value in (SETTINGS if where == "local" else SETTINGS | CONNECT).items():
+        os.environ.setdefault(name, value)
     import ray
     import ray.data
 
     try:
         ray.init(
-            address=address,
+            address=where,
             ignore_reinit_error=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
-            include_dashboard=False if address == "local" else None,
+            include_dashboard=False if where == "local" else None,  # a cluster has its own, or none
         )
     except (ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
-        raise ScorerError(f"--ray {address}: {' '.join(str(error).split())[:300]}") from error
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+        raise ScorerError(f"{named}: {' '.join(str(error).split())[:300]}") from error
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it would say of each lost shard, with a traceback
     try:
         yield ray
     finally:
         ray.shutdown()
-
-
-class _Reader:
-    """All records that are still to be scored, a shard a row: Ray asks for the next as its workers take them."""
-
-    def __init__(self, config: ScoreConfig, missing: list[int]):
-        self.config, self.missing = config, missing
-
-    def __call__(self, batch: Mapping[str, Any]) -> Iterator[dict[str, list[Any]]]:
-        (paths,) = batch["paths"]
-        for index, records in read_shards(list(paths), self.config, self.missing):
-            yield {"index": [index], "records": [pickle.dumps(records)]}
-
-
-class _Worker:
-    """One engine. What it raises for the user comes back as a row: Ray would take it for a fault of its own."""
-
-    def __init__(self, config: ScoreConfig, run: str, strict: bool, cpus: float):
-        import torch
-
-        torch.set_num_threads(max(math.ceil(cpus), 1))
-        self.run, self.name = Run(run), f"{platform.node()}, process {os.getpid()}"
-        self.error: ScorerError | None = None
-        try:
-            files = find_model(config.model, revision=config.revision, allow_pickle=config.allow_pickle)
-            self.scorer = ShardScorer(config, files, strict=strict)
-        except ScorerError as error:
-            self.error = error
-
-    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
-        clock = time.monotonic()
-        (index,), (payload,) = batch["index"], batch["records"]
-        records = pickle.loads(payload)  # what our own reader wrote
-        tokens, error = 0, self.error
-        if error is None:
-            try:
-                shard = self.scorer.encode(records)
-                self.run.write_shard(int(index), self.scorer.score(shard, Silent()))
-                tokens = shard.tokens
-            except ScorerError as fault:
-                error = fault
-        return {
-            "records": [len(records)],
-            "tokens": [tokens],
-            "seconds": [time.monotonic() - clock],
-            "by": [self.name],
-            "error": [str(error) if error else ""],
-            "exit_code": [error.exit_code if error else 0],
-        }

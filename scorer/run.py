@@ -96,7 +96,7 @@ def score(
     if config.engine == "auto":
         engine, reason = choose_engine(config, files)
         config, why = replace(config, engine=engine), f": {reason}"
-    config = choose(config, files, served)
+    config = choose(config, files, served, elsewhere=cluster is not None)
     identity: dict[str, Any] = {
         "format": FORMAT,
         # where a server is, is no part of what it computes, and may hold a password
@@ -136,17 +136,21 @@ def score(
     return run
 
 
-def choose(config: ScoreConfig, files: ModelFiles, served: dict[str, Any] | None = None) -> ScoreConfig:
+def choose(
+    config: ScoreConfig, files: ModelFiles, served: dict[str, Any] | None = None, *, elsewhere: bool = False
+) -> ScoreConfig:
     """The configuration with everything chosen that was left open. Raises ScorerError for what the model can't do.
 
-    A server has chosen dtype, device and batches itself: `served` is what it says.
+    A server has chosen dtype, device and batches itself: `served` is what it says. elsewhere: what computes is not this
+    machine; it is taken to be alike where device or dtype is left open.
     """
     if served:
         if asked := [name for name in ("device", "batch_tokens") if getattr(config, name) not in ("auto", None)]:
             raise ScorerError(f"{asked[0]}: that is for the server to say; leave it out")
         if config.dtype not in ("auto", served["dtype"]):
             raise ScorerError(f"dtype: {config.engine} computes in {served['dtype']}, and not in {config.dtype}")
-    device = "auto" if served else choose_device(config.device)
+    named = elsewhere and "auto" not in (config.device, config.dtype)
+    device = "auto" if served else config.device if named else choose_device(config.device)
     engine = choose_engine(config, files)[0] if config.engine == "auto" else config.engine
     protocol = PROTOCOLS[config.protocol]
     context = _context_length(files)
@@ -258,7 +262,7 @@ def _device_name(device: str) -> str:
     import torch
 
     if device == "cuda":
-        return torch.cuda.get_device_name()
+        return torch.cuda.get_device_name() if torch.cuda.is_available() else device
     return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -28,6 +29,7 @@ from scorer.types import ScorerError
 
 MANIFEST = "manifest.json"
 LOCK = ".lock"
+SHARD = re.compile(r"part-\d+\.parquet")
 STDIN = "stdin.jsonl"
 SIDECARS = ("clusters.parquet", "flags.parquet")  # of the data that the scores are of
 
@@ -94,7 +96,7 @@ class Run:
 
     def shards(self) -> list[Path]:
         """The whole shards, in order. Of an unfinished run some may be missing, wherever several workers score."""
-        return sorted((path for path in listing(self.path / "scores") if path.match("part-*.parquet")), key=_number)
+        return sorted((path for path in listing(self.path / "scores") if SHARD.fullmatch(path.name)), key=_number)
 
     def missing(self) -> list[int]:
         """The numbers of the shards that the manifest's records make and that are not there."""

@@ -9,7 +9,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -96,12 +96,12 @@ def _command(arguments: list[str], folder: str, stem: Path) -> None:
     cli.main()
 
 
-def start(folder: Path, *arguments: object, env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+def start(folder: Path, *arguments: object, **env: str) -> subprocess.Popen[str]:
     """The installed command, as a shell starts it, with `env` added to the environment: what a fork can't be given."""
     return subprocess.Popen(
         [CONSOLE_SCRIPT, *map(str, arguments)],
         cwd=folder,
-        env=os.environ | (env or {}),
+        env=os.environ | env,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

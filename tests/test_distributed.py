@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
-import signal
+import shutil
+import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -19,57 +20,73 @@ from scorer.distributed import Cluster, Plan, plan
 from scorer.models import ModelFiles
 from scorer.rundir import Run
 from scorer.types import ScorerError
-from tests.command import CONSOLE_SCRIPT, alpaca, shards, wait
+from tests import command
+from tests.command import alpaca, shards, start, wait
 
 Tiny = Callable[[str], ModelFiles]
 
 
-@pytest.mark.parametrize(
-    ("cluster", "device", "has", "expected"),
-    [
-        (Cluster(), "cpu", {"CPU": 2.0}, Plan(1, 0.0, 1.5)),
-        (Cluster(workers=2), "cpu", {"CPU": 2.0}, Plan(2, 0.0, 0.75)),
-        (Cluster(), "cuda", {"CPU": 32.0, "GPU": 8.0}, Plan(8, 1.0, 1.0)),
-        (Cluster(gpus_per_worker=0.5), "cuda", {"CPU": 32.0, "GPU": 2.0}, Plan(4, 0.5, 1.0)),
-        (Cluster(workers=3), "cuda", {"CPU": 2.0, "GPU": 4.0}, Plan(3, 1.0, 0.5)),
-        (Cluster(workers=2, cpus_per_worker=4), "cpu", {"CPU": 16.0}, Plan(2, 0.0, 4.0)),
-    ],
-)
-def test_workers_leave_room_for_what_feeds_them(
-    cluster: Cluster, device: str, has: dict[str, float], expected: Plan
-) -> None:
-    assert plan(cluster, device, has) == expected
+ONE, TWO = {"CPU": 1.0}, {"CPU": 2.0}
 
 
 @pytest.mark.parametrize(
-    ("cluster", "device", "has", "words"),
+    ("cluster", "nodes", "expected"),
     [
-        (Cluster(workers=2, cpus_per_worker=1), "cpu", {"CPU": 2.0}, "2 workers of 1 CPUs"),
-        (Cluster(workers=4), "cuda", {"CPU": 32.0, "GPU": 2.0}, "need 4, and the cluster has 2 GPUs and 32 CPUs"),
-        (Cluster(), "cuda", {"CPU": 32.0}, "has 0 GPUs"),
+        (Cluster(), [TWO], Plan(1, 0.0, 2.0)),
+        (Cluster(workers=2), [TWO], Plan(2, 0.0, 1.0)),
+        (Cluster(gpus_per_worker=1), [{"CPU": 32.0, "GPU": 8.0}], Plan(8, 1.0, 1.0)),
+        (Cluster(gpus_per_worker=0.5), [{"CPU": 32.0, "GPU": 2.0}], Plan(4, 0.5, 1.0)),
+        (Cluster(workers=3, gpus_per_worker=1), [{"CPU": 2.0, "GPU": 4.0}], Plan(3, 1.0, 0.66)),
+        (Cluster(workers=2, cpus_per_worker=4), [{"CPU": 16.0}], Plan(2, 0.0, 4.0)),
+        (Cluster(), [ONE, ONE], Plan(1, 0.0, 1.0)),
+        (Cluster(workers=2), [ONE, ONE], Plan(2, 0.0, 1.0)),
+        (Cluster(workers=3), [ONE, TWO], Plan(3, 0.0, 1.0)),  # one of them, and two of the other
+        (Cluster(gpus_per_worker=0.6), [{"CPU": 4.0, "GPU": 1.0}] * 3, Plan(3, 0.6, 1.0)),  # and not 3 / 0.6
+        (Cluster(gpus_per_worker=1), [ONE, {"CPU": 8.0, "GPU": 2.0}], Plan(2, 1.0, 1.0)),  # a head without a GPU
     ],
 )
-def test_more_than_the_cluster_has_is_refused(cluster: Cluster, device: str, has: dict[str, float], words: str) -> None:
+def test_workers_share_what_there_is(cluster: Cluster, nodes: list[dict[str, float]], expected: Plan) -> None:
+    assert plan(cluster, nodes) == expected
+
+
+@pytest.mark.parametrize(
+    ("cluster", "nodes", "words"),
+    [
+        (Cluster(workers=3, cpus_per_worker=1), [TWO], "3 workers of 0 GPUs and 1 CPUs each do not fit"),
+        (
+            Cluster(workers=4, gpus_per_worker=1),
+            [{"CPU": 32.0, "GPU": 2.0}],
+            "the cluster has 2 GPUs and 32 CPUs",
+        ),
+        (Cluster(gpus_per_worker=1), [{"CPU": 32.0}], "has 0 GPUs"),
+        (Cluster(cpus_per_worker=2), [ONE, ONE], r"has 0 GPUs and 2 CPUs \(nodes: 2 of 0 and 1\)"),
+        (Cluster(workers=4, cpus_per_worker=0.6), [ONE] * 3, "3 of 0 and 1"),  # 3 CPUs, and 2.4 asked
+        (Cluster(gpus_per_worker=2), [{"CPU": 4.0, "GPU": 1.0}] * 2, "2 of 1 and 4"),
+        (Cluster(), [], "has 0 GPUs and 0 CPUs"),
+    ],
+)
+def test_more_than_the_cluster_has_is_refused(cluster: Cluster, nodes: list[dict[str, float]], words: str) -> None:
     with pytest.raises(ScorerError, match=words):
-        plan(cluster, device, has)
-
-
-def start(folder: Path, *arguments: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [CONSOLE_SCRIPT, *map(str, arguments)],
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+        plan(cluster, nodes)
 
 
 def end(process: subprocess.Popen[str], code: int = 0) -> str:
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == code, (process.returncode, out, err)
-    assert "Traceback" not in err
-    return err
+    """Standard error of a process that ended with `code`; Ray may have said something before our line."""
+    ended = command.end(process)
+    assert ended.code == code, f"{ended.code}: {ended.err[-1500:]}"
+    assert "Traceback" not in ended.err
+    return ended.err
+
+
+def workers(pid: int) -> list[psutil.Process]:
+    """The workers that run below the process `pid`: of a driver that has started Ray itself, or of a node."""
+    found = []
+    for process in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it ended meanwhile
+            name = " ".join(process.cmdline())
+            if "MapWorker(MapBatches(Worker))" in name and "__init__" not in name:
+                found.append(process)
+    return found
 
 
 def same(run: Path, expected: pl.DataFrame) -> None:
@@ -91,9 +108,9 @@ def test_two_workers_give_the_local_table_and_survive_a_death(arguments: list[ob
 
     running = start(tmp_path, "score", *arguments, "-o", "spread", "--ray", "local", "--workers", 2)
     wait(lambda: shards(tmp_path / "spread") > 1 and len(Run(tmp_path / "spread").manifest["shards_by"]) == 2)
-    workers = [p for p in psutil.Process(running.pid).children(recursive=True) if "_Worker" in " ".join(p.cmdline())]
-    assert len(workers) == 2, [p.cmdline() for p in psutil.Process(running.pid).children(recursive=True)]
-    workers[0].send_signal(signal.SIGKILL)
+    both = workers(running.pid)
+    assert len(both) == 2
+    both[0].kill()
     end(running)
     same(tmp_path / "spread", expected)
     manifest = Run(tmp_path / "spread").manifest
@@ -102,30 +119,62 @@ def test_two_workers_give_the_local_table_and_survive_a_death(arguments: list[ob
     assert max(manifest["shards_by"].values()) < 31
 
 
-def test_the_driver_dies_and_the_same_command_finishes(arguments: list[object], tmp_path: Path) -> None:
-    end(start(tmp_path, "score", *arguments, "-o", "local"))
-    command = ("score", *arguments, "-o", "run", "--ray", "local", "--workers", 2)
-    running = start(tmp_path, *command)
-    wait(lambda: shards(tmp_path / "run") > 1)
-    family = psutil.Process(running.pid).children(recursive=True)
-    os.kill(running.pid, signal.SIGKILL)
-    running.communicate()
-    psutil.wait_procs(family, timeout=60)
-    left = shards(tmp_path / "run")
-    assert left < 31
-    (tmp_path / "run" / "scores" / "part-00000.parquet").unlink()  # a hole, as one worker of several leaves
-    end(start(tmp_path, *command))
-    same(tmp_path / "run", Run(tmp_path / "local").scores())
-
-
 def test_bad_clusters_are_one_line(arguments: list[object], tmp_path: Path) -> None:
-    for options, words in (
-        (("--ray", "127.0.0.1:1"), "--ray 127.0.0.1:1"),
-        (("--ray", "local", "--gpus-per-worker", 64), "the cluster has"),
-        (("--workers", 2), "for --ray"),
-        (("--ray", "local", "--workers", 0), "neither auto nor a whole number"),
-    ):
+    with socket.create_server(("127.0.0.1", 0), backlog=50) as silent:  # it listens, and never answers
+        port = silent.getsockname()[1]
+        cases = {
+            ("--ray", "127.0.0.1:1"): "--ray 127.0.0.1:1: no Ray there",
+            ("--ray", f"127.0.0.1:{port}"): f"--ray 127.0.0.1:{port}: ",
+            ("--ray", "ray://127.0.0.1:10001"): "--ray ray://127.0.0.1:10001: Ray Data does not run through",
+            ("--ray", "local", "--gpus-per-worker", 64): "the cluster has 0 GPUs",
+            ("--ray", "local", "--gpus-per-worker", 1.5): "neither a share of one GPU nor whole GPUs",
+            ("--workers", 2): "for --ray",
+            ("--ray", "local", "--workers", 0): "neither auto nor a whole number",
+        }
         began = time.monotonic()
-        err = end(start(tmp_path, "score", *arguments, "-o", "bad", *options), code=2)
-        assert words in err.splitlines()[-1], err
-        assert time.monotonic() - began < 60
+        started = {
+            words: start(tmp_path, "score", *arguments, "-o", f"bad-{i}", *options)
+            for i, (options, words) in enumerate(cases.items())
+        }
+        for words, process in started.items():
+            assert words in end(process, code=2).splitlines()[-1]
+        assert time.monotonic() - began < 90  # seven at once: it is 30 for one
+
+
+def test_auto_looks_where_the_environment_says(arguments: list[object], tmp_path: Path) -> None:
+    err = end(start(tmp_path, "score", *arguments, "-o", "bad", "--ray", "auto", RAY_ADDRESS="127.0.0.1:1"), code=2)
+    assert "--ray auto (RAY_ADDRESS is 127.0.0.1:1): no Ray there" in err.splitlines()[-1]
+
+
+def test_an_engine_that_cannot_be_opened_ends_the_run_as_it_does_locally(tiny: Tiny, tmp_path: Path) -> None:
+    shutil.copytree(tiny("gpt2").path, tmp_path / "model")
+    (tmp_path / "data.json").write_text(json.dumps(alpaca(20)))
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    whole = ("score", "data.json", "--model", "model", "--device", "cpu", "--shard-rows", 5)
+    local = end(start(tmp_path, *whole, "-o", "local"), code=2).splitlines()[-1]
+    assert "the model does not load" in local
+    spread = end(start(tmp_path, *whole, "-o", "run", "--ray", "local"), code=2).splitlines()[-1]
+    assert spread == local
+
+
+def test_an_input_that_goes_away_is_named(arguments: list[object], tmp_path: Path) -> None:
+    running = start(tmp_path, "score", *arguments, "-o", "run", "--ray", "local")
+    wait(lambda: (tmp_path / "run" / "manifest.json").exists())
+    (tmp_path / "data.json").unlink()  # counted, and not yet read: Ray starts for seconds
+    assert "data.json" in end(running, code=2).splitlines()[-1]
+
+
+def test_a_worker_that_always_dies_ends_the_run(arguments: list[object], tmp_path: Path) -> None:
+    """As where the system kills it each time that it has loaded the model, for want of memory."""
+    running = start(tmp_path, "score", *arguments, "-o", "run", "--ray", "local", "--workers", 1)
+    killed = 0
+    while running.poll() is None:
+        for process in workers(running.pid):
+            process.kill()
+            killed += 1
+        time.sleep(0.05)
+    err = end(running, code=1)
+    assert "no worker lived to score shard 0 or a later one" in err.splitlines()[-1]
+    assert 1 < killed < 10
+    assert shards(tmp_path / "run") == 0

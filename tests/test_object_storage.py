@@ -129,7 +129,7 @@ class Shell:
         self.folder, self.server = folder, server
 
     def start(self, *arguments: object, **env: str) -> subprocess.Popen[str]:
-        return start(self.folder, *arguments, env=self.server.environment | env)
+        return start(self.folder, *arguments, **self.server.environment | env)
 
     def __call__(self, *arguments: object, **env: str) -> Ended:
         return end(self.start(*arguments, **env))
@@ -203,6 +203,18 @@ def test_a_run_in_a_store_is_a_run(shell: Shell, server: Server, options: list[o
     assert "inputs changed" in shell("score", "s3://bucket/in/*", "-o", "s3://bucket/run", *options).line()
     shell("score", "s3://bucket/in/*", "-o", "s3://bucket/run", "--fresh", *options).done()
     assert_frame_equal(table(server, "bucket/run"), expected, check_exact=True)
+
+
+def test_workers_of_ray_write_to_the_store(shell: Shell, server: Server, options: list[object], tmp_path: Path) -> None:
+    for name, rows in (("a", alpaca(45)), ("b", alpaca(45, seed=1))):
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+        server.files().put_file(str(tmp_path / f"{name}.json"), f"bucket/two/{name}.json")
+    shell("score", "a.json", "b.json", "-o", "local", *options).done()
+    spread = ("--ray", "local", "--workers", 2)
+    told = shell("score", "s3://bucket/two/*", "-o", "s3://bucket/spread", *options, *spread).done()
+    expected = Run(tmp_path / "local").scores()
+    assert_frame_equal(table(server, "bucket/spread"), expected, rel_tol=1e-5, abs_tol=0.0)
+    assert SECRET not in told + everything(server, "bucket/spread").decode("utf-8", "replace")
 
 
 def test_killed_and_resumed(shell: Shell, server: Server, options: list[object], tmp_path: Path) -> None:

@@ -22,13 +22,15 @@ from typing import Any
 import polars as pl
 import pyarrow.parquet as pq
 import pytest
+import torch
 from polars.testing import assert_frame_equal
 from transformers import GPT2Config
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 import scorer
+from scorer.config import ScoreConfig
 from scorer.models import ModelFiles
-from scorer.run import FREE
+from scorer.run import BATCH_TOKENS, FREE, choose
 from scorer.rundir import Run
 from scorer.types import ScorerError
 from tests.command import CONSOLE_SCRIPT, FORKS, SECONDS, Commands, alpaca, read_jsonl, shards, wait
@@ -450,3 +452,11 @@ def test_only_the_columns_that_are_asked_for_are_read(tmp_path: Path) -> None:
     assert largest.item() == (count - 1) / count
     with pytest.raises(ScorerError, match="a shard can't be read"):
         run.scores()
+
+
+def test_a_machine_without_a_gpu_can_send_a_run_to_gpus(tiny: Callable[[str], ModelFiles]) -> None:
+    named = ScoreConfig(device="cuda", dtype="bfloat16")
+    assert choose(named, tiny("gpt2"), elsewhere=True).batch_tokens == BATCH_TOKENS["packed", "cuda"]
+    if not torch.cuda.is_available():
+        with pytest.raises(ScorerError, match="finds no CUDA device here"):
+            choose(named, tiny("gpt2"))

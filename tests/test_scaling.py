@@ -14,7 +14,7 @@ from bench import costs as of_a_row
 from bench.__main__ import EXAMPLES, bench
 from bench.costs import Costs
 from bench.engines import PACKED16, STOCK
-from bench.scaling import CORES, DEVICE, DRIVER, READER, REQUESTS, Given, rates, simulate
+from bench.scaling import DEVICE, DRIVER, PACKING, READER, REQUESTS, TOKENISING, Given, rates, simulate
 from scorer.models import ModelFiles
 
 # Nothing takes time but what a test says.
@@ -38,15 +38,32 @@ def test_one_worker_with_nothing_else_takes_the_tokens_over_the_rate() -> None:
     assert outcome.device_share == pytest.approx(1)
 
 
-def test_twice_the_devices_take_half_the_time_until_the_reader_is_full() -> None:
+def test_twice_the_devices_take_half_the_time_until_the_readers_are_full() -> None:
     read = costs(read_seconds=0.001)  # 1,000 s, as 10 devices take
-    hours = {n: simulate(ROWS, n, RATE, read, AT_ONCE) for n in (1, 2, 4, 8, 16, 32)}
+    hours = {n: simulate(ROWS, n, RATE, read, given(workers_a_reader=32)) for n in (1, 2, 4, 8, 16, 32)}
     assert [hours[n].first for n in hours] == [DEVICE] * 4 + [READER] * 2
     for n in (2, 4, 8):
         assert hours[n // 2].hours / hours[n].hours == pytest.approx(2, rel=0.01)
     # the last shard leaves the reader after 1,000 s, and takes a device 10 s
     assert [hours[n].hours * 3600 for n in (16, 32)] == pytest.approx([1010, 1010])
     assert hours[32].device_share == pytest.approx(10_000 / 32 / 1010)
+    # two readers, of 16 workers each, take half of that
+    assert simulate(ROWS, 32, RATE, read, given(workers_a_reader=16)).hours * 3600 == pytest.approx(510)
+
+
+def test_a_reader_skips_the_rows_of_its_file_before_its_stretch_and_copies_the_file_whole() -> None:
+    row = costs(tokens=0, read_seconds=0.001, count_seconds=0.0001, bytes_in=1000)
+    slow = {"stream_bytes": 1e6, "workers_a_reader": 2}  # 1 ms of copying a row
+    # before the run a copy (1,000 s) is counted (100 s); then each of two readers copies all of it (1,000 s), the
+    # second skips 500,000 rows (50 s), and they read half each (500 s)
+    one = simulate(ROWS, 4, RATE, row, given(**slow))
+    assert one.hours * 3600 == pytest.approx(1100 + 1000 + 50 + 500)
+    assert one.first == READER
+    # of two files each reader opens its own
+    assert simulate(ROWS, 4, RATE, row, given(**slow, input_files=2)).hours * 3600 == pytest.approx(1100 + 500 + 500)
+    # of three the second is read by both; the second reader skips 166,667 rows of it
+    three = simulate(ROWS, 4, RATE, row, given(**slow, input_files=3))
+    assert three.hours * 3600 == pytest.approx(1100 + 2000 / 3 + 100 / 6 + 500)
 
 
 def test_the_driver_takes_shards_one_by_one() -> None:
@@ -58,27 +75,49 @@ def test_the_driver_takes_shards_one_by_one() -> None:
     assert larger.first == DEVICE
 
 
-def test_a_worker_does_one_thing_after_the_other_and_several_share_a_device() -> None:
+def test_the_driver_writes_the_manifest_after_a_pause() -> None:
+    # all shards are there at once: 100 of 0.25 s each, and after each fourth a request of 3 s
+    told = given(ray_seconds=0.25, request_seconds=3, manifest_pause=1)
+    outcome = simulate(100_000, 100, RATE, costs(tokens=0), told)
+    assert outcome.hours * 3600 == pytest.approx(3 + 100 * 0.25 + 1 * 3 + 24 * 3)  # the first one after the first shard
+    assert outcome.first == DRIVER
+
+
+def test_a_worker_tokenises_the_next_shard_while_its_device_computes() -> None:
     slow = costs(encode_seconds=0.01, encode_parallel=0.5)  # a row: 5 ms, and 5 ms that all its cores share
     alone = simulate(ROWS, 1, RATE, slow, given(cores_per_device=5))
-    assert alone.hours * 3600 == pytest.approx(10_000 + 1_000_000 * (0.005 + 0.005 / 5))
+    assert alone.hours * 3600 == pytest.approx(6 + 10_000)  # the first shard's 1,000 rows wait for their tokens
     assert alone.first == DEVICE
     faster = simulate(ROWS, 1, 10 * RATE, slow, given(cores_per_device=5))
-    assert faster.hours * 3600 == pytest.approx(1000 + 6000)
-    assert faster.first == CORES
-    # 5 workers of 1 core each: 1 s of the device for each 10 s of a core, and 2 s for each core's turn
-    shared = simulate(ROWS, 1, 10 * RATE, slow, given(cores_per_device=5, workers_per_device=5))
-    assert shared.hours * 3600 == pytest.approx(1_000_000 * 0.011 / 5, rel=0.01)
-    # where the cores are quick, two workers keep the device busy all the time
-    busy = simulate(ROWS, 1, RATE, costs(table_seconds=0.005), given(workers_per_device=2))
-    assert busy.hours * 3600 == pytest.approx(10_000, rel=0.01)
-    assert busy.first == DEVICE
+    assert faster.hours * 3600 == pytest.approx(6000 + 1)  # the last one is still to be computed
+    assert faster.first == TOKENISING
+    # packing and tables don't overlap: 10 s of the device, and 5 of them
+    late = simulate(ROWS, 1, RATE, costs(pack_seconds=0.004, table_seconds=0.001), AT_ONCE)
+    assert late.hours * 3600 == pytest.approx(15_000, rel=0.001)
+    assert late.device_share == pytest.approx(10 / 15, rel=0.001)
+    assert simulate(ROWS, 1, 10 * RATE, costs(pack_seconds=0.005), AT_ONCE).first == PACKING
+
+
+def test_workers_share_a_device_and_the_two_threads_of_each_its_cores() -> None:
+    # 5 workers of 1 core each: 1 s of the device for each 10 s of a core
+    slow, five = costs(encode_seconds=0.01), given(cores_per_device=5, workers_per_device=5)
+    shared = simulate(ROWS, 1, 10 * RATE, slow, five)
+    assert shared.hours * 3600 == pytest.approx(1_000_000 * 0.01 / 5, rel=0.01)
+    # a core that tokenises in 6 ms and makes tables in 4 is busy for 10, though there are two threads
+    both = simulate(ROWS, 1, 10 * RATE, costs(encode_seconds=0.006, table_seconds=0.004), five)
+    assert both.hours * 3600 == pytest.approx(1_000_000 * 0.01 / 5, rel=0.01)
+    # where the cores are quick, two workers keep the device busy all the time, whoever is slow
+    busy = given(workers_per_device=2, straggler_share=0.01)
+    outcome = simulate(ROWS, 1, RATE, costs(table_seconds=0.005), busy)
+    assert outcome.hours * 3600 == pytest.approx(10_000 * (0.99 + 0.01 * 3), rel=0.02)
+    assert outcome.first == DEVICE
 
 
 def test_requests_count_a_shard() -> None:
     outcome = simulate(ROWS, 1, 1000 * RATE, costs(), given(request_seconds=2.0))
     assert outcome.first == REQUESTS
-    assert outcome.hours * 3600 == pytest.approx(1000 * (0.01 + 2.0) + 2.0)  # the driver's manifest is behind by one
+    # the driver writes the manifest after every other shard, while the next one is written
+    assert outcome.hours * 3600 == pytest.approx(1000 * (0.01 + 2.0))
 
 
 def test_stragglers_take_their_share_longer() -> None:
@@ -89,7 +128,7 @@ def test_stragglers_take_their_share_longer() -> None:
 def test_what_a_failing_node_loses_is_done_again() -> None:
     failing = given(node_failures=1.0, start_seconds=100)  # of 8 devices: one in 1,250 s of work and 100 of start
     outcome = simulate(8 * ROWS, 8, RATE, costs(), failing)
-    failures = outcome.lost / 8  # each of the 8 has a shard of 10 s in flight
+    failures = outcome.lost / 16  # each of the 8 has a shard of 10 s in flight, and the next
     assert 1 <= failures <= 10
     late = outcome.hours * 3600 - 100 - 10_000
     assert failures * 100 <= late <= failures * 110 + 10

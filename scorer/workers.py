@@ -1,0 +1,108 @@
+"""What runs inside of Ray: a reader of records, and the worker that holds an engine and writes shards.
+
+Knows shards and where they are written; nothing of Ray, but that it calls a worker from two threads.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import pickle
+import platform
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from scorer.config import ScoreConfig
+from scorer.engines import engine_versions
+from scorer.models import find_model
+from scorer.progress import Silent
+from scorer.rundir import Run
+from scorer.shards import Shard, ShardScorer, read_shards
+from scorer.types import ScorerError
+
+PACKAGES = ("ifd-scorer", "torch", "transformers")  # whose versions a score depends on, beside the engine's
+
+
+def versions(engine: str) -> dict[str, str]:
+    """Of this process: what a score depends on. Another build (+cpu, +cu128) is no other version."""
+    found = engine_versions(engine)
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "none"
+    return {name: text.partition("+")[0] for name, text in found.items()}
+
+
+class Reader:
+    """The records of a stretch of shards, a shard a row: Ray asks for the next as its workers take them."""
+
+    def __init__(self, config: ScoreConfig, paths: list[str], counts: Sequence[int]):
+        self.config, self.paths, self.counts = config, paths, counts
+
+    def __call__(self, batch: Mapping[str, Any]) -> Iterator[dict[str, list[Any]]]:
+        (stretch,) = batch["shards"]
+        try:
+            for index, records in read_shards(self.paths, self.config, list(map(int, stretch)), self.counts):
+                yield {"index": [index], "records": [pickle.dumps(records)]}
+        except ScorerError as error:  # which a worker hands on: Ray would count it as one more lost shard
+            yield {"index": [-1], "records": [pickle.dumps(error)]}
+
+
+class Worker:
+    """One engine. What it raises for the user comes back as a row: Ray would take it for a fault of its own."""
+
+    def __init__(self, config: ScoreConfig, run: str, strict: bool, cpus: float, driver: Mapping[str, str]):
+        self.config, self.run, self.strict, self.cpus, self.driver = config, Run(run), strict, cpus, driver
+        self.name = f"{platform.node()}, process {os.getpid()}"
+        self.scorer: ShardScorer | None = None
+        # Ray calls from two threads. The tokenizer sees one, and the engine another, always the same.
+        self.tokenising, self.scoring = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
+        (index,), (payload,) = batch["index"], batch["records"]
+        records = pickle.loads(payload)  # what our own reader wrote
+        tokens, seconds, error = 0, 0.0, None
+        try:
+            if isinstance(records, ScorerError):
+                raise records
+            scorer = self.scorer or self.scoring.submit(self._open).result()
+            shard = self.tokenising.submit(scorer.encode, records).result()
+            seconds = self.scoring.submit(self._score, scorer, int(index), shard).result()
+            tokens = shard.tokens
+        except ScorerError as fault:
+            error = fault
+        return {
+            "records": [len(records) if error is None else 0],
+            "tokens": [tokens],
+            "seconds": [seconds],
+            "by": [self.name],
+            "error": [str(error) if error else ""],
+            "exit_code": [error.exit_code if error else 0],
+        }
+
+    def _open(self) -> ShardScorer:
+        """At the first shard: a worker that is killed while it is made would be made again for ever."""
+        if self.scorer is None:
+            import torch
+
+            own = versions(self.config.engine)
+            different = [
+                f"{name} {own.get(name, 'none')}, not {v}" for name, v in self.driver.items() if own.get(name) != v
+            ]
+            if different:
+                raise ScorerError(
+                    f"{self.name}: it has {' and '.join(different)} as where the run began; install the same there"
+                )
+            torch.set_num_threads(max(math.ceil(self.cpus), 1))
+            files = find_model(self.config.model, revision=self.config.revision, allow_pickle=self.config.allow_pickle)
+            self.scorer = ShardScorer(self.config, files, strict=self.strict)
+        return self.scorer
+
+    def _score(self, scorer: ShardScorer, index: int, shard: Shard) -> float:
+        clock = time.monotonic()
+        self.run.write_shard(index, scorer.score(shard, Silent()))
+        return time.monotonic() - clock

@@ -1,0 +1,207 @@
+"""Two nodes on one machine, each a real raylet with its own workers: whoever is killed, the table is the same."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import psutil
+import pytest
+from ray._private import ray_constants
+from ray.cluster_utils import Cluster as Nodes
+
+from scorer.models import ModelFiles
+from scorer.rundir import Run
+from tests.command import alpaca, shards, start, wait
+from tests.test_distributed import end, same, workers
+
+Tiny = Callable[[str], ModelFiles]
+
+ROWS, SHARD_ROWS = 900, 3
+QUICK = {"health_check_period_ms": 500, "health_check_timeout_ms": 2000, "health_check_failure_threshold": 3}
+KILLS = ("worker",) * 6 + ("node",) * 2 + ("driver",) * 2
+HOLD = """
+import ray, sys
+ray.init(address=sys.argv[1], log_to_driver=False)
+@ray.remote(num_cpus=1)
+class Other: pass
+others = [Other.remote() for _ in range(2)]
+ray.get([other.__ray_ready__.remote() for other in others])
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Nodes]:
+    """A head of one CPU, where drivers connect."""
+    cluster = Nodes(
+        initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False, "_system_config": QUICK}
+    )
+    yield cluster
+    cluster.shutdown()
+
+
+@pytest.fixture
+def second(nodes: Nodes) -> Iterator[Any]:
+    """Another node of one CPU."""
+    yield nodes.add_node(num_cpus=1)
+    for node in list(nodes.worker_nodes):
+        nodes.remove_node(node, allow_graceful=False)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("nodes")
+    (folder / "data.json").write_text(json.dumps(alpaca(ROWS)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def command(tiny: Tiny) -> list[object]:
+    model = tiny("gpt2").path
+    return ["score", "data.json", "--model", model, "--device", "cpu", "--dtype", "float32", "--shard-rows", SHARD_ROWS]
+
+
+@pytest.fixture(scope="module")
+def expected(command: list[object], place: Path) -> pl.DataFrame:
+    end(start(place, *command, "-o", "local"))
+    return Run(place / "local").scores()
+
+
+def raylet(node: Any) -> int:
+    return int(node.all_processes[ray_constants.PROCESS_TYPE_RAYLET][0].process.pid)
+
+
+def all_workers(nodes: Nodes) -> list[psutil.Process]:
+    return [p for node in nodes.list_all_nodes() if psutil.pid_exists(raylet(node)) for p in workers(raylet(node))]
+
+
+def kill_node(node: Any) -> None:
+    """With all that runs there, as where its power fails."""
+    parent = psutil.Process(raylet(node))
+    for process in (parent, *parent.children(recursive=True)):
+        process.kill()
+
+
+def more(run: Path) -> Callable[[], bool]:
+    """Whether the run has more shards than now."""
+    before = shards(run)
+    return lambda: shards(run) > before
+
+
+def both_write(run: Path) -> bool:
+    return shards(run) > 1 and len(Run(run).manifest["shards_by"]) == 2
+
+
+def test_a_worker_dies_and_a_whole_node(
+    nodes: Nodes, second: Any, command: list[object], place: Path, expected: pl.DataFrame
+) -> None:
+    running = start(place, *command, "-o", "deaths", "--ray", nodes.address, "--workers", 2)
+    wait(lambda: both_write(place / "deaths"))
+    workers(raylet(nodes.head_node))[0].kill()
+    before = shards(place / "deaths")
+    wait(lambda: shards(place / "deaths") > before + 4)  # what the other had begun, and more
+    kill_node(second)  # for good: one worker goes on
+    before = shards(place / "deaths")
+    assert before < ROWS / SHARD_ROWS
+    assert "were lost with their workers, and are scored again" in end(running)
+    same(place / "deaths", expected)
+    wait(lambda: not all_workers(nodes))
+
+
+def test_a_driver_is_killed_and_interrupted(
+    nodes: Nodes, second: Any, command: list[object], place: Path, expected: pl.DataFrame
+) -> None:
+    whole = (*command, "-o", "driver", "--ray", nodes.address, "--workers", 2)
+    for number, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):
+        written = more(place / "driver")
+        running = start(place, *whole)
+        wait(written)
+        running.send_signal(number)
+        end(running, code=code)
+        wait(lambda: not all_workers(nodes))  # the cluster is others' too
+    assert shards(place / "driver") < ROWS / SHARD_ROWS
+    end(start(place, *whole, RAY_ADDRESS=nodes.address))
+    same(place / "driver", expected)
+    wait(lambda: not all_workers(nodes))
+
+
+def test_ten_random_kills(
+    nodes: Nodes, second: Any, command: list[object], place: Path, expected: pl.DataFrame
+) -> None:
+    draw = random.Random(6)
+    kills = draw.sample(KILLS, len(KILLS))
+    whole = (*command, "-o", "random", "--ray", nodes.address, "--workers", 2)
+    running = start(place, *whole)
+    for kill in kills:
+        wait(more(place / "random"))
+        wait(lambda: all_workers(nodes))
+        assert running.poll() is None
+        if kill == "worker":
+            draw.choice(all_workers(nodes)).kill()
+        elif kill == "node":
+            kill_node(second)
+            nodes.remove_node(second, allow_graceful=False)
+            second = nodes.add_node(num_cpus=1)
+        else:
+            running.kill()
+            running.communicate()
+            running = start(place, *whole)
+    assert shards(place / "random") < ROWS / SHARD_ROWS
+    end(running)
+    same(place / "random", expected)
+
+
+def test_what_others_hold_is_waited_for_and_said(nodes: Nodes, second: Any, command: list[object], place: Path) -> None:
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLD, nodes.address], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout is not None
+    assert other.stdout.readline() == "held\n"
+    few = (*command, "--limit", 9, "-o", "waits", "--ray", "auto", "--workers", 2)
+    running = start(place, *few, RAY_ADDRESS=nodes.address)
+    with pytest.raises(subprocess.TimeoutExpired):
+        running.communicate(timeout=20)
+    other.communicate()
+    assert "others hold a part of it now, and workers wait for that: 0 GPUs and 0 CPUs are free" in end(running)
+    assert shards(place / "waits") == 3
+
+
+def test_a_node_with_another_version_is_named(nodes: Nodes, command: list[object], place: Path) -> None:
+    """A real directory of another release's metadata, before all others on that node's path."""
+    folder = place / "site" / "ifd_scorer-9.9.9.dist-info"
+    folder.mkdir(parents=True)
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: ifd-scorer\nVersion: 9.9.9\n")
+    other = nodes.add_node(num_cpus=2, env_vars={"PYTHONPATH": str(folder.parent)})
+    try:
+        big = ("--ray", nodes.address, "--cpus-per-worker", 1.5)  # which only the new node has
+        err = end(start(place, *command, "--limit", 9, "-o", "version", *big), code=2).splitlines()[-1]
+    finally:
+        nodes.remove_node(other, allow_graceful=False)
+    assert f"ifd-scorer 9.9.9, not {version('ifd-scorer')}" in err
+    assert ", process " in err
+    assert not shards(place / "version")
+
+
+def test_a_cluster_of_another_ray_is_refused(nodes: Nodes, command: list[object], place: Path) -> None:
+    """The cluster keeps its versions where every driver reads them."""
+    store, key = nodes.head_node.get_gcs_client(), b"CLUSTER_METADATA"
+    kept = store.internal_kv_get(key, ray_constants.KV_NAMESPACE_CLUSTER)
+    try:
+        changed = json.dumps(json.loads(kept) | {"ray_version": "1.2.3"}).encode()
+        store.internal_kv_put(key, changed, True, ray_constants.KV_NAMESPACE_CLUSTER)
+        err = end(start(place, *command, "-o", "ray", "--ray", nodes.address), code=2).splitlines()[-1]
+    finally:
+        store.internal_kv_put(key, kept, True, ray_constants.KV_NAMESPACE_CLUSTER)
+    assert nodes.address in err
+    assert "Version mismatch" in err
+    assert "1.2.3" in err
