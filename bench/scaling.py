@@ -1,11 +1,10 @@
 """A billion samples on one H100, eight and 64: a simulation of `scorer score --ray` with object storage.
 
-    readers --records--> workers (tokenise; pack, compute, write a shard) --"done"--> driver (writes the manifest)
+    readers --records--> workers (tokenise; pack, compute; write a shard) --"done"--> driver (writes the manifest)
 
-Each reader has a stretch of the shards, and reads it in order. A worker holds two shards: one thread tokenises the
-next, while the other packs one, has it computed when the device is free, and writes it. The driver takes what is done
-one by one. A node that fails takes the shards in flight with it, which are done again. Knows seconds a row and a shard;
-what scorer does with a row is measured first, in `measure`.
+Each reader has a stretch of the shards, and reads it in order. A worker holds three shards: one thread tokenises, the
+next packs, has it computed when the device is free, and makes the table; each is written by itself. The driver takes
+what is done one by one. A node that fails loses the shards in flight, which are done again. `measure` has the seconds.
 """
 
 from __future__ import annotations
@@ -27,8 +26,9 @@ from bench.report import RESULTS
 from bench.shapes import network, shape_config
 from scorer.distributed import WORKERS_A_READER
 from scorer.run import MANIFEST_SECONDS
+from scorer.workers import SHARDS
 
-MODELS = {"gpt2": "GPT-2", "llama-2-7b": "LLaMA-7B"}
+MODELS = {"gpt2": ("GPT-2", 12), "llama-2-7b": ("LLaMA-7B", 1)}  # and tuned, how many workers share a device
 DEVICES = (1, 8, 64)
 ASSUMED = "ASSUMED"  # how such a figure is marked, wherever it is shown
 EFFICIENCIES = (0.2, 0.4, 0.6)  # of the peak, where no rate was measured
@@ -59,6 +59,7 @@ class Given:
     copies_before: int = given(1, "copies", "of each input, which scorer.run makes to count and to look at its rows")
     input_files: int = given(1, "files", "assumed, at the worst: each reader copies whole files and skips lines in one")
     workers_a_reader: int = given(WORKERS_A_READER, "workers", "scorer.distributed")
+    worker_shards: int = given(SHARDS, "shards", "scorer.workers: held at once, one tokenised, one scored, one written")
     manifest_pause: float = given(MANIFEST_SECONDS, "s", "scorer.run: from one writing of the manifest to the next")
     ray_seconds: float = given(0.009, "s a shard", "measured apart: 0.5 MB, Ray Data 2.60, 2 workers on 2 cores")
     start_seconds: float = given(60, "s", "assumed: a worker's start, and its next start after a failure")
@@ -81,7 +82,7 @@ def simulate(rows: float, devices: int, rate: float, costs: Costs, g: Given) -> 
     """One run of `rows` rows on `devices` devices of `rate` tokens/s each."""
     shards = math.ceil(rows / g.shard_rows)
     size, workers = rows / shards, devices * g.workers_per_device
-    own = g.cores_per_device / g.workers_per_device  # cores of a worker, for both of its threads
+    own = g.cores_per_device / g.workers_per_device  # cores of a worker, for both threads that compute
     alone = costs.encode_seconds * (1 - costs.encode_parallel + costs.encode_parallel / max(own, 1))
     both = costs.encode_seconds + costs.pack_seconds + costs.table_seconds
     encode, pack = size * max(alone, both / own), size * costs.pack_seconds * max(1 / own, 1)
@@ -92,8 +93,8 @@ def simulate(rows: float, devices: int, rate: float, costs: Costs, g: Given) -> 
     fails = [_next(draw, 0, hourly) for _ in range(math.ceil(devices / g.devices_per_node))]
     arrivals = _arrivals(shards, size, math.ceil(workers / g.workers_a_reader), costs, g)
     waiting, again, lost = iter(arrivals), 0, 0
-    # When, of the two places of which worker; of a shard that is packed, also its slowness and its node's next failure.
-    events = [(0.0, place, worker, 0.0, 0.0) for place in (0, 1) for worker in range(workers)]
+    # When, of which place of which worker; of a shard that is packed, also its slowness and its node's next failure.
+    events = [(0.0, place, worker, 0.0, 0.0) for place in range(g.worker_shards) for worker in range(workers)]
     held: list[deque[tuple[float, float, float]]] = [deque() for _ in range(workers)]  # tokenised, or to be
     encoded, scored, scoring, device_free = [0.0] * workers, [0.0] * workers, [False] * workers, [0.0] * devices
     ends: list[float] = []
@@ -113,14 +114,15 @@ def simulate(rows: float, devices: int, rate: float, costs: Costs, g: Given) -> 
             held[worker].append((encoded[worker], times, fails[node]))
         else:  # a packed shard
             computed = max(now, device_free[device]) + compute * times
-            end = computed + table * times + g.request_seconds
+            scored[worker], scoring[worker] = computed + table * times, False
+            end = scored[worker] + g.request_seconds
             if end > until:
-                end, again, lost = until + g.start_seconds, again + 1, lost + 1
+                scored[worker] = end = until + g.start_seconds
+                again, lost = again + 1, lost + 1
             else:
                 device_free[device] = computed
                 ends.append(end)
                 turns, on_device = turns + times, on_device + computed - now
-            scored[worker], scoring[worker] = end, False
             heapq.heappush(events, (end, place, worker, 0.0, 0.0))
         if held[worker] and not scoring[worker]:
             ready, times, until = held[worker].popleft()
@@ -134,8 +136,10 @@ def simulate(rows: float, devices: int, rate: float, costs: Costs, g: Given) -> 
             told += g.request_seconds
 
     shares = {READER: arrivals[-1] / seconds, DRIVER: told / seconds, TOKENISING: turns * encode / workers / seconds}
-    used = {PACKING: turns * (pack + table), DEVICE: on_device, REQUESTS: shards * g.request_seconds}  # by one thread
+    used = {PACKING: turns * (pack + table), DEVICE: on_device}  # by one thread
     shares[max(used, key=lambda name: used[name])] = sum(used.values()) / workers / seconds
+    held_for = turns * encode + sum(used.values()) + shards * g.request_seconds
+    shares[REQUESTS] = held_for / g.worker_shards / workers / seconds  # the largest only where requests take the most
     before = rows * (costs.count_seconds + g.copies_before * costs.bytes_in / g.stream_bytes) + g.start_seconds
     computing = rows * costs.tokens / rate / devices / seconds
     return Outcome((before + seconds) / 3600, max(shares, key=lambda name: shares[name]), computing, lost)
@@ -180,10 +184,9 @@ def reckon(about: dict[str, Any], costs: Costs, flops: dict[str, float], results
     """`run` of costs that are known, with the operations a token of each model; `about` is reported with it."""
     g, rows = Given(), about["samples"]
     cases: list[dict[str, Any]] = []
-    for name, title in MODELS.items():
+    for name, (title, engines) in MODELS.items():
         # What a user can do: larger shards, many files, and of a small model an engine a core.
-        tuned = replace(g, shard_rows=20 * g.shard_rows, input_files=1000)
-        tuned = replace(tuned, workers_per_device=12) if name == "gpt2" else tuned
+        tuned = replace(g, shard_rows=20 * g.shard_rows, input_files=1000, workers_per_device=engines)
         for devices in DEVICES:
             for basis, rate in rates(name, flops[name], g.peak, results).items():
                 # an engine's measured rate has the packing in it
@@ -202,20 +205,18 @@ def reckon(about: dict[str, Any], costs: Costs, flops: dict[str, float], results
     return result
 
 
-def _stages(costs: Costs, g: Given) -> dict[str, float]:
+def _stages(c: Costs, g: Given) -> dict[str, float]:
     """The most rows/s of each stage by itself."""
-    told = 1 / (g.ray_seconds * (1 + g.request_seconds / g.manifest_pause))
-    spread = 1 - costs.encode_parallel + costs.encode_parallel / g.cores_per_device
-    thread, cores, rows = costs.pack_seconds + costs.table_seconds, g.cores_per_device, g.shard_rows
+    thread, cores, rows = c.pack_seconds + c.table_seconds, g.cores_per_device, g.shard_rows
     return {
-        "a reader, JSON Lines": 1 / (costs.read_seconds + costs.bytes_in / g.stream_bytes),
-        "a reader, Parquet": 1 / (costs.parquet_read_seconds + costs.parquet_bytes_in / g.stream_bytes),
-        f"the driver, shards of {rows:,}": told * rows,
+        "a reader, JSON Lines": 1 / (c.read_seconds + c.bytes_in / g.stream_bytes),
+        "a reader, Parquet": 1 / (c.parquet_read_seconds + c.parquet_bytes_in / g.stream_bytes),
+        f"the driver, shards of {rows:,}": rows / g.ray_seconds / (1 + g.request_seconds / g.manifest_pause),
         f"the store's PUT, shards of {rows:,}": g.put_rate * rows,
-        f"a worker's tokenising, {cores} cores": 1 / (costs.encode_seconds * spread),
-        f"a worker's packing, tables and write, shards of {rows:,}": 1 / (thread + g.request_seconds / rows),
-        f"the same, shards of {20 * rows:,}": 1 / (thread + g.request_seconds / rows / 20),
-        f"{cores} workers of 1 core": cores / (costs.encode_seconds + thread),
+        f"a worker's tokenising, {cores} cores": 1 / c.encode_seconds / (1 - c.encode_parallel * (1 - 1 / cores)),
+        "a worker's packing and tables": 1 / thread,
+        f"a worker's writes, shards of {rows:,}": g.worker_shards * rows / g.request_seconds,
+        f"{cores} workers of 1 core": cores / (c.encode_seconds + thread),
     }
 
 

@@ -28,7 +28,7 @@ from scorer.places import absolute
 from scorer.progress import Progress
 from scorer.rundir import Run
 from scorer.types import EngineError, ScorerError
-from scorer.workers import Reader, Worker, versions
+from scorer.workers import SHARDS, Reader, Worker, versions
 
 SETTINGS = {  # of Ray, by environment, before it is imported
     "RAY_USAGE_STATS_ENABLED": "0",  # no telemetry
@@ -190,11 +190,10 @@ def _dataset(ray: Any, missing: list[int], reader: Reader, worker: tuple[Any, ..
             Worker,
             fn_constructor_args=worker,
             batch_size=1,
-            # One shard is tokenised while another is scored.
             compute=ray.data.ActorPoolStrategy(
-                size=size.workers, max_tasks_in_flight_per_actor=2, enable_true_multi_threading=True
+                size=size.workers, max_tasks_in_flight_per_actor=SHARDS, enable_true_multi_threading=True
             ),
-            max_concurrency=2,
+            max_concurrency=SHARDS,
             num_cpus=size.cpus,
             num_gpus=size.gpus or None,
             # A worker starts again where there is room. Its shards do not wait for it, as they would by default: there

@@ -1,6 +1,6 @@
 """What runs inside of Ray: a reader of records, and the worker that holds an engine and writes shards.
 
-Knows shards and where they are written; nothing of Ray, but that it calls a worker from two threads.
+Knows shards and where they are written; nothing of Ray, but that it calls a worker from SHARDS threads.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import polars as pl
+
 from scorer.config import ScoreConfig
 from scorer.engines import engine_versions
 from scorer.models import find_model
@@ -23,6 +25,7 @@ from scorer.rundir import Run
 from scorer.shards import Shard, ShardScorer, read_shards
 from scorer.types import ScorerError
 
+SHARDS = 3  # that a worker has in hand: one is tokenised, one scored and one written
 PACKAGES = ("ifd-scorer", "torch", "transformers")  # whose versions a score depends on, beside the engine's
 
 
@@ -59,7 +62,7 @@ class Worker:
         self.config, self.run, self.strict, self.cpus, self.driver = config, Run(run), strict, cpus, driver
         self.name = f"{platform.node()}, process {os.getpid()}"
         self.scorer: ShardScorer | None = None
-        # Ray calls from two threads. The tokenizer sees one, and the engine another, always the same.
+        # Ray calls from SHARDS threads. The tokenizer sees one, and the engine another, always the same.
         self.tokenising, self.scoring = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
@@ -71,7 +74,8 @@ class Worker:
                 raise records
             scorer = self.scorer or self.scoring.submit(self._open).result()
             shard = self.tokenising.submit(scorer.encode, records).result()
-            seconds = self.scoring.submit(self._score, scorer, int(index), shard).result()
+            seconds, table = self.scoring.submit(_score, scorer, shard).result()
+            self.run.write_shard(int(index), table)
             tokens = shard.tokens
         except ScorerError as fault:
             error = fault
@@ -102,7 +106,8 @@ class Worker:
             self.scorer = ShardScorer(self.config, files, strict=self.strict)
         return self.scorer
 
-    def _score(self, scorer: ShardScorer, index: int, shard: Shard) -> float:
-        clock = time.monotonic()
-        self.run.write_shard(index, scorer.score(shard, Silent()))
-        return time.monotonic() - clock
+
+def _score(scorer: ShardScorer, shard: Shard) -> tuple[float, pl.DataFrame]:
+    clock = time.monotonic()
+    table = scorer.score(shard, Silent())
+    return time.monotonic() - clock, table
