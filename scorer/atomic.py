@@ -4,17 +4,15 @@ nothing of what is written.
 
 from __future__ import annotations
 
-import errno
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from scorer.places import remote, upload
+from scorer.places import FULL, remote, upload
 from scorer.types import EngineError, ScorerError
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
 SUFFIX = ".tmp"
 
 

@@ -19,7 +19,6 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from typing import Any
 
 from scorer.config import ScoreConfig
@@ -135,6 +134,8 @@ def score_on_ray(
     paths = [absolute(path) for path in paths]
     if files.origin == "directory":
         config = replace(config, model=str(files.path))
+    elif files.origin == "hub":
+        config = replace(config, revision=files.revision)
     if cluster.gpus_per_worker is None and config.device == "cuda":
         cluster = replace(cluster, gpus_per_worker=config.tensor_parallel_size or 1)
     with connected(cluster.address) as ray:
@@ -149,7 +150,8 @@ def score_on_ray(
         # A shard is a block of its own, which any worker may take: Ray would gather 128 MiB of them for one.
         context.target_min_block_size = context.target_max_block_size = 1
         reader = Reader(config, paths, run.manifest.get("input_records", ()))
-        worker = (config, absolute(run.path), strict, size.cpus, versions(config.engine))
+        driver = versions(config.engine) | {"model": str(files.revision)}
+        worker = (config, absolute(run.path), strict, size.cpus, driver)
         while missing:
             # A pass goes on without the shards that died with their workers, but not for ever: where every worker dies,
             # Ray would start them again and again.
@@ -265,8 +267,6 @@ def _heard(ray: Any, dataset: Any, size: Plan, progress: Progress) -> Generator[
 @contextmanager
 def connected(address: str) -> Iterator[Any]:
     """Ray, of this machine or at `address`. Raises ScorerError where there is none, or one of another version."""
-    if find_spec("ray") is None:
-        raise ScorerError("--ray needs Ray: pip install 'ifd-scorer[ray]'")
     where = (os.environ.get("RAY_ADDRESS") or address) if address == "auto" else address
     named = f"--ray {address}" + (f" (RAY_ADDRESS is {where})" if where != address else "")
     if where.startswith("ray://"):
@@ -277,14 +277,16 @@ def connected(address: str) -> Iterator[Any]:
     host, _, port = where.rpartition(":")
     if host and port.isdecimal():
         try:
-            socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
-        except (OSError, OverflowError) as error:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+        except (OSError, OverflowError, UnicodeError) as error:
             raise ScorerError(f"{named}: no Ray there ({error})") from error
     for name, value in (SETTINGS if where == "local" else SETTINGS | CONNECT).items():
         os.environ.setdefault(name, value)
-    import ray
-    import ray.data
-
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise ScorerError(f"--ray needs Ray: pip install 'ifd-scorer[ray]' ({error})") from error
     try:
         ray.init(
             address=where,

@@ -54,16 +54,24 @@ def _flocked(lock: Path) -> Iterator[Check]:
 @contextmanager
 def _leased(lock: Path) -> Iterator[Check]:
     token, ended, lost = uuid.uuid4().hex, threading.Event(), threading.Event()
+    renewed = time.time()
 
     def renew() -> None:
-        while not ended.wait(RENEW_SECONDS):
-            with suppress(ScorerError):  # a store that fails for a while: the writes themselves tell
-                if _read(lock).get("token") != token:
-                    lost.set()
-                    return
-                _write(lock, token)
+        nonlocal renewed
+        if _read(lock).get("token") != token:
+            lost.set()
+        else:
+            _write(lock, token)
+            renewed = time.time()
+
+    def keep() -> None:
+        while not lost.is_set() and not ended.wait(RENEW_SECONDS):
+            with suppress(ScorerError, FileNotFoundError):  # a store that fails for a while: the writes themselves tell
+                renew()
 
     def check() -> None:
+        if time.time() - renewed > LEASE_SECONDS:  # this process, or the machine, slept
+            renew()
         if lost.is_set():
             raise _held(lock, ", since this one could not renew its lease")
 
@@ -72,24 +80,33 @@ def _leased(lock: Path) -> Iterator[Check]:
     time.sleep(SETTLE_SECONDS)
     if (now := _read(lock)).get("token") != token:
         raise _held(lock, f" ({now.get('host')}, process {now.get('process')})")
-    thread = threading.Thread(target=renew, name="scorer-lease", daemon=True)
+    thread = threading.Thread(target=keep, name="scorer-lease", daemon=True)
     thread.start()
     try:
         yield check
     finally:
         ended.set()
         thread.join()
-        if not lost.is_set():
-            with suppress(ScorerError):  # it runs out by itself
+        with suppress(ScorerError, FileNotFoundError):  # it runs out by itself
+            if _read(lock).get("token") == token:
                 _write(lock, None)
 
 
 def _refuse_living(lock: Path) -> None:
     lease = _read(lock)
-    left = float(lease.get("until", 0.0)) - time.time()
-    dead = lease.get("host") == platform.node() and not _is_alive(int(lease["process"]))
-    if lease.get("token") and left > 0 and not dead:
+    if not lease.get("token"):
+        return
+    left = float(lease["until"]) - time.time()
+    dead = (lease["host"], lease["processes"]) == (platform.node(), _processes()) and not _is_alive(lease["process"])
+    if left > 0 and not dead:
         raise _held(lock, f" ({lease['host']}, process {lease['process']}; its lease ends in {left:.0f} s if it died)")
+
+
+def _processes() -> str:
+    """What tells one numbering of processes from another's: containers may share a host's name."""
+    with suppress(OSError):
+        return os.readlink("/proc/self/ns/pid")
+    return ""
 
 
 def _is_alive(process: int) -> bool:
@@ -105,13 +122,22 @@ def _is_alive(process: int) -> bool:
 def _read(lock: Path) -> dict[str, Any]:
     try:
         with reaching(lock):
-            lease: dict[str, Any] = json.loads(lock.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+            lease = json.loads(lock.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):  # the latter: of a run that was copied from a disk, whose lock is empty
         return {}
-    return lease
+    return lease if isinstance(lease, dict) and lease.keys() == _lease(None).keys() else {}
 
 
 def _write(lock: Path, token: str | None) -> None:
-    lease = {"token": token, "host": platform.node(), "process": os.getpid(), "until": time.time() + LEASE_SECONDS}
     with reaching(lock):
-        lock.write_text(json.dumps(lease) + "\n", encoding="utf-8")
+        lock.write_text(json.dumps(_lease(token)) + "\n", encoding="utf-8")
+
+
+def _lease(token: str | None) -> dict[str, Any]:
+    return {
+        "token": token,
+        "host": platform.node(),
+        "processes": _processes(),
+        "process": os.getpid(),
+        "until": time.time() + LEASE_SECONDS,
+    }

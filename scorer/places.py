@@ -8,6 +8,7 @@ nothing of what is kept in them.
 
 from __future__ import annotations
 
+import errno
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from typing import Any, cast
 from scorer.types import EngineError, ScorerError
 
 SCHEME = "s3"
+PATTERN = "*["  # what makes a name one
+FULL = (errno.ENOSPC, errno.EDQUOT)  # of a disk
 
 
 def place(where: str | Path) -> Path:
@@ -30,7 +33,7 @@ def place(where: str | Path) -> Path:
     if scheme != SCHEME:
         raise ScorerError(f"{scheme}://: is no place for data; name a file of this machine, or s3://BUCKET/KEY")
     bucket = rest.partition("/")[0]
-    if not bucket or "@" in bucket or "?" in rest:
+    if not bucket or set("@*?[") & set(bucket) or "?" in rest:
         raise ScorerError("s3://: write s3://BUCKET/KEY; credentials and endpoint belong in the environment")
     try:
         from upath import UPath
@@ -58,7 +61,7 @@ def expand(where: str) -> list[str]:
     Raises ScorerError where nothing matches.
     """
     found = place(where)
-    if not remote(found) or not set("*?[") & set(where):
+    if not remote(found) or not set(PATTERN) & set(where) or exists(found):
         return [where]
     with reaching(found):
         objects = sorted(store(found).glob(found.path))  # type: ignore[attr-defined]
@@ -82,10 +85,16 @@ def is_folder(where: Path) -> bool:
 def listing(folder: Path) -> list[Path]:
     """What is in a folder, in no order; nothing where there is no such folder."""
     try:
-        with reaching(folder):
+        if not remote(folder):
             return list(folder.iterdir())
-    except (FileNotFoundError, NotADirectoryError):  # the latter is what a store says
+        with reaching(folder):
+            names = [name.rstrip("/") for name in store(folder).ls(folder.path, detail=False)]  # type: ignore[attr-defined]
+        # An object of the folder's own name is what consoles make of an empty folder.
+        return [folder / name.rpartition("/")[2] for name in names if name != folder.path.rstrip("/")]  # type: ignore[attr-defined]
+    except (FileNotFoundError, NotADirectoryError):
         return []
+    except OSError as error:
+        raise ScorerError(f"{folder}: can't be read ({error.strerror or error})") from error
 
 
 def status(where: Path) -> dict[str, Any]:
@@ -113,9 +122,13 @@ def remove(files: Iterable[Path]) -> None:
                 file.unlink(missing_ok=True)
             continue
         there = set(listing(folder))
+        names = [file.path for file in group if file in there]  # type: ignore[attr-defined]
         with reaching(folder):
-            if names := [file.path for file in group if file in there]:  # type: ignore[attr-defined]
+            if names and not set(PATTERN) & set(names[0]):
                 store(folder).rm(names)
+            else:  # which `rm` would take for a pattern
+                for name in names:
+                    store(folder).rm_file(name)
 
 
 @contextmanager
@@ -157,6 +170,7 @@ def reaching(where: Path) -> Iterator[None]:
     if not remote(where):
         yield
         return
+    from aiohttp import ClientError
     from botocore.exceptions import BotoCoreError, NoCredentialsError, PartialCredentialsError, ProfileNotFound
 
     try:
@@ -167,7 +181,10 @@ def reaching(where: Path) -> Iterator[None]:
         raise ScorerError(
             f"{where}: the store refuses ({_said(error)}); check the bucket and the credentials in the environment"
         ) from error
-    except (OSError, BotoCoreError) as error:
+    except (OSError, BotoCoreError, ClientError) as error:
+        if isinstance(error, OSError) and error.errno in FULL:
+            folder = tempfile.gettempdir()
+            raise EngineError(f"{folder}: the disk is full; free some space or set TMPDIR, and run it again") from error
         raise EngineError(f"{where}: the store fails ({_said(error)}); the same command resumes") from error
 
 

@@ -66,8 +66,7 @@ class Run:
     @property
     def complete(self) -> bool:
         """Whether every record has its row; not so where a shard was deleted since."""
-        manifest = self.manifest
-        return bool(manifest["state"] == "complete" and len(self.shards()) == _shard_count(manifest))
+        return self.manifest["state"] == "complete" and not self.missing()
 
     def scores(self, columns: Sequence[str] | None = None) -> pl.DataFrame:
         """The score table, one row a turn, in input order: the columns of `scorer.scores.SCHEMA`, or some of them."""
@@ -81,6 +80,7 @@ class Run:
     def collect(self, query: Callable[[pl.LazyFrame], pl.LazyFrame]) -> pl.DataFrame:
         """What a query of the score table gives, which is read lazily: of each shard only what the query needs.
 
+        Shards in a store are copied to the temporary folder first, whole.
         Raises ScorerError where there are no shards, and where one can't be read.
         """
         return self._collect(self.shards(), query)
@@ -104,7 +104,8 @@ class Run:
         return [index for index in range(_shard_count(self.manifest)) if index not in there]
 
     def write_shard(self, index: int, table: pl.DataFrame) -> None:
-        """Write one shard. Raises EngineError where the disk is full."""
+        """Write one shard. Raises EngineError where the disk is full, ScorerError where the run's lock was lost."""
+        self._check()
         buffer = io.BytesIO()
         table.write_parquet(buffer)
         with replacing(self._shard(index)) as temporary:

@@ -107,11 +107,11 @@ def flags(run: Run, scores: pl.DataFrame, names: Sequence[str]) -> pl.DataFrame:
 
 def _table(run: Run, name: str, columns: list[str], option: str = "") -> pl.DataFrame:
     path, command = run.path / name, f"`scorer cluster {run.path}{option}`"
+    if not exists(path):
+        raise ScorerError(f"{path}: no such file; make it with {command}")
     try:
         with fetched(path) as file:
             return pl.read_parquet(file, glob=False, hive_partitioning=False).select("record_id", *columns)
-    except FileNotFoundError:
-        raise ScorerError(f"{path}: no such file; make it with {command}") from None
     except (pl.exceptions.PolarsError, OSError) as error:
         why = first_line(error)
         raise ScorerError(f"{path} can't be read; run {command} again ({why})") from error

@@ -17,7 +17,7 @@ from typing import Any
 
 import polars as pl
 
-from scorer.config import ScoreConfig
+from scorer.config import SERVERS, ScoreConfig
 from scorer.engines import engine_versions
 from scorer.models import find_model
 from scorer.progress import Silent
@@ -93,7 +93,12 @@ class Worker:
         if self.scorer is None:
             import torch
 
-            own = versions(self.config.engine)
+            config = self.config
+            remote = config.engine.startswith(SERVERS)
+            files = find_model(
+                config.model, revision=config.revision, allow_pickle=config.allow_pickle, weights=not remote
+            )
+            own = versions(config.engine) | {"model": str(files.revision)}
             different = [
                 f"{name} {own.get(name, 'none')}, not {v}" for name, v in self.driver.items() if own.get(name) != v
             ]
@@ -102,8 +107,7 @@ class Worker:
                     f"{self.name}: it has {' and '.join(different)} as where the run began; install the same there"
                 )
             torch.set_num_threads(max(math.ceil(self.cpus), 1))
-            files = find_model(self.config.model, revision=self.config.revision, allow_pickle=self.config.allow_pickle)
-            self.scorer = ShardScorer(self.config, files, strict=self.strict)
+            self.scorer = ShardScorer(config, files, strict=self.strict)
         return self.scorer
 
 

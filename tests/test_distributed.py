@@ -125,6 +125,7 @@ def test_bad_clusters_are_one_line(arguments: list[object], tmp_path: Path) -> N
         cases = {
             ("--ray", "127.0.0.1:1"): "--ray 127.0.0.1:1: no Ray there",
             ("--ray", f"127.0.0.1:{port}"): f"--ray 127.0.0.1:{port}: ",
+            ("--ray", "a..b:6379"): "--ray a..b:6379: no Ray there",
             ("--ray", "ray://127.0.0.1:10001"): "--ray ray://127.0.0.1:10001: Ray Data does not run through",
             ("--ray", "local", "--gpus-per-worker", 64): "the cluster has 0 GPUs",
             ("--ray", "local", "--gpus-per-worker", 1.5): "neither a share of one GPU nor whole GPUs",
@@ -138,7 +139,7 @@ def test_bad_clusters_are_one_line(arguments: list[object], tmp_path: Path) -> N
         }
         for words, process in started.items():
             assert words in end(process, code=2).splitlines()[-1]
-        assert time.monotonic() - began < 90  # seven at once: it is 30 for one
+        assert time.monotonic() - began < 90  # eight at once: it is 30 for one
 
 
 def test_auto_looks_where_the_environment_says(arguments: list[object], tmp_path: Path) -> None:

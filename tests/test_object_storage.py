@@ -239,13 +239,15 @@ def test_a_lease_of_another_machine_runs_out(
     shell: Shell, server: Server, options: list[object], tmp_path: Path
 ) -> None:
     (tmp_path / "data.json").write_text(json.dumps(alpaca(40)))
-    lease = {"token": "theirs", "host": "another", "process": 1, "until": time.time() + LEASE_SECONDS}
+    lease = {"token": "theirs", "host": "another", "processes": "", "process": 1, "until": time.time() + LEASE_SECONDS}
     server.files().pipe_file("bucket/leased/.lock", json.dumps(lease).encode())
     arguments = ("score", "data.json", "-o", "s3://bucket/leased", *options)
     assert "(another, process 1; its lease ends in" in shell(*arguments).line()
     server.files().pipe_file("bucket/leased/.lock", json.dumps(lease | {"until": time.time() - 1}).encode())
     shell(*arguments).done()
     assert json.loads(server.files().cat("bucket/leased/.lock"))["token"] is None
+    server.files().pipe_file("bucket/leased/.lock", b"")  # of a run that was copied from a disk
+    assert "complete already" in shell(*arguments).done()
     assert platform.node() in json.loads(server.files().cat("bucket/leased/.lock"))["host"]
 
 
@@ -280,6 +282,19 @@ def _answers(server: Server) -> bool:
         return False
 
 
+def test_names_that_look_like_patterns_are_names(
+    shell: Shell, server: Server, options: list[object], tmp_path: Path
+) -> None:
+    (tmp_path / "data.json").write_text(json.dumps(alpaca(40)))
+    server.files().pipe_file("bucket/odd/a[1].json", (tmp_path / "data.json").read_bytes())
+    server.files().pipe_file("bucket/odd/run1/scores/part-00000.parquet", b"of another run")
+    server.files().touch("bucket/odd/run[1]/")  # as consoles mark an empty folder
+    arguments = ("score", "s3://bucket/odd/a[1].json", "-o", "s3://bucket/odd/run[1]", *options)
+    shell(*arguments).done()
+    assert "loading" in shell(*arguments, "--fresh").done()
+    assert server.files().cat("bucket/odd/run1/scores/part-00000.parquet") == b"of another run"
+
+
 @pytest.mark.parametrize(
     ("arguments", "env", "words"),
     [
@@ -291,6 +306,7 @@ def _answers(server: Server) -> bool:
         (("s3://bucket/none.json", "-o", "run"), {}, "no such object"),
         (("s3://bucket/none*.json", "-o", "run"), {}, "nothing there has such a name"),
         (("s3://bucket/in", "-o", "run"), {}, "unknown kind of file"),
+        (("s3://*/x.json", "-o", "run"), {}, "s3://BUCKET/KEY"),
         (("gs://bucket/x.json", "-o", "run"), {}, "s3://BUCKET/KEY"),
         (("s3://key:secret@bucket/x.json", "-o", "run"), {}, "belong in the environment"),
     ],
