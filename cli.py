@@ -484,13 +484,7 @@ def fetch(name: str) -> None:
 SELECT_NAMES = tuple(parameter.name for parameter in select.params if parameter.name not in ("run", "output"))
 
 
-def _score(
-    data: tuple[str, ...],
-    output: str,
-    fresh: bool,
-    strict: bool,
-    options: dict[str, Any],
-) -> None:
+def _score(data: tuple[str, ...], output: str, fresh: bool, strict: bool, options: dict[str, Any]) -> None:
     from scorer.console import ConsoleProgress, show_run
     from scorer.run import score as score_data
 

@@ -64,7 +64,7 @@ def expand(where: str) -> list[str]:
     if not remote(found) or not set(PATTERN) & set(where) or exists(found):
         return [where]
     with reaching(found):
-        objects = sorted(store(found).glob(found.path))  # type: ignore[attr-defined]
+        objects = sorted(_store(found).glob(_key(found)))
     if not objects:
         raise ScorerError(f"{where}: nothing there has such a name; check the bucket and the pattern")
     return [f"{SCHEME}://{name}" for name in objects]
@@ -88,9 +88,9 @@ def listing(folder: Path) -> list[Path]:
         if not remote(folder):
             return list(folder.iterdir())
         with reaching(folder):
-            names = [name.rstrip("/") for name in store(folder).ls(folder.path, detail=False)]  # type: ignore[attr-defined]
+            names = [name.rstrip("/") for name in _store(folder).ls(_key(folder), detail=False)]
         # An object of the folder's own name is what consoles make of an empty folder.
-        return [folder / name.rpartition("/")[2] for name in names if name != folder.path.rstrip("/")]  # type: ignore[attr-defined]
+        return [folder / name.rpartition("/")[2] for name in names if name != _key(folder).rstrip("/")]
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
@@ -101,7 +101,7 @@ def status(where: Path) -> dict[str, Any]:
     """What the store knows of an object: size (bytes), ETag and more. Raises ScorerError where there is none."""
     try:
         with reaching(where):
-            known: dict[str, Any] = store(where).info(where.path)  # type: ignore[attr-defined]
+            known: dict[str, Any] = _store(where).info(_key(where))
     except FileNotFoundError as error:
         raise ScorerError(f"{where}: no such object; check the bucket and the key") from error
     if known["type"] != "file":
@@ -109,9 +109,14 @@ def status(where: Path) -> dict[str, Any]:
     return known
 
 
-def store(where: Path) -> Any:
-    """The fsspec file system of a remote place; its names are `where.path`."""
+def _store(where: Path) -> Any:
+    """The fsspec file system of a remote place, which calls the place by its `_key`."""
     return where.fs  # type: ignore[attr-defined]
+
+
+def _key(where: Path) -> str:
+    """BUCKET/KEY."""
+    return str(where.path)  # type: ignore[attr-defined]
 
 
 def remove(files: Iterable[Path]) -> None:
@@ -122,13 +127,13 @@ def remove(files: Iterable[Path]) -> None:
                 file.unlink(missing_ok=True)
             continue
         there = set(listing(folder))
-        names = [file.path for file in group if file in there]  # type: ignore[attr-defined]
+        names = [_key(file) for file in group if file in there]
         with reaching(folder):
             if names and not set(PATTERN) & set(names[0]):
-                store(folder).rm(names)
+                _store(folder).rm(names)
             else:  # which `rm` would take for a pattern
                 for name in names:
-                    store(folder).rm_file(name)
+                    _store(folder).rm_file(name)
 
 
 @contextmanager
@@ -148,8 +153,8 @@ def fetched_all(files: Sequence[Path]) -> Iterator[list[Path]]:
         copies = [Path(folder, file.name) for file in files]
         try:
             with reaching(files[0].parent):
-                names = [file.path for file in files]  # type: ignore[attr-defined]
-                store(files[0]).get(names, list(map(str, copies)))
+                names = [_key(file) for file in files]
+                _store(files[0]).get(names, list(map(str, copies)))
         except FileNotFoundError as error:
             raise ScorerError(f"{files[0].parent}: an object is gone ({_said(error)})") from error
         yield copies
@@ -158,7 +163,7 @@ def fetched_all(files: Sequence[Path]) -> Iterator[list[Path]]:
 def upload(file: Path, where: Path) -> None:
     """Make a local file's content the object `where`: in one request, or in parts that appear together at the end."""
     with reaching(where):
-        store(where).put_file(str(file), where.path)  # type: ignore[attr-defined]
+        _store(where).put_file(str(file), _key(where))
 
 
 @contextmanager

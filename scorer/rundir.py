@@ -66,7 +66,8 @@ class Run:
     @property
     def complete(self) -> bool:
         """Whether every record has its row; not so where a shard was deleted since."""
-        return self.manifest["state"] == "complete" and not self.missing()
+        manifest = self.manifest
+        return manifest["state"] == "complete" and not self._absent(manifest)
 
     def scores(self, columns: Sequence[str] | None = None) -> pl.DataFrame:
         """The score table, one row a turn, in input order: the columns of `scorer.scores.SCHEMA`, or some of them."""
@@ -100,8 +101,11 @@ class Run:
 
     def missing(self) -> list[int]:
         """The numbers of the shards that the manifest's records make and that are not there."""
+        return self._absent(self.manifest)
+
+    def _absent(self, manifest: dict[str, Any]) -> list[int]:
         there = set(map(_number, self.shards()))
-        return [index for index in range(_shard_count(self.manifest)) if index not in there]
+        return [index for index in range(_shard_count(manifest)) if index not in there]
 
     def write_shard(self, index: int, table: pl.DataFrame) -> None:
         """Write one shard. Raises EngineError where the disk is full, ScorerError where the run's lock was lost."""
