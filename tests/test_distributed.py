@@ -95,28 +95,29 @@ def same(run: Path, expected: pl.DataFrame) -> None:
 
 @pytest.fixture
 def arguments(tiny: Tiny, tmp_path: Path) -> list[object]:
-    rows = alpaca(301)
+    rows = alpaca(1801)
     rows[3]["output"], rows[7]["output"], rows[31]["output"] = " ", "y", 7
     (tmp_path / "data.json").write_text(json.dumps(rows))
-    return ["data.json", "--model", tiny("gpt2").path, "--device", "cpu", "--dtype", "float32", "--shard-rows", 10]
+    return ["data.json", "--model", tiny("gpt2").path, "--device", "cpu", "--dtype", "float32", "--shard-rows", 3]
 
 
 def test_two_workers_give_the_local_table_and_survive_a_death(arguments: list[object], tmp_path: Path) -> None:
     end(start(tmp_path, "score", *arguments, "-o", "local"))
     expected = Run(tmp_path / "local").scores()
-    assert Run(tmp_path / "local").manifest["shards_by"] == {"this process": 31}
+    assert Run(tmp_path / "local").manifest["shards_by"] == {"this process": 601}
 
     running = start(tmp_path, "score", *arguments, "-o", "spread", "--ray", "local", "--workers", 2)
     wait(lambda: shards(tmp_path / "spread") > 1 and len(Run(tmp_path / "spread").manifest["shards_by"]) == 2)
     both = workers(running.pid)
     assert len(both) == 2
     both[0].kill()
+    assert shards(tmp_path / "spread") < 601
     end(running)
     same(tmp_path / "spread", expected)
     manifest = Run(tmp_path / "spread").manifest
-    assert sum(manifest["shards_by"].values()) == 31
+    assert sum(manifest["shards_by"].values()) == 601
     assert len(manifest["shards_by"]) >= 2
-    assert max(manifest["shards_by"].values()) < 31
+    assert max(manifest["shards_by"].values()) < 601
 
 
 def test_bad_clusters_are_one_line(arguments: list[object], tmp_path: Path) -> None:

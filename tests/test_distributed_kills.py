@@ -25,7 +25,7 @@ from tests.test_distributed import end, same, workers
 
 Tiny = Callable[[str], ModelFiles]
 
-ROWS, SHARD_ROWS = 900, 3
+ROWS, SHARD_ROWS = 1800, 3
 QUICK = {"health_check_period_ms": 500, "health_check_timeout_ms": 2000, "health_check_failure_threshold": 3}
 KILLS = ("worker",) * 6 + ("node",) * 2 + ("driver",) * 2
 HOLD = """
