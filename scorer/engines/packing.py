@@ -5,9 +5,10 @@ Knows lengths and targets, and the tensors that a packed forward pass reads; not
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate, groupby
 
 import torch
 
@@ -61,17 +62,31 @@ def pack(sequences: Sequence[TokenSequence]) -> PackedBatch:
     """Lay sequences end to end, longest first, on the CPU."""
     ordered = tuple(sorted(sequences, key=laid_tokens, reverse=True))
     lengths = tuple(laid_tokens(sequence) for sequence in ordered)
-    input_ids: list[int] = []
-    position_ids: list[int] = []
-    rows: list[int] = []
-    targets: list[int] = []
-    offsets = [0]
+    tokens = array("q")  # the laid tokens of each sequence, and its last target after them
+    laid_at, rows_at, targets_at, counts = [], [], [], []  # where each sequence begins in `tokens`; then of each span
+    begin = 0
     for sequence, length in zip(ordered, lengths, strict=True):
-        base = len(input_ids)
-        input_ids += sequence.token_ids[:length]
-        position_ids += range(length)
+        laid_at.append(len(tokens))
         for span in sequence.targets:
-            rows += range(base + span.start - 1, base + span.end - 1)
-            targets += sequence.token_ids[span.start : span.end]
-            offsets.append(len(rows))
-    return PackedBatch(ordered, lengths, *map(torch.tensor, (input_ids, position_ids, rows, targets, offsets)))
+            rows_at.append(begin + span.start - 1)
+            targets_at.append(len(tokens) + span.start)
+            counts.append(span.end - span.start)
+        tokens.extend(sequence.token_ids[: length + 1])
+        begin += length
+    token_ids = torch.frombuffer(tokens, dtype=torch.int64)
+    return PackedBatch(
+        ordered,
+        lengths,
+        input_ids=token_ids[_ranges(laid_at, lengths)],
+        position_ids=_ranges([0] * len(lengths), lengths),
+        rows=_ranges(rows_at, counts),
+        targets=token_ids[_ranges(targets_at, counts)],
+        offsets=torch.tensor([0, *accumulate(counts)]),
+    )
+
+
+def _ranges(starts: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
+    """From each start as many integers as its count, end to end. In Python a token took 0.5 µs of a held GIL."""
+    sizes = torch.tensor(counts)
+    ends = sizes.cumsum(0)
+    return torch.arange(int(ends[-1])) + (torch.tensor(starts) - ends + sizes).repeat_interleave(sizes)
