@@ -7,6 +7,7 @@ what its workers do.
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import os
@@ -40,6 +41,7 @@ CONNECT_SECONDS = 25
 CONNECT = {"RAY_NUM_REDIS_GET_RETRIES": "1", "RAY_py_gcs_connect_timeout_s": "15"}
 SILENCE_SECONDS = 60  # without a shard, until the user is told what there is; twice as long each time
 STOP_SECONDS = 3  # for what Ray still has under way where a run ends early
+BARREN_PASSES = 3  # in a row, each without a shard, until the run ends: one may end by a single death at its beginning
 GONE_SECONDS = 600  # without any node that a worker fits on, until the run ends
 # A reader asks for no CPU of Ray: it would wait for ever where workers have taken all, and after the death of a node
 # they do, whatever was left to it before: they start again on the nodes that are left.
@@ -152,14 +154,15 @@ def score_on_ray(
         reader = Reader(config, paths, run.manifest.get("input_records", ()))
         driver = versions(config.engine) | {"model": str(files.revision)}
         worker = (config, absolute(run.path), strict, size.cpus, driver)
+        barren = 0
         while missing:
             # A pass goes on without the shards that died with their workers, but not for ever: where every worker dies,
             # Ray would start them again and again.
             context.max_errored_blocks = min(4 * size.workers, len(missing) - 1)
-            scored = _dataset(ray, missing, reader, worker, replace(size, workers=min(size.workers, len(missing))))
+            engines = replace(size, workers=min(size.workers, len(missing)))
             fault = ""
             try:
-                with closing(_heard(ray, scored, size, progress)) as rows:
+                with closing(_heard(ray, _dataset(ray, missing, reader, worker, engines), size, progress)) as rows:
                     for row in rows:
                         if row["error"]:
                             kind = EngineError if row["exit_code"] == EngineError.exit_code else ScorerError
@@ -168,14 +171,17 @@ def score_on_ray(
                         wrote(row["tokens"], row["seconds"], row["by"])
             except ray.exceptions.RayError as error:
                 fault = _cause(str(error))
+            # A pass that broke off is a cycle of references that holds its workers, and they what the next one needs.
+            gc.collect()
             before, missing = missing, run.missing()
-            if len(missing) == len(before):
+            barren = barren + 1 if len(missing) == len(before) else 0
+            if barren == BARREN_PASSES:
                 raise EngineError(
                     f"Ray: no worker lived to score shard {missing[0]} or a later one, for want of memory perhaps; the "
                     f"last fault was: {fault}"
                 )
             if missing:
-                progress.say(f"Ray: {len(missing)} shards were lost with their workers, and are scored again")
+                progress.say(f"Ray: workers died; going on with the {len(missing)} shards that are not done")
 
 
 def _dataset(ray: Any, missing: list[int], reader: Reader, worker: tuple[Any, ...], size: Plan) -> Any:

@@ -178,5 +178,17 @@ def test_a_worker_that_always_dies_ends_the_run(arguments: list[object], tmp_pat
         time.sleep(0.05)
     err = end(running, code=1)
     assert "no worker lived to score shard 0 or a later one" in err.splitlines()[-1]
-    assert 1 < killed < 10
+    assert 3 <= killed < 20
     assert shards(tmp_path / "run") == 0
+
+
+def test_a_pass_that_breaks_off_leaves_its_workers_room_to_the_next(arguments: list[object], tmp_path: Path) -> None:
+    running = start(tmp_path, "score", *arguments, "-o", "run", "--ray", "local", "--workers", 1, "--limit", 601)
+    for _ in range(3):  # more shards die with them than one pass bears
+        before = shards(tmp_path / "run")
+        wait(lambda before=before: shards(tmp_path / "run") > before + 5)
+        (worker,) = workers(running.pid)
+        worker.kill()
+    err = end(running)
+    assert "workers died; going on with" in err
+    assert "no shard for" not in err

@@ -113,7 +113,7 @@ def test_a_worker_dies_and_a_whole_node(
     kill_node(second)  # for good: one worker goes on
     before = shards(place / "deaths")
     assert before < ROWS / SHARD_ROWS
-    assert "were lost with their workers, and are scored again" in end(running)
+    assert "workers died; going on with" in end(running)
     same(place / "deaths", expected)
     wait(lambda: not all_workers(nodes))
 
