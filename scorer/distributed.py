@@ -7,6 +7,7 @@ what its workers do.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import logging
 import math
@@ -40,7 +41,7 @@ CONNECT_SECONDS = 25
 # By itself Ray would try for minutes: 20 times, each after 10 seconds more of its own.
 CONNECT = {"RAY_NUM_REDIS_GET_RETRIES": "1", "RAY_py_gcs_connect_timeout_s": "15"}
 SILENCE_SECONDS = 60  # without a shard, until the user is told what there is; twice as long each time
-STOP_SECONDS = 3  # for what Ray still has under way where a run ends early
+STOP_SECONDS = 30  # at most, for Ray Data to stop where a run ends early: it takes two, and more on a busy machine
 BARREN_PASSES = 3  # in a row, each without a shard, until the run ends: one may end by a single death at its beginning
 GONE_SECONDS = 600  # without any node that a worker fits on, until the run ends
 # A reader asks for no CPU of Ray: it would wait for ever where workers have taken all, and after the death of a node
@@ -229,14 +230,11 @@ def _free(ray: Any) -> str:
 def _heard(ray: Any, dataset: Any, size: Plan, progress: Progress) -> Generator[dict[str, Any], None, None]:
     """The rows of `dataset` as they come. Tells the user of silence; EngineError where no node is left to end it."""
     rows: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    stop = threading.Event()
 
     def listen() -> None:
         try:
             for row in dataset.iter_rows():
                 rows.put(row)
-                if stop.is_set():
-                    return
             rows.put(None)
         except Exception as error:  # noqa: BLE001 (raised where it is heard)
             rows.put(error)
@@ -266,8 +264,17 @@ def _heard(ray: Any, dataset: Any, size: Plan, progress: Progress) -> Generator[
             quiet = gone = 0
             yield row
     finally:
-        stop.set()
-        listener.join(STOP_SECONDS)  # with it end the threads of Ray Data, which would complain of a Ray that is gone
+        _interrupt(listener)
+
+
+def _interrupt(thread: threading.Thread) -> None:
+    """End a thread that iterates over Ray Data, which then stops too, as at a Ctrl-C.
+
+    What is left of it when Ray shuts down would end this process, with an exit code of Ray's own.
+    """
+    if thread.is_alive():
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
+        thread.join(STOP_SECONDS)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -192,3 +193,14 @@ def test_a_pass_that_breaks_off_leaves_its_workers_room_to_the_next(arguments: l
     err = end(running)
     assert "workers died; going on with" in err
     assert "no shard for" not in err
+
+
+def test_control_c_is_heard_where_no_shard_comes(arguments: list[object], tmp_path: Path) -> None:
+    running = start(tmp_path, "score", *arguments, "-o", "run", "--ray", "local", "--workers", 1)
+    wait(lambda: workers(running.pid))
+    (worker,) = workers(running.pid)
+    worker.suspend()  # as long as a large model takes to load
+    time.sleep(2)
+    running.send_signal(signal.SIGINT)
+    assert "interrupted; the same command resumes" in end(running, code=130).splitlines()[-1]
+    assert not worker.is_running()
