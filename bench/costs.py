@@ -5,6 +5,7 @@ Knows the rooms of scorer that a row passes through; nothing of devices, cluster
 
 from __future__ import annotations
 
+import gc
 import io
 import math
 import os
@@ -128,6 +129,7 @@ def _records(payload: bytes) -> list[Record]:
 
 def _encode_seconds(encoder: Encoder, payloads: list[bytes]) -> tuple[float, float]:
     """Seconds of one core for all, and the share of them within the tokenizer's own batch, which it spreads."""
+    gc.freeze()  # as scorer.shards does
     tokenizer = encoder.tokenizer
     texts: list[list[str]] = []
 
@@ -143,6 +145,7 @@ def _encode_seconds(encoder: Encoder, payloads: list[bytes]) -> tuple[float, flo
         whole = _seconds(lambda: [encoder.encode(_records(payload)) for payload in payloads])
         inside = tokenizer.backend_tokenizer
         part = _seconds(lambda: [inside.encode_batch(batch, add_special_tokens=False) for batch in texts])
+    gc.unfreeze()
     return whole, min(part / whole, 1.0)
 
 
