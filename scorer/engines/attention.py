@@ -58,14 +58,15 @@ class Group:
 class Layout:
     """Where each sequence of a batch lies: descending `lengths`, from token 0.
 
-    CUDA's kernel reads `offsets` (int32 [sequences + 1]) and takes 16-bit numbers only; all else runs over `groups`.
+    CUDA's kernel reads `offsets` (int32 [sequences + 1]) and takes 16-bit numbers only, on sm_80 and later; all else
+    runs over `groups`.
     """
 
     def __init__(self, lengths: Sequence[int], device: torch.device, dtype: torch.dtype):
         self.longest = lengths[0]
         self.offsets: torch.Tensor | None = None
         self.groups: list[Group] = []
-        if device.type == "cuda" and dtype != torch.float32:
+        if device.type == "cuda" and dtype != torch.float32 and torch.cuda.get_device_capability(device) >= (8, 0):
             self.offsets = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32, non_blocking=True)
             return
         first = start = 0
