@@ -153,17 +153,15 @@ def score_on_ray(
         # A shard is a block of its own, which any worker may take: Ray would gather 128 MiB of them for one.
         context.target_min_block_size = context.target_max_block_size = 1
         reader = Reader(config, paths, run.manifest.get("input_records", ()))
-        driver = versions(config.engine) | {"model": str(files.revision)}
-        worker = (config, absolute(run.path), strict, size.cpus, driver)
+        worker = (config, absolute(run.path), strict, size.cpus, versions(config.engine, files))
         barren = 0
         while missing:
             # A pass goes on without the shards that died with their workers, but not for ever: where every worker dies,
             # Ray would start them again and again.
             context.max_errored_blocks = min(4 * size.workers, len(missing) - 1)
-            engines = replace(size, workers=min(size.workers, len(missing)))
             fault = ""
             try:
-                with closing(_heard(ray, _dataset(ray, missing, reader, worker, engines), size, progress)) as rows:
+                with closing(_heard(ray, _dataset(ray, missing, reader, worker, size), size, progress)) as rows:
                     for row in rows:
                         if row["error"]:
                             kind = EngineError if row["exit_code"] == EngineError.exit_code else ScorerError
@@ -187,7 +185,8 @@ def score_on_ray(
 
 def _dataset(ray: Any, missing: list[int], reader: Reader, worker: tuple[Any, ...], size: Plan) -> Any:
     """Rows that say what became of each missing shard."""
-    readers = math.ceil(size.workers / WORKERS_A_READER)
+    workers = min(size.workers, len(missing))
+    readers = math.ceil(workers / WORKERS_A_READER)
     length = math.ceil(len(missing) / readers)
     stretches = [{"shards": missing[begin : begin + length]} for begin in range(0, len(missing), length)]
     with warnings.catch_warnings():  # of the last two options, which have no other place yet
@@ -200,7 +199,7 @@ def _dataset(ray: Any, missing: list[int], reader: Reader, worker: tuple[Any, ..
             fn_constructor_args=worker,
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(
-                size=size.workers, max_tasks_in_flight_per_actor=SHARDS, enable_true_multi_threading=True
+                size=workers, max_tasks_in_flight_per_actor=SHARDS, enable_true_multi_threading=True
             ),
             max_concurrency=SHARDS,
             num_cpus=size.cpus,

@@ -19,7 +19,7 @@ import polars as pl
 
 from scorer.config import SERVERS, ScoreConfig
 from scorer.engines import engine_versions
-from scorer.models import find_model
+from scorer.models import ModelFiles, find_model
 from scorer.progress import Silent
 from scorer.rundir import Run
 from scorer.shards import Shard, ShardScorer, read_shards
@@ -29,7 +29,7 @@ SHARDS = 3  # that a worker has in hand: one is tokenised, one scored and one wr
 PACKAGES = ("ifd-scorer", "torch", "transformers")  # whose versions a score depends on, beside the engine's
 
 
-def versions(engine: str) -> dict[str, str]:
+def versions(engine: str, files: ModelFiles) -> dict[str, str]:
     """Of this process: what a score depends on. Another build (+cpu, +cu128) is no other version."""
     found = engine_versions(engine)
     for name in PACKAGES:
@@ -37,7 +37,7 @@ def versions(engine: str) -> dict[str, str]:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = "none"
-    return {name: text.partition("+")[0] for name, text in found.items()}
+    return {name: text.partition("+")[0] for name, text in found.items()} | {"model": str(files.revision)}
 
 
 class Reader:
@@ -98,7 +98,7 @@ class Worker:
             files = find_model(
                 config.model, revision=config.revision, allow_pickle=config.allow_pickle, weights=not remote
             )
-            own = versions(config.engine) | {"model": str(files.revision)}
+            own = versions(config.engine, files)
             different = [
                 f"{name} {own.get(name, 'none')}, not {v}" for name, v in self.driver.items() if own.get(name) != v
             ]

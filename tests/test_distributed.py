@@ -90,6 +90,10 @@ def workers(pid: int) -> list[psutil.Process]:
     return found
 
 
+def both_write(run: Path) -> bool:
+    return shards(run) > 1 and len(Run(run).manifest["shards_by"]) == 2
+
+
 def same(run: Path, expected: pl.DataFrame) -> None:
     assert_frame_equal(Run(run).scores(), expected, rel_tol=1e-5, abs_tol=0.0)
 
@@ -108,7 +112,7 @@ def test_two_workers_give_the_local_table_and_survive_a_death(arguments: list[ob
     assert Run(tmp_path / "local").manifest["shards_by"] == {"this process": 601}
 
     running = start(tmp_path, "score", *arguments, "-o", "spread", "--ray", "local", "--workers", 2)
-    wait(lambda: shards(tmp_path / "spread") > 1 and len(Run(tmp_path / "spread").manifest["shards_by"]) == 2)
+    wait(lambda: both_write(tmp_path / "spread"))
     both = workers(running.pid)
     assert len(both) == 2
     both[0].kill()

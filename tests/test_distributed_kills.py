@@ -21,7 +21,7 @@ from ray.cluster_utils import Cluster as Nodes
 from scorer.models import ModelFiles
 from scorer.rundir import Run
 from tests.command import alpaca, shards, start, wait
-from tests.test_distributed import end, same, workers
+from tests.test_distributed import both_write, end, same, workers
 
 Tiny = Callable[[str], ModelFiles]
 
@@ -96,10 +96,6 @@ def more(run: Path) -> Callable[[], bool]:
     """Whether the run has more shards than now."""
     before = shards(run)
     return lambda: shards(run) > before
-
-
-def both_write(run: Path) -> bool:
-    return shards(run) > 1 and len(Run(run).manifest["shards_by"]) == 2
 
 
 def test_a_worker_dies_and_a_whole_node(

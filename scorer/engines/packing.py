@@ -63,24 +63,24 @@ def pack(sequences: Sequence[TokenSequence]) -> PackedBatch:
     ordered = tuple(sorted(sequences, key=laid_tokens, reverse=True))
     lengths = tuple(laid_tokens(sequence) for sequence in ordered)
     tokens = array("q")  # the laid tokens of each sequence, and its last target after them
-    laid_at, rows_at, targets_at, counts = [], [], [], []  # where each sequence begins in `tokens`; then of each span
+    laid_at, rows_at, counts = [], [], []  # where each sequence begins in `tokens`; then of each span
     begin = 0
     for sequence, length in zip(ordered, lengths, strict=True):
         laid_at.append(len(tokens))
         for span in sequence.targets:
             rows_at.append(begin + span.start - 1)
-            targets_at.append(len(tokens) + span.start)
             counts.append(span.end - span.start)
         tokens.extend(sequence.token_ids[: length + 1])
         begin += length
     token_ids = torch.frombuffer(tokens, dtype=torch.int64)
+    laid, rows = _ranges(laid_at, lengths), _ranges(rows_at, counts)
     return PackedBatch(
         ordered,
         lengths,
-        input_ids=token_ids[_ranges(laid_at, lengths)],
+        input_ids=token_ids[laid],
         position_ids=_ranges([0] * len(lengths), lengths),
-        rows=_ranges(rows_at, counts),
-        targets=token_ids[_ranges(targets_at, counts)],
+        rows=rows,
+        targets=token_ids[laid[rows] + 1],
         offsets=torch.tensor([0, *accumulate(counts)]),
     )
 
