@@ -85,6 +85,15 @@ def all_workers(nodes: Nodes) -> list[psutil.Process]:
     return [p for node in nodes.list_all_nodes() if psutil.pid_exists(raylet(node)) for p in workers(raylet(node))]
 
 
+def kill_worker(nodes: Nodes, draw: random.Random) -> bool:
+    """Whether one was there to be killed: those of a driver that is dead end by themselves."""
+    try:
+        draw.choice(all_workers(nodes)).kill()
+    except (IndexError, psutil.NoSuchProcess):
+        return False
+    return True
+
+
 def kill_node(node: Any) -> None:
     """With all that runs there, as where its power fails."""
     parent = psutil.Process(raylet(node))
@@ -143,7 +152,7 @@ def test_ten_random_kills(
         wait(lambda: all_workers(nodes))
         assert running.poll() is None
         if kill == "worker":
-            draw.choice(all_workers(nodes)).kill()
+            wait(lambda: kill_worker(nodes, draw))
         elif kill == "node":
             kill_node(second)
             nodes.remove_node(second, allow_graceful=False)
