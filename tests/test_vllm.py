@@ -31,7 +31,7 @@ from scorer.engines import Engine, open_engine
 from scorer.models import ModelFiles, load_tokenizer
 from scorer.records import read_records
 from scorer.rundir import Run
-from scorer.types import ScorerError, Span, SpanNLL, TokenSequence, View
+from scorer.types import EngineError, ScorerError, Span, SpanNLL, TokenSequence, View
 from tests.command import CONSOLE_SCRIPT, SECONDS, Ended, alpaca, shards, wait
 from tests.test_engines import Key, assert_equal, samples, scored
 
@@ -145,6 +145,19 @@ def test_scoring_that_is_given_up_leaves_nothing_behind(tiny: Tiny, chunked: Eng
     batches.close()  # type: ignore[attr-defined]  # it is a generator
     few = samples([(30, 60), (5, 1), (64, 64)], seed=9)
     assert_equal(scored(chunked, few), oracle(tiny("gpt2"), few), 1e-4)
+
+
+def test_a_death_that_shows_as_a_closed_socket(tiny: Tiny) -> None:
+    """vLLM may close its socket after it has looked whether its engine lives, and before it sends."""
+    with opened(tiny("gpt2"), batch_tokens=LONGEST) as engine:
+        steps = engine.score(mixed())
+        next(steps)
+        of_vllm(psutil.Process().children(recursive=True), "VLLM::EngineCore")[0].kill()
+        core = engine.engine.engine_core  # type: ignore[attr-defined]
+        wait(lambda: core.input_socket.closed)
+        core.resources.engine_dead = False  # what it saw
+        with pytest.raises(EngineError, match="its engine process died"):
+            list(steps)
 
 
 def test_two_ranks_share_the_vocabulary(tiny: Tiny) -> None:

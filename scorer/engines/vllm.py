@@ -61,6 +61,7 @@ class VllmEngine:
         refuse_without_vllm()
         set_environment(config)
         self.engine: Any = None
+        self.processes: list[int] = []  # sentinels, which are ready once a process has ended
         self.log = tempfile.TemporaryFile("w+b")  # noqa: SIM115  # lives as long as vLLM's processes write to it
         with _quiet(self.log), _faults(self.log, f"vLLM can't run {files.name}"):
             from vllm import EngineArgs
@@ -68,7 +69,9 @@ class VllmEngine:
 
             arguments = EngineArgs(**engine_arguments(config, files))
             self.engine = LLMEngine.from_engine_args(arguments)
-            _wake_when_dead(self.engine.engine_core)
+            core = self.engine.engine_core
+            self.processes = [process.sentinel for process in core.resources.engine_manager.processes]
+            _wake_when_dead(self.processes, core.outputs_queue)
             self.vocabulary = self.engine.model_config.get_vocab_size()
         self.asked = 0
 
@@ -81,7 +84,7 @@ class VllmEngine:
         pending: dict[str, TokenSequence] = {}
         try:
             while True:
-                with _faults(self.log, "vLLM failed"):
+                with _faults(self.log, "vLLM failed", self.processes):
                     for sequence in islice(waiting, IN_FLIGHT - len(pending)):
                         prompt, params = request(sequence.token_ids, [[t.start, t.end] for t in sequence.targets])
                         self.asked += 1
@@ -95,7 +98,7 @@ class VllmEngine:
                     yield with_counted_sums(results)
         finally:
             if pending:
-                with _faults(self.log, "vLLM failed"):
+                with _faults(self.log, "vLLM failed", self.processes):
                     self.engine.abort_request(list(pending))
 
     def close(self) -> None:
@@ -106,12 +109,9 @@ class VllmEngine:
         self.log.close()
 
 
-def _wake_when_dead(core: Any) -> None:
+def _wake_when_dead(processes: list[int], answers: Any) -> None:
     """Have a step that waits for an engine process end when that process does: vLLM's own would wait for ever."""
     from vllm.v1.engine.exceptions import EngineDeadError
-
-    processes = [process.sentinel for process in core.resources.engine_manager.processes]
-    answers = core.outputs_queue
 
     def watch() -> None:
         wait(processes)
@@ -268,14 +268,17 @@ def _quiet(log: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _faults(log: Any, what: str) -> Iterator[None]:
-    """Turn what vLLM raises into one line with its cause, which it may have printed in another process only."""
+def _faults(log: Any, what: str, processes: Sequence[int] = ()) -> Iterator[None]:
+    """Turn what vLLM raises into one line with its cause, which it may have printed in another process only.
+
+    Where one of the processes has ended, all else is a consequence: vLLM closes its sockets while they are in use.
+    """
     try:
         yield
     except ScorerError:
         raise
     except Exception as error:  # of many kinds, and some of their classes move between releases
-        dead = type(error).__name__ == "EngineDeadError"
+        dead = type(error).__name__ == "EngineDeadError" or bool(wait(processes, 0))
         said = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"  # pydantic gives its reason on line two
         own = "its engine process died; the same command goes on" if dead else said
         refused = isinstance(error, ValueError) or type(error).__name__ == "VLLMValidationError"
