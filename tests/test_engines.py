@@ -29,6 +29,8 @@ from tests.conftest import CONFIGS, LLAMA, byte_tokenizer
 Tiny = Callable[[str], ModelFiles]
 Key = tuple[int, int, View]
 
+ENGINES = ("packed", "reference")
+
 
 def config(engine: str, batch_tokens: int = 512, dtype: str = "float32") -> ScoreConfig:
     return ScoreConfig(engine=engine, dtype=dtype, device="cpu", batch_tokens=batch_tokens)
@@ -141,9 +143,27 @@ def test_infinite_and_undefined_sums_are_a_status(tiny: Tiny, tmp_path: Path) ->
     weights = load_file(folder / "model.safetensors")
     weights["transformer.ln_f.weight"][0] = math.nan
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    for name in ("packed", "reference"):
+    for name in ENGINES:
         spans = scored(open_engine(config(name), find_model(str(folder))), samples([(3, 9)]))
         assert {(s.status, s.nll_sum) for s in spans.values()} == {(RowStatus.NON_FINITE, None)}
+
+
+@pytest.mark.parametrize("length", [40, 400])
+def test_an_undefined_sum_is_no_neighbours(tiny: Tiny, tmp_path: Path, length: int) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(tiny("llama").path, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.embed_tokens.weight"][200] = math.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    sequences = []
+    for record_id in range(3):  # each shorter than the one before, and beside it in a batch
+        ids = [(7 * record_id + place) % 200 for place in range(length - record_id)]
+        sequences.append(TokenSequence(record_id, View.CONDITIONED, ids, (Span(0, 5, len(ids)),)))
+    sequences[2].token_ids[0] = 200
+    packed, oracle = (scored(open_engine(config(n, 2048), find_model(str(folder))), sequences) for n in ENGINES)
+    for spans in (packed, oracle):
+        assert spans.pop((2, 0, View.CONDITIONED)).status == RowStatus.NON_FINITE
+    assert_equal(packed, oracle, 1e-5)
 
 
 @pytest.mark.parametrize("changes", [{"model_type": "gpt_neox"}, {"use_sliding_window": True}])

@@ -33,8 +33,9 @@ class Group:
         sizes = torch.tensor(lengths)
         places = torch.arange(self.length)
         starts = start + sizes.cumsum(0) - sizes
-        # The token of each padded place; where there is none, any: causality keeps what follows a sequence out of it.
-        self.tokens = (starts[:, None] + places).clamp_(max=self.end - 1)  # [count, length]
+        # The token of each padded place: its sequence's last, where there is none. Another's would not do, though
+        # causality keeps what follows out: it multiplies by 0, and 0 * NaN is NaN.
+        self.tokens = starts[:, None] + torch.minimum(places, sizes[:, None] - 1)  # [count, length]
         self.filled = places < sizes[:, None]  # [count, length]
         self._rows: dict[int, torch.Tensor] = {}
         self._places: dict[int, torch.Tensor] = {}
