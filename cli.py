@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from typing import Any, NoReturn
 
@@ -53,6 +53,12 @@ def score_options(command: Command) -> Command:
     return click.argument("data", nargs=-1, required=True)(protocol(engine_options(command)))
 
 
+revision_option = click.option(
+    "--revision", help="Revision of a Hugging Face model.  [default: what is cached, else its newest]"
+)
+pickle_option = click.option("--allow-pickle", is_flag=True, help="Load weights that may run code.  [default: no]")
+
+
 def engine_options(command: Command) -> Command:
     """The options that are fields of ScoreConfig, but for the protocol."""
     for option in reversed(
@@ -61,7 +67,8 @@ def engine_options(command: Command) -> Command:
                 "--engine",
                 default=DEFAULTS.engine,
                 metavar=f"{'|'.join(ENGINES)}|URL",
-                help="auto: packed for weak models, vllm for what it can't run. URL: a server's, http://HOST:PORT.",
+                help="auto: packed for weak models, vllm for larger ones and for what packed can't run. "
+                "URL: a server's, http://HOST:PORT.",
             ),
             click.option(
                 "--shard-rows", type=int, default=DEFAULTS.shard_rows, help="Records a shard: what a kill can lose."
@@ -89,7 +96,7 @@ def model_options(command: Command) -> Command:
             click.option(
                 "--model", default=DEFAULTS.model, help="An embedded name, a local folder, or a Hugging Face name."
             ),
-            click.option("--revision", help="Revision of a Hugging Face model.  [default: its newest]"),
+            revision_option,
             click.option(
                 "--dtype",
                 type=click.Choice(DTYPES),
@@ -104,7 +111,7 @@ def model_options(command: Command) -> Command:
             click.option(
                 "--trust-remote-code", is_flag=True, help="Run code that comes with the model.  [default: no]"
             ),
-            click.option("--allow-pickle", is_flag=True, help="Load weights that may run code.  [default: no]"),
+            pickle_option,
             click.option("--tensor-parallel-size", type=int, help="vllm: devices that share one model.  [default: 1]"),
             click.option("--quantization", help="vllm: a method of vLLM's.  [default: the model's own]"),
             click.option(
@@ -322,7 +329,10 @@ def select(run: str, output: str, **options: Any) -> None:
 @ray_options
 @select_options
 def filter_(data: tuple[str, ...], output: str, run: str | None, fresh: bool, strict: bool, **options: Any) -> None:
-    """Score DATA and select from it in one go."""
+    """Score DATA and select from it in one go.
+
+    What needs clusters (--per-cluster, --diverse) is for scorer select, after scorer cluster.
+    """
     from scorer.export import check_options
 
     selection = _selection({name: options.pop(name) for name in SELECT_NAMES})
@@ -339,24 +349,20 @@ def filter_(data: tuple[str, ...], output: str, run: str | None, fresh: bool, st
 @training_options
 @engine_options
 @click.option("--fresh", is_flag=True, help="Discard what an earlier run left in RUN.  [default: no]")
-@click.pass_context
-def lp(
-    context: click.Context, /, data: tuple[str, ...], output: str, runs: bool, fresh: bool, strict: bool, **options: Any
-) -> None:
+def lp(data: tuple[str, ...], output: str, runs: bool, fresh: bool, **options: Any) -> None:
     """Fine-tune the model on DATA, and score how it learns each record, into the directory RUN.
 
     With --runs nothing is trained: DATA are run directories, or Parquet, CSV or JSON Lines files with record_id and
     ppl_conditioned. The score table gets ppl_0 .. ppl_n, lp1 (with two epochs or more) and lp1_approx; low is hard, and
-    worth keeping. The same command again resumes.
+    worth keeping. On a CPU a dtype of auto is float32, and no server (--engine URL) can train. The same command again
+    resumes.
     """
     from scorer.console import ConsoleProgress, show_run
     from scorer.joined import join_runs
     from scorer.learning import Training, learn
 
-    taken = ("data", "output", "runs", "fresh")
-    given = [p for p in context.params if context.get_parameter_source(p) is ParameterSource.COMMANDLINE]
-    if runs and (unused := [name for name in given if name not in taken]):
-        raise ScorerError(f"--runs computes nothing: leave out {', '.join('--' + n.replace('_', '-') for n in unused)}")
+    if runs:
+        _refuse_given(options, "--runs computes nothing")
     with ConsoleProgress() as progress:
         if runs:
             run = join_runs(data, output, fresh=fresh, progress=progress)
@@ -369,7 +375,6 @@ def lp(
                 training=training,
                 keep_checkpoints=keep_checkpoints,
                 fresh=fresh,
-                strict=strict,
                 progress=progress,
                 **options,
             )
@@ -394,6 +399,10 @@ def cluster(run: str, **options: Any) -> None:
 
     The same command again resumes the embedding.
     """
+    if options["clusters"] is not None:
+        _refuse_given(["min_mean_size"], "--clusters says how many")
+    if not options["flags"]:
+        _refuse_given(["far_below", "duplicate_above"], "without --flags there is nothing that it says")
     from scorer.cluster import cluster as cluster_records
     from scorer.console import ConsoleProgress
 
@@ -474,11 +483,13 @@ def models(context: click.Context) -> None:
 
 @models.command()
 @click.argument("name")
-def fetch(name: str) -> None:
+@revision_option
+@pickle_option
+def fetch(name: str, **options: Any) -> None:
     """Fetch the model NAME, so that a later run needs no network."""
     from scorer.models import find_model
 
-    click.echo(find_model(name, report=lambda message: click.echo(message, err=True)).path)
+    click.echo(find_model(name, report=lambda message: click.echo(message, err=True), **options).path)
 
 
 SELECT_NAMES = tuple(parameter.name for parameter in select.params if parameter.name not in ("run", "output"))
@@ -506,7 +517,17 @@ def _cluster(ray: str | None, workers: int | None, gpus_per_worker: float | None
 
 def _selection(options: dict[str, Any]) -> dict[str, Any]:
     """The library's options: --no-max-ifd is a limit of None there."""
-    return options | {"max_ifd": None} if options.pop("no_max_ifd") else options
+    if not options.pop("no_max_ifd"):
+        return options
+    _refuse_given(["max_ifd"], "--no-max-ifd keeps every ifd")
+    return options | {"max_ifd": None}
+
+
+def _refuse_given(names: Iterable[str], why: str) -> None:
+    """Raise ScorerError where one of the options was given on the command line: nothing is dropped silently."""
+    source = click.get_current_context().get_parameter_source
+    if given := [f"--{name.replace('_', '-')}" for name in names if source(name) is ParameterSource.COMMANDLINE]:
+        raise ScorerError(f"{why}: leave out {', '.join(given)}")
 
 
 def _select(run: str, output: str, options: dict[str, Any]) -> None:

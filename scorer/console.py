@@ -30,13 +30,13 @@ PLAIN_SECONDS = 10.0  # between two lines where there is no terminal
 
 
 class ConsoleProgress:
-    """`scorer.run.Progress` on a terminal as a bar, elsewhere as a plain line now and then."""
+    """`scorer.progress.Progress` on a terminal as a bar, elsewhere as a plain line now and then."""
 
     def __init__(self) -> None:
         self.bar = RichProgress(
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("rows  {task.fields[rates]}"),
+            TextColumn("records  {task.fields[rates]}"),
             TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
@@ -74,7 +74,7 @@ class ConsoleProgress:
         self.tokens += tokens
         now = time.monotonic()
         seconds = max(now - self.began, 1e-6)
-        rates = f"{self.scored / seconds:,.1f} rows/s  {self.tokens / seconds:,.0f} tokens/s"
+        rates = f"{self.scored / seconds:,.1f} records/s  {self.tokens / seconds:,.0f} tokens/s"
         if self.task is not None:
             self.bar.update(self.task, completed=self.done, rates=rates)
         if not console.is_terminal and now - self.printed >= PLAIN_SECONDS:

@@ -143,6 +143,19 @@ WRONG_FILES: dict[str, tuple[bytes | None, str]] = {
 }
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("select", "run", "-o", "a.jsonl", "--max-ifd", 2, "--no-max-ifd"), "leave out --max-ifd"),
+        (("cluster", "run", "--clusters", 3, "--min-mean-size", 9), "leave out --min-mean-size"),
+        (("cluster", "run", "--far-below", 0.2), "leave out --far-below"),
+        (("lp", "a", "b", "-o", "run", "--runs", "--epochs", 3, "--strict"), "leave out --epochs, --strict"),
+    ],
+)
+def test_no_option_is_dropped(command: Commands, arguments: tuple[object, ...], words: str) -> None:
+    assert words in command(*arguments).line()
+
+
 @pytest.mark.parametrize("name", WRONG_FILES)
 def test_a_wrong_file_is_one_line(
     command: Commands, tiny: Callable[[str], ModelFiles], tmp_path: Path, name: str
