@@ -2,8 +2,9 @@
 
 A disk's lock dies with its holder. A store has none, so there the holder writes its name and a time into an object and
 renews it; a name whose time has passed, or whose process is known here to be dead, is replaced. Of two that replace one
-at the same moment the later writer holds it, and the other sees so a second later. Clocks may differ by less than
-`LEASE_SECONDS`; if they differ more, two writers do the same work twice, since a shard's content depends on no writer.
+at the same moment the later writer holds it, and the other sees so a second later, or where the later one's writing was
+slow, before that one begins. Clocks may differ by less than `LEASE_SECONDS - RENEW_SECONDS`; if they differ more, two
+writers do the same work twice.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from scorer.types import ScorerError
 LEASE_SECONDS = 60.0
 RENEW_SECONDS = 15.0
 SETTLE_SECONDS = 1.0
+BOOT = Path("/proc/sys/kernel/random/boot_id")  # of this machine, until it starts again
 
 Check = Callable[[], None]  # raises ScorerError where the lock was lost since
 
@@ -76,17 +78,22 @@ def _leased(lock: Path) -> Iterator[Check]:
             raise _held(lock, ", since this one could not renew its lease")
 
     _refuse_living(lock)
-    _write(lock, token)
-    time.sleep(SETTLE_SECONDS)
-    if (now := _read(lock)).get("token") != token:
-        raise _held(lock, f" ({now.get('host')}, process {now.get('process')})")
     thread = threading.Thread(target=keep, name="scorer-lease", daemon=True)
-    thread.start()
     try:
+        began = time.monotonic()
+        _write(lock, token)
+        # One that looked before this appeared, and wrote its own meanwhile, has settled: it learns when it renews.
+        slow = time.monotonic() - began > SETTLE_SECONDS / 2
+        time.sleep(SETTLE_SECONDS + (RENEW_SECONDS if slow else 0))
+        if (now := _read(lock)).get("token") != token:
+            raise _held(lock, f" ({now.get('host')}, process {now.get('process')})")
+        renewed = time.time()
+        thread.start()
         yield check
     finally:
         ended.set()
-        thread.join()
+        if thread.ident is not None:
+            thread.join()
         with suppress(ScorerError, FileNotFoundError):  # it runs out by itself
             if _read(lock).get("token") == token:
                 _write(lock, None)
@@ -103,9 +110,9 @@ def _refuse_living(lock: Path) -> None:
 
 
 def _processes() -> str:
-    """What tells one numbering of processes from another's: containers may share a host's name."""
+    """What tells one numbering of processes from another's: machines, and containers of one, may share a name."""
     with suppress(OSError):
-        return os.readlink("/proc/self/ns/pid")
+        return BOOT.read_text().strip() + " " + os.readlink("/proc/self/ns/pid")
     return ""
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from scorer.atomic import replacing, storage_error
+from scorer.places import remote
 from scorer.types import ScorerError
 
 if TYPE_CHECKING:
@@ -162,7 +163,8 @@ def inline(figure: Figure, name: str, text: str) -> str:
 def save(figure: Figure, folder: Path, name: str) -> None:
     """Write FOLDER/NAME.svg and FOLDER/NAME.png, on white."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if not remote(folder):
+            folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise storage_error(folder, error) from error
     for suffix in ("svg", "png"):

@@ -98,7 +98,7 @@ def report(
         paths = [run.path if isinstance(run, Run) else place(run) for run in runs]
         pairs = [_compare(paths[0], other, by) for other in paths[1:]]
         loaded = [_load(number, path, len(paths)) for number, path in enumerate(paths, 1)]
-        first, draw = loaded[0], Pictures(None if pictures_folder is None else Path(pictures_folder))
+        first, draw = loaded[0], Pictures(None if pictures_folder is None else place(pictures_folder))
         column = by or str(first.manifest["ranking"]["by"])
         sections = [
             section("Runs", _runs(loaded)),

@@ -190,7 +190,11 @@ def test_a_run_in_a_store_is_a_run(shell: Shell, server: Server, options: list[o
         assert server.files().cat(f"bucket/out/{name}") == (tmp_path / local).read_bytes()
     compared = shell("compare", "local", "s3://bucket/run", "--resamples", 0)
     assert "1.000" in compared.out + compared.done()
-    shell("report", "s3://bucket/run", "-o", "s3://bucket/out/page.html").done()
+    page = ("report", "s3://bucket/run", "-o", "s3://bucket/out/page.html", "--pictures", "s3://bucket/out/pictures")
+    shell(*page).done()
+    assert server.files().glob("bucket/out/pictures/*.svg")
+    over = ("filter", "s3://bucket/in/*", "-o", "s3://bucket/in/a.jsonl.gz")
+    assert "would be overwritten" in shell(*over, *options).line()
     assert b"First of the 10 kept" in server.files().cat("bucket/out/page.html")
     assert "on a disk" in shell("cluster", "s3://bucket/run").line()
 
@@ -243,6 +247,9 @@ def test_a_lease_of_another_machine_runs_out(
     server.files().pipe_file("bucket/leased/.lock", json.dumps(lease).encode())
     arguments = ("score", "data.json", "-o", "s3://bucket/leased", *options)
     assert "(another, process 1; its lease ends in" in shell(*arguments).line()
+    namesake = {"host": platform.node(), "processes": os.readlink("/proc/self/ns/pid"), "process": 2**22}
+    server.files().pipe_file("bucket/leased/.lock", json.dumps(lease | namesake).encode())  # of another machine's boot
+    assert "its lease ends in" in shell(*arguments).line()
     server.files().pipe_file("bucket/leased/.lock", json.dumps(lease | {"until": time.time() - 1}).encode())
     shell(*arguments).done()
     assert json.loads(server.files().cat("bucket/leased/.lock"))["token"] is None
@@ -307,6 +314,7 @@ def test_names_that_look_like_patterns_are_names(
         (("s3://bucket/none*.json", "-o", "run"), {}, "nothing there has such a name"),
         (("s3://bucket/in", "-o", "run"), {}, "unknown kind of file"),
         (("s3://*/x.json", "-o", "run"), {}, "s3://BUCKET/KEY"),
+        (("s3://bucket/asked/*.json", "-o", "run"), {}, "s3://bucket/asked/why?.json: a key with a ?"),
         (("gs://bucket/x.json", "-o", "run"), {}, "s3://BUCKET/KEY"),
         (("s3://key:secret@bucket/x.json", "-o", "run"), {}, "belong in the environment"),
     ],
@@ -314,6 +322,7 @@ def test_names_that_look_like_patterns_are_names(
 def test_what_is_wrong_is_one_line(
     shell: Shell, options: list[object], tmp_path: Path, arguments: tuple[str, ...], env: dict[str, str], words: str
 ) -> None:
+    shell.server.files().pipe_file("bucket/asked/why?.json", b"[]")
     (tmp_path / "data.json").write_text(json.dumps(alpaca(5)))
     line = shell("score", *arguments, *options, **env).line()
     assert words in line
