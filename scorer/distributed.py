@@ -7,7 +7,6 @@ what its workers do.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import logging
 import math
@@ -15,7 +14,6 @@ import os
 import queue
 import re
 import socket
-import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -23,6 +21,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+from scorer.background import Background
 from scorer.config import ScoreConfig
 from scorer.models import ModelFiles
 from scorer.places import absolute
@@ -41,7 +40,6 @@ CONNECT_SECONDS = 25
 # By itself Ray would try for minutes: 20 times, each after 10 seconds more of its own.
 CONNECT = {"RAY_NUM_REDIS_GET_RETRIES": "1", "RAY_py_gcs_connect_timeout_s": "15"}
 SILENCE_SECONDS = 60  # without a shard, until the user is told what there is; twice as long each time
-STOP_SECONDS = 30  # at most, for Ray Data to stop where a run ends early: it takes two, and more on a busy machine
 BARREN_PASSES = 3  # in a row, each without a shard, until the run ends: one may end by a single death at its beginning
 GONE_SECONDS = 600  # without any node that a worker fits on, until the run ends
 # A reader asks for no CPU of Ray: it would wait for ever where workers have taken all, and after the death of a node
@@ -238,9 +236,7 @@ def _heard(ray: Any, dataset: Any, size: Plan, progress: Progress) -> Generator[
         except Exception as error:  # noqa: BLE001 (raised where it is heard)
             rows.put(error)
 
-    # A daemon: Ray may never answer it, and the process has to end all the same.
-    listener = threading.Thread(target=listen, name="scorer-ray", daemon=True)
-    listener.start()
+    listener = Background(listen)
     quiet = gone = 0  # times that nothing came; and that no node had a place for a worker
     try:
         while True:
@@ -263,17 +259,9 @@ def _heard(ray: Any, dataset: Any, size: Plan, progress: Progress) -> Generator[
             quiet = gone = 0
             yield row
     finally:
-        _interrupt(listener)
-
-
-def _interrupt(thread: threading.Thread) -> None:
-    """End a thread that iterates over Ray Data, which then stops too, as at a Ctrl-C.
-
-    What is left of it when Ray shuts down would end this process, with an exit code of Ray's own.
-    """
-    if thread.is_alive():
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
-        thread.join(STOP_SECONDS)
+        # Ray Data stops with it, as at a Ctrl-C. What is left when Ray shuts down would end this process, with an exit
+        # code of Ray's own.
+        listener.give_up()
 
 
 @contextmanager

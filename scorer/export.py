@@ -5,6 +5,7 @@ Knows run directories, raw records and files, and gathers what a selection needs
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -17,7 +18,7 @@ from scorer.config import one_of
 from scorer.diversity import facility_location
 from scorer.files import RawRecord, read_raw, refuse_changed
 from scorer.guards import FLAGS, SCORE_FLAGS, STORED
-from scorer.places import absolute
+from scorer.places import expand, place, remote
 from scorer.rundir import Run
 from scorer.scores import LEARNING, SCHEMA
 from scorer.selection import SelectConfig, Selection, choose, parse_keep
@@ -68,7 +69,7 @@ def select(
     if not paths:
         raise ScorerError(f"{run.path} was joined from tables and has no data to write: join run directories instead")
     refuse_changed(manifest["inputs"])
-    # A record that can't be written leaves neither file.
+    # Both are finished before one is put in its place: a record that can't be written leaves neither.
     with ExitStack() as stack:
         limit = manifest["identity"]["config"]["limit"]
         if output is not None:
@@ -126,7 +127,7 @@ def check_options(
     targets = [str(path) for path in (output, rejected) if path is not None]
     for target in targets:
         RecordWriter(target)
-    _refuse_overwriting(targets, paths)
+    _refuse_overwriting(targets, paths if scored else [name for path in paths for name in expand(path)])
     for name in options.get("drop_flagged", ()):
         one_of("drop_flagged", name, FLAGS)
     if not scored:
@@ -164,6 +165,7 @@ def _write(
             writer.write(raw.value, text=raw.text, source=raw.source)
         else:
             writer.write(_noted(raw, notes[raw.record_id]), source=raw.source)
+    writer.finish()
 
 
 def _noted(raw: RawRecord, note: dict[str, Any]) -> dict[str, Any]:
@@ -178,8 +180,15 @@ def _notes(table: pl.DataFrame) -> dict[int, dict[str, Any]]:
     return {row["record_id"]: row for row in table.iter_rows(named=True)}
 
 
+def _file(where: str) -> str:
+    """What tells a file from others, whatever link leads to it."""
+    found = place(where)
+    return str(found) if remote(found) else os.path.realpath(found)
+
+
 def _refuse_overwriting(targets: Sequence[str], inputs: Sequence[str]) -> None:
-    places = [absolute(target) for target in targets]
-    for target in places:
-        if target in map(absolute, inputs) or places.count(target) > 1:
+    files = [_file(target) for target in targets]
+    read = {_file(path) for path in inputs}
+    for target in files:
+        if target in read or files.count(target) > 1:
             raise ScorerError(f"{target} would be overwritten: write to another file")

@@ -25,7 +25,7 @@ from typing import Any, BinaryIO, cast
 import polars as pl
 import zstandard
 
-from scorer.places import fetched, place, remote, status
+from scorer.places import exists, fetched, is_folder, place, remote, status
 from scorer.types import RowStatus, ScorerError
 
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
@@ -104,7 +104,7 @@ def read_raw(
     Skipped JSON lines are not parsed, skipped Parquet rows not decoded, and a file that is skipped whole is not opened
     where `counts`, of the rows of each of the first files, says so. `check`, where given, is called as each file is
     reached, with an iterator over the file's rows below `limit`, from its first. Raises ScorerError for a file-level
-    fault, and where there is no row in all of the files.
+    fault, where a file has more or fewer rows than `counts` says, and where there is no row in all of the files.
     """
     files = [place(path) for path in paths]
     for path in files:
@@ -119,9 +119,29 @@ def read_raw(
         with fetched(path) as file:
             if check is not None:
                 check(path, _read_file(path, file, next_id, next_id, limit))
-            next_id = yield from _read_file(path, file, next_id, start, limit)
+            rows = _read_file(path, file, next_id, start, limit)
+            if number < len(counts):
+                rows = _as_counted(path, rows, min(next_id + counts[number], sys.maxsize if limit is None else limit))
+            next_id = yield from rows
     if next_id == 0 and limit != 0:
         raise ScorerError(f"{', '.join(map(str, files)) or 'the inputs'}: hold no records; give at least one")
+
+
+def read_table(path: Path) -> pl.DataFrame:
+    """The rows of a file as a table: of CSV, or of any form that `read_raw` reads. Raises ScorerError as it does."""
+    read: dict[str, Callable[[], pl.DataFrame]] = {
+        ".csv": lambda: pl.read_csv(copy, glob=False, infer_schema_length=None),
+        ".parquet": lambda: pl.read_parquet(copy, glob=False, hive_partitioning=False),
+    }
+    try:
+        with fetched(path) as copy:
+            return read.get(path.suffix.lower(), lambda: _frame(path))()
+    except (OSError, pl.exceptions.PolarsError, TypeError, ValueError, OverflowError) as error:
+        raise ScorerError(f"{path}: can't be read as a table ({first_line(error)})") from error
+
+
+def _frame(path: Path) -> pl.DataFrame:
+    return pl.from_dicts([raw.value for raw in read_raw([path])], infer_schema_length=None)
 
 
 def count_records(path: str | Path, check: Check | None = None, limit: int | None = None) -> int:
@@ -165,17 +185,17 @@ def _check_input(path: Path) -> dict[str, Any] | None:
     if remote(path):
         known_suffix(path)
         return status(path)
-    if path.is_dir():
+    if is_folder(path):
         raise ScorerError(f"{path}: is a folder; name the files in it")
-    if not path.exists():
+    if not exists(path):
         raise ScorerError(f"{path}: no such file; check the path")
     if not path.is_file():
         raise ScorerError(f"{path}: is not a regular file; copy the data to one")
-    place = os.fsencode(os.path.realpath(path))  # what a manifest keeps, as text
+    name = os.fsencode(os.path.abspath(path))  # what a manifest keeps, as text
     try:
-        place.decode("utf-8")
+        name.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ScorerError(f"{place.decode('utf-8', 'backslashreplace')}: is no UTF-8 name; rename it") from error
+        raise ScorerError(f"{name.decode('utf-8', 'backslashreplace')}: is no UTF-8 name; rename it") from error
     known_suffix(path)
     return None
 
@@ -192,6 +212,23 @@ def _reading(path: Path) -> Iterator[None]:
         raise ScorerError(f"{path}: cannot be read as Parquet ({first_line(error)}); {damaged}") from error
     except OSError as error:
         raise ScorerError(f"{path}: cannot be read ({error.strerror or first_line(error)}); check the file") from error
+
+
+def _as_counted(path: Path, rows: Rows, end: int) -> Rows:
+    """`rows`, of which the last is to be number `end` - 1: no row takes another's number."""
+    found = None
+    while found is None:
+        try:
+            raw = next(rows)
+            if raw.record_id < end:
+                yield raw
+            else:
+                found = raw.record_id + 1
+        except StopIteration as last:
+            found = last.value
+    if found != end:
+        raise ScorerError(f"{path}: changed while it was read; score it again when nothing writes it")
+    return end
 
 
 def _read_file(path: Path, file: Path, first_id: int, start: int, limit: int | None) -> Rows:

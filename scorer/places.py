@@ -9,6 +9,7 @@ nothing of what is kept in them.
 from __future__ import annotations
 
 import errno
+import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -50,9 +51,12 @@ def remote(where: Path) -> bool:
 
 
 def absolute(where: str | Path) -> str:
-    """The name of a place that holds in every folder and on every machine that sees it."""
+    """The name of a place that holds in every folder and on every machine that sees it.
+
+    Links stay: what they lead to may have no suffix, as in a hub's cache.
+    """
     found = place(where)
-    return str(found) if remote(found) else str(found.resolve())
+    return str(found) if remote(found) else os.path.abspath(found)
 
 
 def expand(where: str) -> list[str]:
@@ -67,19 +71,31 @@ def expand(where: str) -> list[str]:
         objects = sorted(_store(found).glob(_key(found)))
     if not objects:
         raise ScorerError(f"{where}: nothing there has such a name; check the bucket and the pattern")
+    if odd := next((name for name in objects if "?" in name), None):
+        raise ScorerError(f"{SCHEME}://{odd}: a key with a ? can't be named in a URL; rename the object")
     return [f"{SCHEME}://{name}" for name in objects]
 
 
 def exists(where: Path) -> bool:
     """Whether there is such a file, folder or object."""
-    with reaching(where):
+    with _looking(where):
         return where.exists()
 
 
 def is_folder(where: Path) -> bool:
     """Whether there is a folder, or any object under the URL."""
-    with reaching(where):
+    with _looking(where):
         return where.is_dir()
+
+
+@contextmanager
+def _looking(where: Path) -> Iterator[None]:
+    """As `reaching`, and ScorerError where a disk doesn't let this user look, or knows no such names."""
+    try:
+        with reaching(where):
+            yield
+    except OSError as error:
+        raise ScorerError(f"{where}: can't be read ({error.strerror or error})") from error
 
 
 def listing(folder: Path) -> list[Path]:

@@ -12,7 +12,6 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import replace
 from importlib.metadata import version
@@ -20,9 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scorer.atomic import replacing
+from scorer.background import Background
 from scorer.config import PROTOCOLS, SERVERS, ScoreConfig
 from scorer.engines import choose_engine, engine_versions, served_model
-from scorer.files import InputFile, count_records, inspect_input, read_raw
+from scorer.files import InputFile, count_records, inspect_input, read_raw, refuse_changed
 from scorer.models import ModelFiles, choose_device, choose_dtype, find_model, model_settings
 from scorer.places import absolute, exists, expand, fetched, place
 from scorer.progress import Progress, Silent
@@ -81,6 +81,8 @@ def score(
             raise ScorerError("data from standard input needs an output directory, which keeps a copy of it")
         if paths.count("-") > 1:
             raise ScorerError("-: standard input can be read once only; name it once")
+        if sys.stdin is None:
+            raise ScorerError("-: standard input is closed")
         paths = [_spool(Run(output), fresh) if p == "-" else p for p in paths]
     inputs = [inspect_input(p) for p in paths]
     remote = config.engine.startswith(SERVERS)
@@ -92,11 +94,8 @@ def score(
         report=progress.say,
     )
     served = served_model(config.engine, files) if remote else None
-    why = ""
-    if config.engine == "auto":
-        engine, reason = choose_engine(config, files)
-        config, why = replace(config, engine=engine), f": {reason}"
-    config = choose(config, files, served, elsewhere=cluster is not None)
+    engine, why = choose_engine(config, files)
+    config = choose(replace(config, engine=engine), files, served, elsewhere=cluster is not None)
     identity: dict[str, Any] = {
         "format": FORMAT,
         # where a server is, is no part of what it computes, and may hold a password
@@ -130,7 +129,7 @@ def score(
             counts = _count(paths, config)
             manifest = _manifest(config, identity, fingerprint, files, _inputs(inputs), counts) | {"server": served}
             run.write_manifest(manifest)
-        what = f"{'http' if served else config.engine}{why}; {config.dtype}; {manifest['device']}"
+        what = f"{'http' if served else engine}{why and f': {why}'}; {config.dtype}; {manifest['device']}"
         progress.say(f"loading {files.name} ({what})")
         _score_missing(run, manifest, config, files, paths, cluster, strict, progress)
     return run
@@ -139,7 +138,7 @@ def score(
 def choose(
     config: ScoreConfig, files: ModelFiles, served: dict[str, Any] | None = None, *, elsewhere: bool = False
 ) -> ScoreConfig:
-    """The configuration with everything chosen that was left open. Raises ScorerError for what the model can't do.
+    """The configuration with all but the engine chosen that was left open. ScorerError for what the model can't do.
 
     A server has chosen dtype, device and batches itself: `served` is what it says. elsewhere: what computes is not this
     machine; it is taken to be alike where device or dtype is left open.
@@ -151,18 +150,16 @@ def choose(
             raise ScorerError(f"dtype: {config.engine} computes in {served['dtype']}, and not in {config.dtype}")
     named = elsewhere and "auto" not in (config.device, config.dtype)
     device = "auto" if served else config.device if named else choose_device(config.device)
-    engine = choose_engine(config, files)[0] if config.engine == "auto" else config.engine
     protocol = PROTOCOLS[config.protocol]
     context = _context_length(files)
     if config.max_length is not None and context is not None and config.max_length > context:
         raise ScorerError(f"max_length: {config.max_length} is more than the {context} tokens that {files.name} takes")
     return replace(
         config,
-        engine=engine,
         device=device,
         dtype=served["dtype"] if served else choose_dtype(config.dtype, device),
         max_length=config.max_length or min(protocol.max_length, context or protocol.max_length),
-        batch_tokens=config.batch_tokens or BATCH_TOKENS.get((engine, device)),
+        batch_tokens=config.batch_tokens or BATCH_TOKENS.get((config.engine, device)),
     )
 
 
@@ -303,6 +300,7 @@ def _score_missing(
             with suppress(ScorerError):  # the error to see is the one that came before
                 run.write_manifest(manifest)
             raise
+    refuse_changed(manifest["inputs"])
     status = run.collect(lambda table: table.group_by("status").len().sort("len", "status", descending=[True, False]))
     run.write_manifest(manifest | {"state": "complete", "status": dict(status.iter_rows())})
 
@@ -319,14 +317,17 @@ def _score_here(
 ) -> None:
     """Score the missing shards in this process."""
     scorer = ShardScorer(config, files, strict=strict)
-    # One thread reads and tokenises the next shard while the engine scores this one.
-    with closing(scorer), ThreadPoolExecutor(1, thread_name_prefix="scorer-reader") as reader:
+    with closing(scorer):
         records = read_shards(paths, config, missing, run.manifest.get("input_records", ()))
         shards = ((index, scorer.encode(chunk)) for index, chunk in records)
-        upcoming = reader.submit(next, shards, None)
-        while (following := upcoming.result()) is not None:
-            upcoming = reader.submit(next, shards, None)
-            clock = time.monotonic()
-            index, shard = following
-            run.write_shard(index, scorer.score(shard, progress))
-            wrote(shard.tokens, time.monotonic() - clock, "this process")
+        upcoming = Background(next, shards, None)
+        try:
+            while (following := upcoming.result()) is not None:
+                # The next shard is read and tokenised while the engine scores this one.
+                upcoming = Background(next, shards, None)
+                clock = time.monotonic()
+                index, shard = following
+                run.write_shard(index, scorer.score(shard, progress))
+                wrote(shard.tokens, time.monotonic() - clock, "this process")
+        finally:
+            upcoming.give_up()

@@ -20,7 +20,7 @@ import zstandard
 
 from scorer.atomic import replacing
 from scorer.files import first_line, is_array, known_suffix
-from scorer.places import place, remote
+from scorer.places import is_folder, place, remote
 from scorer.types import ScorerError
 
 
@@ -35,14 +35,15 @@ class RecordWriter:
     def __init__(self, path: str | Path) -> None:
         self.path = place(path)
         self._suffix = known_suffix(self.path)
-        if not remote(self.path) and self.path.is_dir():
+        if not remote(self.path) and is_folder(self.path):
             raise ScorerError(f"{path}: is a folder; name a file")
-        if not remote(self.path) and not self.path.parent.is_dir():
+        if not remote(self.path) and not is_folder(self.path.parent):
             raise ScorerError(f"{path}: there is no folder {self.path.parent}; create it")
         self._files = contextlib.ExitStack()
         self._encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=_json_value).encode
         self._rows: list[Any] = []  # of Parquet
         self._written = 0
+        self._finished = False
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as files:
@@ -83,16 +84,23 @@ class RecordWriter:
             self._stream.write(encoded.encode("utf-8", "backslashreplace"))  # only lone surrogates cannot be encoded
         self._written += 1
 
+    def finish(self) -> None:
+        """Write what ends the file: what can't be framed shows here. Leaving the block does it too."""
+        if self._finished:
+            return
+        self._finished = True
+        if self._suffix == ".parquet":
+            self._stream.write(_parquet_bytes(self.path, self._rows))
+        elif is_array(self._suffix):
+            self._stream.write(b"\n]\n" if self._written else b"[]\n")
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool | None:
         if error is not None:
             return self._files.__exit__(kind, error, trace)
         with self._files:
-            if self._suffix == ".parquet":
-                self._stream.write(_parquet_bytes(self.path, self._rows))
-            elif is_array(self._suffix):
-                self._stream.write(b"\n]\n" if self._written else b"[]\n")
+            self.finish()
         return None
 
 

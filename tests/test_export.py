@@ -181,6 +181,18 @@ def test_what_is_refused_leaves_every_file_as_it_was(command: Commands, scored: 
     assert not list(tmp_path.glob("*.jsonl")) + list(tmp_path.rglob("*.tmp"))
 
 
+def test_what_fits_no_table_leaves_the_other_file_too(command: Commands, options: list[str], tmp_path: Path) -> None:
+    rows = [row | {"n": row["n"] if row["n"] % 2 else "even"} for row in alpaca(10)]
+    (tmp_path / "d.json").write_text(json.dumps(rows))
+    (tmp_path / "no.jsonl").write_text("of an earlier selection")
+    chosen = ("--keep", 8, "--no-max-ifd", "-o", "a.parquet", "--rejected", "no.jsonl")
+    ended = command("filter", "d.json", *chosen, "--run", "run", *options)
+    assert ended.code == 2
+    assert "a.parquet: these records do not fit" in ended.err
+    assert not (tmp_path / "a.parquet").exists()
+    assert (tmp_path / "no.jsonl").read_text() == "of an earlier selection"
+
+
 def test_a_field_of_the_same_name_is_not_overwritten(command: Commands, options: list[str], tmp_path: Path) -> None:
     rows = [{"instruction": "a b", "output": "long enough", "scorer": "Ronaldo"}]
     (tmp_path / "d.jsonl").write_text(json.dumps(rows[0]))

@@ -159,6 +159,7 @@ def test_compressed_files_of_several_parts(tmp_path: Path) -> None:
 def test_paths_that_are_no_data(tmp_path: Path) -> None:
     assert "no such file" in refusal(tmp_path / "missing.json")
     assert "is a folder" in refusal(tmp_path)
+    assert "File name too long" in refusal(tmp_path / f"{'long' * 80}.json")
     other = tmp_path / "data.csv"
     other.write_text("a,b")
     assert ".jsonl.zst" in refusal(other)
@@ -246,3 +247,15 @@ def test_a_file_whose_rows_are_all_skipped_is_not_opened(write_jsonl: Callable[.
     assert [(row.record_id, row.value) for row in rows] == [(3, {"n": 3})]
     with pytest.raises(ScorerError, match="UTF-16"):
         list(read_raw([first, second], start=1, counts=[2, 2]))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_file_of_another_length_moves_no_ids(write_jsonl: Callable[..., Path], count: int) -> None:
+    first, second = write_jsonl([{"n": i} for i in range(count)], "a.jsonl"), write_jsonl([{"n": 9}], "b.jsonl")
+    rows = read_raw([first, second], counts=[2, 1])
+    seen: list[int] = []
+    with pytest.raises(ScorerError, match=r"a\.jsonl: changed while it was read"):
+        seen.extend(row.value["n"] for row in rows)
+    assert seen == [0, 1][:count]
+    assert [row.value["n"] for row in read_raw([first, second], counts=[count, 1])][-1] == 9
+    assert len(list(read_raw([first, second], counts=[count, 1], limit=1))) == 1

@@ -19,7 +19,7 @@ import urllib3
 
 from scorer.models import ModelFiles
 from scorer.rundir import Run
-from tests.command import CONSOLE_SCRIPT, alpaca, shards, wait
+from tests.command import CONSOLE_SCRIPT, alpaca, shards, start, wait
 
 Tiny = Callable[[str], ModelFiles]
 START_SECONDS = 300
@@ -66,13 +66,17 @@ def wait_for(port: int, process: psutil.Process, log: Path) -> None:
 
 def kill_all(process: psutil.Process) -> None:
     """kill -9 of a server and of all that it started."""
+    psutil.wait_procs(signal_all(process, signal.SIGKILL), timeout=60)
+
+
+def signal_all(process: psutil.Process, number: signal.Signals) -> list[psutil.Process]:
     try:
         family = [*process.children(recursive=True), process]
     except psutil.NoSuchProcess:
-        return
+        return []
     for member in family:
-        member.send_signal(signal.SIGKILL)
-    psutil.wait_procs(family, timeout=60)
+        member.send_signal(number)
+    return family
 
 
 def scorer(folder: Path, *arguments: object, key: str = KEY) -> subprocess.CompletedProcess[str]:
@@ -138,16 +142,21 @@ def test_a_served_model_scores_and_comes_back_in_the_middle(tiny: Tiny, tmp_path
             assert (ended.returncode, ended.stderr.count("\n")) == (2, 1), ended.stderr
             assert words in ended.stderr
 
-        # Killed after the first shards of a run, and started again while it waits.
+        # Silent after the first shards of a run, which Ctrl-C ends all the same; killed in the next part of it, and
+        # started again while that waits.
         arguments = [*common, "-o", "cut", "--engine", url, "--shard-rows", 5]
-        cut = subprocess.Popen(
-            [CONSOLE_SCRIPT, *map(str, arguments)],
-            cwd=tmp_path,
-            env=os.environ | {"VLLM_API_KEY": KEY},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        cut = start(tmp_path, *arguments, VLLM_API_KEY=KEY)
         wait(lambda: shards(tmp_path / "cut") >= 3)
+        signal_all(server, signal.SIGSTOP)
+        time.sleep(2)  # in which it asks for what is not answered
+        cut.send_signal(signal.SIGINT)
+        _, error = cut.communicate(timeout=60)
+        signal_all(server, signal.SIGCONT)
+        assert cut.returncode == 130, error
+        assert "Traceback" not in error
+        before = shards(tmp_path / "cut")
+        cut = start(tmp_path, *arguments, VLLM_API_KEY=KEY)
+        wait(lambda: shards(tmp_path / "cut") >= before + 3)
         kill_all(server)
         assert cut.poll() is None, "it ended before the server did"
     with serving(files, port, tmp_path / "server2.log"):
@@ -160,25 +169,27 @@ def test_a_served_model_scores_and_comes_back_in_the_middle(tiny: Tiny, tmp_path
 def test_what_is_no_scoring_server_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     (tmp_path / "d.json").write_text('[{"instruction": "a", "output": "some text"}]')
     port = free_port()
+
+    def ask() -> subprocess.CompletedProcess[str]:
+        url = f"http://127.0.0.1:{port}"
+        return scorer(tmp_path, "score", "d.json", "-o", "r", "--model", tiny("gpt2").path, "--engine", url)
+
     with subprocess.Popen(
         [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1"],
+        cwd=tmp_path,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     ) as web:
         try:
             wait(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0)
-            ended = scorer(
-                tmp_path,
-                "score",
-                "d.json",
-                "-o",
-                "r",
-                "--model",
-                tiny("gpt2").path,
-                "--engine",
-                f"http://127.0.0.1:{port}",
-            )
+            ended = ask()
             assert (ended.returncode, ended.stderr.count("\n")) == (2, 1), ended.stderr
             assert "does not score: start it with `scorer serve`" in ended.stderr
+            for page in ("<p>Log in", '{"error": 1}'):  # which answers every path, as proxies do
+                (tmp_path / "v1" / "scorer").mkdir(parents=True, exist_ok=True)
+                (tmp_path / "v1" / "scorer" / "model").write_text(page)
+                ended = ask()
+                assert (ended.returncode, ended.stderr.count("\n")) == (2, 1), ended.stderr
+                assert "answers, but does not score" in ended.stderr
         finally:
             web.kill()

@@ -30,6 +30,7 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 import scorer
 from scorer.config import ScoreConfig
 from scorer.models import ModelFiles
+from scorer.progress import Silent
 from scorer.run import BATCH_TOKENS, FREE, choose
 from scorer.rundir import Run
 from scorer.types import ScorerError
@@ -201,6 +202,53 @@ def test_moved_data_and_another_batch_size_are_the_same_run(
     assert len(read_jsonl(tmp_path / "best.jsonl")) == 6
 
 
+def test_a_linked_file_is_known_by_the_links_name(
+    command: Commands, options: list[str], write_jsonl: Write, tmp_path: Path
+) -> None:
+    write_jsonl(alpaca(20)).rename(tmp_path / "0f3a")  # as a hub's cache keeps it: without a suffix
+    (tmp_path / "data.jsonl").symlink_to("0f3a")
+    command("filter", "data.jsonl", "-o", "best.jsonl", "--keep", 2, "--no-max-ifd", *options).done()
+    assert len(read_jsonl(tmp_path / "best.jsonl")) == 2
+    (tmp_path / "other.jsonl").symlink_to("0f3a")
+    for taken in ("other.jsonl", "data.jsonl"):
+        assert "would be overwritten" in command("select", "best.jsonl.run", "-o", taken).line()
+
+
+class Rewriting(Silent):
+    """While the first shard is scored, another program begins to write the same data file again."""
+
+    def __init__(self, data: Path):
+        self.data = data
+
+    def advance(self, records: int, tokens: int) -> None:
+        self.data.write_bytes(b"")
+
+
+def test_data_that_is_rewritten_while_it_is_read(
+    tiny: Callable[[str], ModelFiles], write_jsonl: Write, tmp_path: Path
+) -> None:
+    """No shard of it is short, the run is not called complete, and with the data back the same call finishes it."""
+    data = write_jsonl(alpaca(3000))
+    options: dict[str, Any] = {"model": str(tiny("gpt2").path), "device": "cpu", "dtype": "float32", "shard_rows": 100}
+    content, run = data.read_bytes(), tmp_path / "run"
+    with pytest.raises(ScorerError, match="changed while it was read"):
+        scorer.score(data, run, progress=Rewriting(data), **options)
+    assert 0 < shards(run) < 30
+    assert not Run(run).complete
+    data.write_bytes(content)
+    scorer.score(data, run, **options)
+    scorer.score(data, tmp_path / "whole", **options)
+    assert_same(run, tmp_path / "whole")
+
+
+def test_data_that_is_another_at_the_end(tiny: Callable[[str], ModelFiles], write_jsonl: Write, tmp_path: Path) -> None:
+    data = write_jsonl(alpaca(5))  # which is read before the first of it is scored
+    options: dict[str, Any] = {"model": str(tiny("gpt2").path), "device": "cpu", "dtype": "float32"}
+    with pytest.raises(ScorerError, match="changed since it was scored"):
+        scorer.score(data, tmp_path / "run", progress=Rewriting(data), **options)
+    assert not Run(tmp_path / "run").complete
+
+
 def test_a_limit_leaves_files_beyond_it_alone(
     command: Commands, options: list[str], write_jsonl: Write, tmp_path: Path
 ) -> None:
@@ -274,6 +322,10 @@ def test_standard_input_is_kept_and_has_to_stay_the_same(
     assert_same(run, tmp_path / "file")
     command("select", run, "-o", "best.jsonl", "--keep", 3).done()
     assert len(read_jsonl(tmp_path / "best.jsonl")) == 3
+    closed = subprocess.run(
+        f"{CONSOLE_SCRIPT} score - -o closed <&-", shell=True, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (closed.returncode, closed.stderr) == (2, "scorer: -: standard input is closed\n")
     assert "read once" in command("score", "-", "-", "-o", tmp_path / "two", *options, stdin=text).line()
     assert "no records" in command("score", "-", "-o", tmp_path / "none", *options, stdin="\n").line()
 
@@ -297,6 +349,7 @@ def test_places_that_are_no_run(command: Commands, options: list[str], write_jso
     (taken / "thesis.txt").write_text("years of work")
     assert "not a run directory, and not empty" in command("score", data, "-o", taken, *options, "--fresh").line()
     assert [path.name for path in taken.iterdir()] == ["thesis.txt"]
+    assert "File name too long" in command("score", data, "-o", "long" * 80, *options).line()
     for place in (data, data / "run", "/proc/run"):
         assert "can't be written" in command("score", data, "-o", place, *options).line()
     (tmp_path / "empty").mkdir()
@@ -455,7 +508,7 @@ def test_only_the_columns_that_are_asked_for_are_read(tmp_path: Path) -> None:
 
 
 def test_a_machine_without_a_gpu_can_send_a_run_to_gpus(tiny: Callable[[str], ModelFiles]) -> None:
-    named = ScoreConfig(device="cuda", dtype="bfloat16")
+    named = ScoreConfig(engine="packed", device="cuda", dtype="bfloat16")
     assert choose(named, tiny("gpt2"), elsewhere=True).batch_tokens == BATCH_TOKENS["packed", "cuda"]
     if not torch.cuda.is_available():
         with pytest.raises(ScorerError, match="finds no CUDA device here"):

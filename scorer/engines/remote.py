@@ -9,12 +9,12 @@ import json
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import Any
 
 import urllib3
 
+from scorer.background import Background
 from scorer.config import ScoreConfig
 from scorer.engines.faults import refuse_unknown_tokens, with_counted_sums
 from scorer.models import ModelFiles, model_settings, weight_bytes
@@ -46,7 +46,7 @@ class Server:
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         self.pool = urllib3.PoolManager(maxsize=REQUESTS, headers=headers, timeout=TIMEOUT)
         try:
-            self.model: dict[str, Any] = self._ask("GET", "/v1/scorer/model", None, AT_ONCE)
+            self.model: dict[str, Any] = self._ask("GET", "/v1/scorer/model", None, AT_ONCE, {"identity", "shape"})
         except EngineError as error:
             raise ScorerError(str(error)) from error
         refuse_other_model(self.model, files, self.url)
@@ -58,13 +58,14 @@ class Server:
                 {"token_ids": s.token_ids, "spans": [[span.start, span.end] for span in s.targets]} for s in sequences
             ]
         }
-        answer = self._ask("POST", "/v1/scorer/score", body, RETRIES)
+        answer = self._ask("POST", "/v1/scorer/score", body, RETRIES, {"identity", "rows"})
         if answer["identity"] != self.model["identity"]:
             raise EngineError(f"{self.url} serves another model than when the run began: serve that one again")
         rows = [[[float("nan") if nll is None else nll, n] for nll, n in row] for row in answer["rows"]]
         return with_counted_sums(zip(sequences, rows, strict=True))
 
-    def _ask(self, method: str, path: str, body: Any, retries: urllib3.Retry) -> Any:
+    def _ask(self, method: str, path: str, body: Any, retries: urllib3.Retry, keys: set[str]) -> Any:
+        """The answer, an object that has `keys`."""
         data = None if body is None else json.dumps(body).encode()
         try:
             response = self.pool.request(method, self.url + path, body=data, retries=retries)
@@ -83,6 +84,8 @@ class Server:
             answer = response.data[:200].decode(errors="replace")
         if response.status != 200:
             raise EngineError(f"{self.url} answers {response.status}: {answer}")
+        if not isinstance(answer, dict) or not keys <= answer.keys():  # another's page, such as a proxy's
+            raise EngineError(f"{self.url} answers, but does not score: start `scorer serve` there")
         return answer
 
     def close(self) -> None:
@@ -98,27 +101,25 @@ class RemoteEngine:
         assert config.max_length is not None
         if config.max_length > (served := self.server.model["max_model_len"]):
             raise ScorerError(f"{config.engine} takes {served} tokens, and max_length is {config.max_length}")
-        self.threads = ThreadPoolExecutor(REQUESTS, thread_name_prefix="scorer-remote")
 
     def score(self, sequences: Sequence[TokenSequence]) -> Iterator[list[SpanNLL]]:
         """The spans of each request, in order."""
         refuse_unknown_tokens(sequences, self.server.model["vocab_size"])
         starts = iter(range(0, len(sequences), SEQUENCES))
-        pending: deque[Future[list[SpanNLL]]] = deque()
+        pending: deque[Background[list[SpanNLL]]] = deque()
         try:
             while True:
                 for start in islice(starts, REQUESTS - len(pending)):
-                    pending.append(self.threads.submit(self.server.score, sequences[start : start + SEQUENCES]))
+                    pending.append(Background(self.server.score, sequences[start : start + SEQUENCES]))
                 if not pending:
                     return
                 yield pending.popleft().result()
         finally:
-            for future in pending:
-                future.cancel()
+            for request in pending:
+                request.give_up(0)
 
     def close(self) -> None:
-        """Wait for requests that are out, and drop the connections."""
-        self.threads.shutdown(cancel_futures=True)
+        """Drop the connections."""
         self.server.close()
 
 
