@@ -101,12 +101,9 @@ def _measure(
 ) -> tuple[dict[str, Any], pl.DataFrame]:
     """The figures of one side, and its score table. `lengths`: the weights are to be random, and the tokens too."""
     config = ScoreConfig(model=asked.model, engine=asked.engine, max_length=longest(files))
-    why = "asked for"
-    if config.engine == "auto":
-        chosen, why = choose_engine(config, files)
-        config = replace(config, engine=chosen)
-    console.print(f"{asked.model}: engine {config.engine}, {why}")
-    config = choose(config, files)
+    chosen, why = choose_engine(config, files)
+    console.print(f"{asked.model}: engine {chosen}, {why or 'asked for'}")
+    config = choose(replace(config, engine=chosen), files)
     shape = shape_config(str(files.path))
     parameters = network(shape).num_parameters()
     if config.engine == "vllm":

@@ -8,7 +8,6 @@ Knows faiss and matrices; neither texts nor models.
 
 from __future__ import annotations
 
-import io
 import shutil
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -18,16 +17,13 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from scorer.atomic import replacing
 from scorer.embed import EMBEDDER, MAX_TOKENS, Matrix, embed
 from scorer.files import refuse_changed
 from scorer.models import choose_device
 from scorer.progress import Progress, Silent
-from scorer.rundir import Run
+from scorer.rundir import CLUSTERS, EMBEDDINGS, FLAGS, Run, write_table
 from scorer.types import ScorerError
 
-CLUSTERS = "clusters.parquet"
-FLAGS = "flags.parquet"
 SAMPLE = 256  # rows a cluster that k-means learns from, at most; all rows are then assigned
 BLOCK_ROWS = 4096
 
@@ -69,7 +65,7 @@ def cluster(
     options: dict[str, Any] = {"embedder": embedder, "max_tokens": max_tokens, "progress": progress}
     with run.locked():
         if fresh:
-            shutil.rmtree(run.path / "embeddings", ignore_errors=True)
+            shutil.rmtree(run.path / EMBEDDINGS, ignore_errors=True)
         options["device"] = choose_device(device)
         parts = embed(run, "part", **options)
         filled = np.concatenate([np.asarray(part).any(axis=1) for part in parts])
@@ -82,12 +78,12 @@ def cluster(
         ids = pl.DataFrame({"record_id": pl.int_range(len(filled), eager=True, dtype=pl.Int64)})
         table = ids.join(pl.DataFrame({"record_id": places, **columns}), on="record_id", how="left")
         table = table.sort("record_id")
-        _write(table, run.path / CLUSTERS)
+        write_table(run.path / CLUSTERS, table)
         if flags:
             pairs = zip(embed(run, "instruction", **options), embed(run, "response", **options), strict=True)
             far = pl.concat([_far(one, two, far_below) for one, two in pairs])
             copies = pl.Series(near_duplicates(parts, duplicate_above))
-            _write(ids.with_columns(far_from_instruction=far, near_duplicate=copies), run.path / FLAGS)
+            write_table(run.path / FLAGS, ids.with_columns(far_from_instruction=far, near_duplicate=copies))
             progress.say(f"flags: {far.sum():,} far_from_instruction, {copies.sum():,} near_duplicate")
     return table
 
@@ -151,10 +147,3 @@ def _refuse_without_data(run: Run, manifest: dict[str, Any]) -> None:
     if not manifest["inputs"]:
         raise ScorerError(f"{run.path} was joined from tables and has no data to embed: join run directories instead")
     refuse_changed(manifest["inputs"])
-
-
-def _write(table: pl.DataFrame, path: Path) -> None:
-    buffer = io.BytesIO()
-    table.write_parquet(buffer)
-    with replacing(path) as temporary:
-        temporary.write_bytes(buffer.getbuffer())

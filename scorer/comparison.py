@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from itertools import combinations
@@ -18,8 +18,8 @@ import polars as pl
 
 from scorer.agreement import Agreement, agree
 from scorer.atomic import replacing
-from scorer.files import first_line, read_raw
-from scorer.places import fetched, is_folder, place
+from scorer.files import read_raw, read_table
+from scorer.places import is_folder, place
 from scorer.rundir import Run
 from scorer.scores import LEARNING
 from scorer.selection import parse_keep
@@ -28,7 +28,6 @@ from scorer.turns import KEYS, measures_of, per_record
 from scorer.types import ScorerError
 
 SHARES = "1%,3%,5%,10%,15%"
-TABLES = (".csv", ".parquet")
 IGNORED = "scorer"  # the key under which a selection adds scores
 
 
@@ -169,20 +168,8 @@ def _load(path: Path, by: str | None, lowest: bool | None) -> Scored:
 
 def _read_table(path: Path) -> pl.DataFrame:
     """A table of one row a record; of one row a turn, where it says turn and status."""
-    read: dict[str, Callable[[], pl.DataFrame]] = {
-        ".csv": lambda: pl.read_csv(copy, glob=False, infer_schema_length=None),
-        ".parquet": lambda: pl.read_parquet(copy, glob=False, hive_partitioning=False),
-    }
-    try:
-        with fetched(path) as copy:
-            rows = read.get(path.suffix.lower(), lambda: _frame(path))()
-    except (pl.exceptions.PolarsError, TypeError, ValueError, OverflowError) as error:
-        raise ScorerError(f"{path}: can't be read as a table ({first_line(error)})") from error
+    rows = read_table(path)
     return per_record(rows) if {"record_id", "turn", "status"} <= set(rows.columns) else rows
-
-
-def _frame(path: Path) -> pl.DataFrame:
-    return pl.from_dicts([raw.value for raw in read_raw([path])], infer_schema_length=None)
 
 
 def _pair(a: Scored, b: Scored, shares: list[Fraction], groups: pl.DataFrame | None, resamples: int, seed: int) -> Pair:

@@ -2,6 +2,7 @@
 
     RUN/embeddings/manifest.json          what they were made of, and with
     RUN/embeddings/part-00000.npy         float32 [records of the part, D], unit length, in record order; and so on
+    RUN/embeddings/instruction-00000.npy  the same of the instruction and input alone; response-00000.npy too
 
 A part is whole or absent, and is mapped, not read, so that the embeddings are never in memory twice. A record without
 text has a row of zeros. Knows sentence-transformers' layout of models; nothing of what the embeddings are for.
@@ -24,7 +25,7 @@ from scorer.loading import loading
 from scorer.models import ModelFiles, find_model, load_tokenizer
 from scorer.progress import Progress
 from scorer.records import read_records
-from scorer.rundir import Run
+from scorer.rundir import EMBEDDINGS, Run
 from scorer.types import Record, ScorerError
 
 Matrix = np.ndarray[tuple[int, int], np.dtype[np.float32]]
@@ -71,7 +72,7 @@ def embed(
     files = find_model(embedder, report=progress.say)
     manifest = run.manifest
     config = manifest["identity"]["config"]
-    folder = run.path / "embeddings"
+    folder = run.path / EMBEDDINGS
     _same_or_new(folder, manifest, files, max_tokens)
     parts = [folder / f"{kind}-{i:05d}.npy" for i in range(-(-manifest["records"] // PART_ROWS))]
     remove_temporaries(folder / f"{kind}-*.npy")

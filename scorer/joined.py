@@ -14,6 +14,7 @@ from typing import Any
 
 import polars as pl
 
+from scorer.files import first_line, read_table
 from scorer.learning import PROTOCOL, discard, finish, is_done, learning_manifest, refuse_other_kind
 from scorer.places import absolute, fetched, is_folder, place
 from scorer.progress import Progress, Silent
@@ -31,7 +32,7 @@ def join_runs(
 ) -> Run:
     """The run directory of LP from scores that exist: before training, and after each epoch, in this order.
 
-    sources: two or more run directories, or Parquet, CSV or JSON Lines files with `record_id` and `ppl_conditioned`
+    sources: two or more run directories, or Parquet, CSV or JSON files with `record_id` and `ppl_conditioned`
     (other columns of the score table are taken too). The data is that of the run directories; with none of them the
     run has scores only. Raises ScorerError where the rows are not the same, saying how many.
     """
@@ -79,8 +80,8 @@ def _read_table(path: Path) -> pl.DataFrame:
         if not Run(path).complete:
             raise ScorerError(f"{path} is unfinished: run the same `scorer score` command again to finish it")
         return Run(path).scores().select(pl.col(name).cast(dtype) for name, dtype in SCHEMA.items()).sort(KEYS)
+    table = read_table(path)
     try:
-        table = _read_file(path)
         if missing := sorted({"record_id", "ppl_conditioned"} - set(table.columns)):
             raise ScorerError(f"{path}: it has no column {' and no column '.join(missing)}")
         ppl = pl.col("ppl_conditioned").cast(pl.Float64)
@@ -88,8 +89,8 @@ def _read_table(path: Path) -> pl.DataFrame:
         fault = pl.when(ppl.is_null()).then(null).when(~ppl.is_finite()).then(infinite).otherwise(pl.lit("ok"))
         given = {"turn": pl.lit(0), "status": fault} | {name: pl.col(name) for name in table.columns}
         table = table.select(given.get(name, pl.lit(None)).cast(dtype).alias(name) for name, dtype in SCHEMA.items())
-    except (OSError, pl.exceptions.PolarsError) as error:
-        raise ScorerError(f"{path}: can't be read as a table ({str(error).partition(chr(10))[0]})") from error
+    except pl.exceptions.PolarsError as error:
+        raise ScorerError(f"{path}: its columns are not those of a score table ({first_line(error)})") from error
     if missing_ids := table["record_id"].null_count():
         raise ScorerError(f"{path}: {missing_ids:,} rows have no record_id")
     return table.sort(KEYS)
@@ -100,18 +101,6 @@ def _digest(path: Path) -> str:
         return str(Run(path).manifest["fingerprint"])
     with fetched(path) as copy, copy.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _read_file(path: Path) -> pl.DataFrame:
-    with fetched(path) as copy:
-        match path.suffix.lower():
-            case ".parquet":
-                return pl.read_parquet(copy, glob=False, hive_partitioning=False)
-            case ".csv":
-                return pl.read_csv(copy, glob=False, infer_schema_length=None)
-            case ".jsonl" | ".ndjson":
-                return pl.read_ndjson(copy, infer_schema_length=None)
-    raise ScorerError(f"{path}: neither a run directory nor a table (.parquet, .csv, .jsonl)")
 
 
 def _refuse_mismatch(first_name: str, first: pl.DataFrame, name: str, table: pl.DataFrame) -> None:

@@ -31,7 +31,7 @@ MANIFEST = "manifest.json"
 LOCK = ".lock"
 SHARD = re.compile(r"part-\d+\.parquet")
 STDIN = "stdin.jsonl"
-SIDECARS = ("clusters.parquet", "flags.parquet")  # of the data that the scores are of
+CLUSTERS, FLAGS, EMBEDDINGS = "clusters.parquet", "flags.parquet", "embeddings"  # of the data that the scores are of
 
 
 class Run:
@@ -110,10 +110,7 @@ class Run:
     def write_shard(self, index: int, table: pl.DataFrame) -> None:
         """Write one shard. Raises EngineError where the disk is full, ScorerError where the run's lock was lost."""
         self._check()
-        buffer = io.BytesIO()
-        table.write_parquet(buffer)
-        with replacing(self._shard(index)) as temporary:
-            temporary.write_bytes(buffer.getbuffer())
+        write_table(self._shard(index), table)
 
     def write_manifest(self, manifest: dict[str, Any]) -> None:
         """Replace the manifest. Raises ScorerError where the run's lock was lost."""
@@ -127,9 +124,9 @@ class Run:
         The manifest goes first.
         """
         remove([self.path / MANIFEST])
-        remove(self.path / name for name in SIDECARS)
+        remove(self.path / name for name in (CLUSTERS, FLAGS))
         if not remote(self.path):
-            shutil.rmtree(self.path / "embeddings", ignore_errors=True)
+            shutil.rmtree(self.path / EMBEDDINGS, ignore_errors=True)
         remove(reversed(self.shards()))
 
     @contextmanager
@@ -169,6 +166,14 @@ def _is_manifest(content: Any) -> bool:
         return False
     identity = content["identity"]
     return isinstance(identity, dict) and "shard_rows" in (identity.get("config") or {})
+
+
+def write_table(path: Path, table: pl.DataFrame) -> None:
+    """Write a Parquet file, whole or not at all. Raises EngineError where the disk is full."""
+    buffer = io.BytesIO()  # an error of Polars' own writer would not say that
+    table.write_parquet(buffer)
+    with replacing(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def _number(shard: Path) -> int:

@@ -22,12 +22,8 @@ from scorer.files import first_line, read_raw
 from scorer.guards import SCORE_FLAGS, TEXT_FLAGS, score_flags, text_flags
 from scorer.places import exists, fetched
 from scorer.records import read_records
-from scorer.rundir import Run
+from scorer.rundir import CLUSTERS, EMBEDDINGS, FLAGS, Run
 from scorer.types import ScorerError
-
-CLUSTERS = "clusters.parquet"
-EMBEDDINGS = "embeddings"
-STORED_FLAGS = "flags.parquet"
 
 
 def has_clusters(run: Run) -> bool:
@@ -99,7 +95,7 @@ def flags(run: Run, scores: pl.DataFrame, names: Sequence[str]) -> pl.DataFrame:
         records = read_records(_paths(run), columns=config["columns"], limit=config["limit"])
         found.append(text_flags(records, of_text))
     if stored:
-        found.append(_table(run, STORED_FLAGS, stored, " --flags"))
+        found.append(_table(run, FLAGS, stored, " --flags"))
     for frame in found:
         table = table.join(frame, on="record_id", how="left", maintain_order="left")
     return table

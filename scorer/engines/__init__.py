@@ -33,10 +33,12 @@ class Engine(Protocol):
 
 
 def choose_engine(config: ScoreConfig, files: ModelFiles) -> tuple[str, str]:
-    """What `auto` means for this model, and why. Raises ScorerError where no engine here can run it."""
+    """The engine that is asked for; what `auto` means for this model, and why. ScorerError where none can run it."""
     from scorer.engines.packed import why_not_packed
     from scorer.engines.vllm import vllm_version
 
+    if config.engine != "auto":
+        return config.engine, ""
     if asked := config.vllm_options():
         return "vllm", f"{', '.join(asked)} asked for it"
     size = weight_bytes(files)
