@@ -152,8 +152,8 @@ def test_a_death_that_shows_as_a_closed_socket(tiny: Tiny) -> None:
     with opened(tiny("gpt2"), batch_tokens=LONGEST) as engine:
         steps = engine.score(mixed())
         next(steps)
-        of_vllm(psutil.Process().children(recursive=True), "VLLM::EngineCore")[0].kill()
         core = engine.engine.engine_core  # type: ignore[attr-defined]
+        core.resources.engine_manager.processes[0].kill()
         wait(lambda: core.input_socket.closed)
         core.resources.engine_dead = False  # what it saw
         with pytest.raises(EngineError, match="its engine process died"):
