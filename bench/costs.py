@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+import torch
 
 from bench.rows import PROTOCOL, Rows, longest
 from scorer.config import ScoreConfig
@@ -33,6 +34,7 @@ from scorer.shards import read_shards
 from scorer.types import Record, SpanNLL
 from scorer.writer import RecordWriter
 
+TIMES = 8
 TIMED_ROWS = 5000  # at least; the data is repeated
 
 
@@ -53,7 +55,6 @@ class Costs:
     memory_bytes: float  # of the score table
     parquet_bytes_in: float = 0
     parquet_read_seconds: float = 0
-    manifest_seconds: float = 0  # of writing one on this machine's disk
 
 
 def measure(data: str, scored: int, model: str) -> tuple[Costs, Rows]:
@@ -74,6 +75,7 @@ def measure(data: str, scored: int, model: str) -> tuple[Costs, Rows]:
         encode_seconds, inside = _encode_seconds(encoder, payloads)
         encoded = [encoder.encode(_records(payload)) for payload in payloads]
 
+        @_one_core()
         def packs() -> None:
             for _, sequences in encoded:
                 for batch in plan_batches(sequences, BATCH_TOKENS["packed", "cuda"]):
@@ -86,23 +88,21 @@ def measure(data: str, scored: int, model: str) -> tuple[Costs, Rows]:
 
         run = score(lines, folder / "run", model=model, limit=scored)
         table = run.scores()
-        manifest = run.manifest
         shard_bytes, bytes_out = _shard_bytes(table, folder / "shards")
         costs = Costs(
             tokens=sum(len(s.token_ids) for _, sequences in encoded for s in sequences) / count,
             bytes_in=once["jsonl"].stat().st_size / len(values),
-            read_seconds=_seconds(lambda: _read(lines, count)) / count,
-            count_seconds=_seconds(lambda: count_records(lines)) / count,
+            read_seconds=_seconds(lambda: _read(lines, count))[0] / count,
+            count_seconds=_seconds(lambda: count_records(lines))[0] / count,
             encode_seconds=encode_seconds / count,
             encode_parallel=inside,
-            pack_seconds=_seconds(packs) / count,
-            table_seconds=_seconds(tables) / count,
+            pack_seconds=_seconds(packs)[0] / count,
+            table_seconds=_seconds(tables)[0] / count,
             bytes_out=bytes_out,
             shard_bytes=shard_bytes,
             memory_bytes=table.estimated_size() / len(table),
             parquet_bytes_in=once["parquet"].stat().st_size / len(values),
-            parquet_read_seconds=_seconds(lambda: _read(timed["parquet"], count)) / count,
-            manifest_seconds=_seconds(lambda: run.write_manifest(manifest), time.perf_counter),
+            parquet_read_seconds=_seconds(lambda: _read(timed["parquet"], count))[0] / count,
         )
     turns = [turn for turns, _ in encoded for turn in turns]
     return costs, Rows(count, turns, [s for _, sequences in encoded for s in sequences], encode_seconds)
@@ -142,22 +142,26 @@ def _encode_seconds(encoder: Encoder, payloads: list[bytes]) -> tuple[float, flo
         for payload in payloads:
             encoder.encode(_records(payload))
         encoder.tokenizer = tokenizer
-        whole = _seconds(lambda: [encoder.encode(_records(payload)) for payload in payloads])
         inside = tokenizer.backend_tokenizer
-        part = _seconds(lambda: [inside.encode_batch(batch, add_special_tokens=False) for batch in texts])
+        whole, part = _seconds(  # the share is of two that are near each other
+            lambda: [encoder.encode(_records(payload)) for payload in payloads],
+            lambda: [inside.encode_batch(batch, add_special_tokens=False) for batch in texts],
+        )
     gc.unfreeze()
     return whole, min(part / whole, 1.0)
 
 
 @contextmanager
 def _one_core() -> Iterator[None]:
-    """Keep tokenizers to the calling thread while the block runs."""
+    """Keep tokenizers and torch to the calling thread while the block runs."""
     name = "TOKENIZERS_PARALLELISM"
-    before = os.environ.get(name)
+    before, threads = os.environ.get(name), torch.get_num_threads()
     os.environ[name] = "false"
+    torch.set_num_threads(1)
     try:
         yield
     finally:
+        torch.set_num_threads(threads)
         del os.environ[name]
         if before is not None:
             os.environ[name] = before
@@ -175,11 +179,12 @@ def _shard_bytes(table: pl.DataFrame, folder: Path) -> tuple[float, float]:
     return large - each * len(table), each
 
 
-def _seconds(work: Callable[[], object], clock: Callable[[], float] = time.process_time) -> float:
-    """The best of three; by default of computing alone, which others on the machine don't lengthen."""
-    took = []
-    for _ in range(3):
-        start = clock()
-        work()
-        took.append(clock() - start)
-    return min(took)
+def _seconds(*works: Callable[[], object]) -> list[float]:
+    """Of each the best, in turn; of computing alone, which others on the machine lengthen the least."""
+    best = [math.inf] * len(works)
+    for _ in range(TIMES):
+        for number, work in enumerate(works):
+            start = time.process_time()
+            work()
+            best[number] = min(best[number], time.process_time() - start)
+    return best

@@ -3,8 +3,9 @@
     readers --records--> workers (tokenise; pack, compute; write a shard) --"done"--> driver (writes the manifest)
 
 Each reader has a stretch of the shards, and reads it in order. A worker holds three shards: one thread tokenises, the
-next packs, has it computed when the device is free, and makes the table; each is written by itself. The driver takes
-what is done one by one. A node that fails loses the shards in flight, which are done again. `measure` has the seconds.
+next packs the first batches, has the shard computed when the device is free, and makes the table; each is written by
+itself. The driver takes what is done one by one. A node that fails loses the shards in flight, which are done again.
+`measure` has the seconds.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from bench.engines import PACKED16, VLLM
 from bench.report import RESULTS
 from bench.shapes import network, shape_config
 from scorer.distributed import WORKERS_A_READER
-from scorer.run import MANIFEST_SECONDS
+from scorer.engines.packed import CUDA_THREADS
+from scorer.run import BATCH_TOKENS, MANIFEST_SECONDS
 from scorer.workers import SHARDS
 
 MODELS = {"gpt2": ("GPT-2", 12), "llama-2-7b": ("LLaMA-7B", 1)}  # and tuned, how many workers share a device
@@ -60,6 +62,8 @@ class Given:
     input_files: int = given(1, "files", "assumed, at the worst: each reader copies whole files and skips lines in one")
     workers_a_reader: int = given(WORKERS_A_READER, "workers", "scorer.distributed")
     worker_shards: int = given(SHARDS, "shards", "scorer.workers: held at once, one tokenised, one scored, one written")
+    batch_tokens: int = given(BATCH_TOKENS["packed", "cuda"], "tokens", "scorer.run: a batch on a GPU")
+    packed_at_once: int = given(CUDA_THREADS, "batches", "scorer.engines.packed: threads that lay out batches")
     manifest_pause: float = given(MANIFEST_SECONDS, "s", "scorer.run: from one writing of the manifest to the next")
     ray_seconds: float = given(0.009, "s a shard", "measured apart: 0.5 MB, Ray Data 2.60, 2 workers on 2 cores")
     start_seconds: float = given(60, "s", "assumed: a worker's start, and its next start after a failure")
@@ -85,8 +89,11 @@ def simulate(rows: float, devices: int, rate: float, costs: Costs, g: Given) -> 
     own = g.cores_per_device / g.workers_per_device  # cores of a worker, for both threads that compute
     alone = costs.encode_seconds * (1 - costs.encode_parallel + costs.encode_parallel / max(own, 1))
     both = costs.encode_seconds + costs.pack_seconds + costs.table_seconds
-    encode, pack = size * max(alone, both / own), size * costs.pack_seconds * max(1 / own, 1)
-    table, compute = size * costs.table_seconds * max(1 / own, 1), size * costs.tokens / rate
+    encode, packing = size * max(alone, both / own), size * costs.pack_seconds * max(1 / own, 1)
+    # The device waits for the batches that are packed first, at once; the others are packed while it computes.
+    pack = packing * min(g.packed_at_once * g.batch_tokens / max(size * costs.tokens, 1), 1)
+    compute = max(size * costs.tokens / rate, packing - pack)
+    table = size * costs.table_seconds * max(1 / own, 1)
 
     draw = random.Random(0)
     hourly = g.node_failures * min(devices, g.devices_per_node) / g.devices_per_node / 3600
@@ -207,16 +214,17 @@ def reckon(about: dict[str, Any], costs: Costs, flops: dict[str, float], results
 
 def _stages(c: Costs, g: Given) -> dict[str, float]:
     """The most rows/s of each stage by itself."""
-    thread, cores, rows = c.pack_seconds + c.table_seconds, g.cores_per_device, g.shard_rows
+    cores, rows = g.cores_per_device, g.shard_rows
     return {
         "a reader, JSON Lines": 1 / (c.read_seconds + c.bytes_in / g.stream_bytes),
         "a reader, Parquet": 1 / (c.parquet_read_seconds + c.parquet_bytes_in / g.stream_bytes),
         f"the driver, shards of {rows:,}": rows / g.ray_seconds / (1 + g.request_seconds / g.manifest_pause),
         f"the store's PUT, shards of {rows:,}": g.put_rate * rows,
         f"a worker's tokenising, {cores} cores": 1 / c.encode_seconds / (1 - c.encode_parallel * (1 - 1 / cores)),
-        "a worker's packing and tables": 1 / thread,
+        "a worker's packing": 1 / c.pack_seconds,
+        "a worker's tables": 1 / c.table_seconds,
         f"a worker's writes, shards of {rows:,}": g.worker_shards * rows / g.request_seconds,
-        f"{cores} workers of 1 core": cores / (c.encode_seconds + thread),
+        f"{cores} workers of 1 core": cores / (c.encode_seconds + c.pack_seconds + c.table_seconds),
     }
 
 
@@ -246,6 +254,9 @@ def _show(result: dict[str, Any], g: Given) -> None:
     stages = result["rows_per_second"].items()
     table(("stage", "rows/s", *fed), *((s, f"{v:,.0f}", *(f"{v / each:,.1f}" for each in needs)) for s, v in stages))
     costs = {name: (f"{v * 1e6:,.4g} µs" if "seconds" in name else f"{v:,.4g}") for name, v in result["costs"].items()}
-    table(("a row, measured", "one core"), *((name.replace("_", " "), value) for name, value in costs.items()))
+    table(
+        ("a row, measured (shard bytes: of a shard)", "one core"),
+        *((name.replace("_", " "), value) for name, value in costs.items()),
+    )
     notes = [(f.name.replace("_", " "), f"{getattr(g, f.name):.4g}", f.metadata) for f in fields(g)]
     table(("not measured", "", "from"), *((n, f"{v} {m['unit']}", m["source"]) for n, v, m in notes))

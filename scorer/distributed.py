@@ -45,7 +45,7 @@ GONE_SECONDS = 600  # without any node that a worker fits on, until the run ends
 # A reader asks for no CPU of Ray: it would wait for ever where workers have taken all, and after the death of a node
 # they do, whatever was left to it before: they start again on the nodes that are left.
 READER_CPUS = 0
-WORKERS_A_READER = 2  # one parses 36,000 rows/s; a weak model on a large GPU takes a third of that
+WORKERS_A_READER = 2  # of a weak model on a large GPU: bench/SCALING.md has the rows/s of both
 
 
 @dataclass(frozen=True, slots=True)

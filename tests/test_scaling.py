@@ -19,7 +19,7 @@ from bench.scaling import DEVICE, DRIVER, PACKING, READER, REQUESTS, TOKENISING,
 from scorer.models import ModelFiles
 
 # Nothing takes time but what a test says.
-FREE = Costs(*[0.0] * 14)
+FREE = Costs(*[0.0] * 13)
 AT_ONCE = Given(ray_seconds=0, request_seconds=0, start_seconds=0, straggler_share=0, node_failures=0)
 ROWS, TOKENS, RATE = 1_000_000, 100.0, 10_000.0  # 10,000 s of one device
 
@@ -97,6 +97,12 @@ def test_a_worker_tokenises_the_next_shard_while_its_device_computes() -> None:
     assert late.hours * 3600 == pytest.approx(15_000, rel=0.001)
     assert late.device_share == pytest.approx(10 / 15, rel=0.001)
     assert simulate(ROWS, 1, 10 * RATE, costs(pack_seconds=0.005), AT_ONCE).first == PACKING
+    # of shards of 20 batches the first two are waited for, and the others packed while the device computes
+    large = given(shard_rows=20_000, batch_tokens=100_000, packed_at_once=2)
+    twenty = simulate(ROWS, 1, RATE, costs(pack_seconds=0.004), large)
+    assert twenty.hours * 3600 == pytest.approx(10_000 + 4000 * 2 / 20, rel=0.001)
+    packing = simulate(ROWS, 1, 10 * RATE, costs(pack_seconds=0.004), large)
+    assert packing.hours * 3600 == pytest.approx(4000, rel=0.002)
 
 
 def test_a_worker_writes_a_shard_while_others_are_tokenised_and_scored() -> None:

@@ -22,6 +22,7 @@ from scorer.types import ScorerError, SpanNLL, TokenSequence
 
 # Families whose attention goes through transformers' AttentionInterface with nothing of its own beside it, and whose
 # output is the plain product of the last hidden state with the head's weight.
+CUDA_THREADS = 2  # one lays out the next batch while the other's runs
 FAMILIES = ("gpt2", "opt", "llama", "qwen2", "qwen3")
 # What changes a family's attention in a way that packing leaves out.
 UNPACKABLE_SETTINGS = ("use_sliding_window", "reorder_and_upcast_attn", "add_cross_attention")
@@ -31,7 +32,7 @@ class PackedEngine:
     """The contract of `scorer.engines.Engine`, batched. Raises ScorerError for a model that it can't pack.
 
     On CPU each core runs batches of its own, single-threaded: small operations scale with the cores, and none waits
-    for the slowest core. On CUDA one thread lays out the next batch while the other's runs.
+    for the slowest core. On CUDA a batch is laid out while the one before runs.
     """
 
     def __init__(self, config: ScoreConfig, files: ModelFiles):
@@ -53,7 +54,7 @@ class PackedEngine:
         self.nll_head = nll_head  # what the benchmark puts another in place of
         self.device = self.model.device
         self.threads = torch.get_num_threads()
-        self.workers = self.threads if self.device.type == "cpu" else 2
+        self.workers = self.threads if self.device.type == "cpu" else CUDA_THREADS
         self.pool = ThreadPoolExecutor(self.workers, thread_name_prefix="scorer-packed")
 
     def score(self, sequences: Sequence[TokenSequence]) -> Iterator[list[SpanNLL]]:
@@ -83,6 +84,7 @@ class PackedEngine:
 
     def _score_batch(self, sequences: Sequence[TokenSequence]) -> list[SpanNLL]:
         """Raises DoesNotFitError where the batch does not fit."""
+        torch.set_num_threads(1)  # the setting is each thread's own
         with engine_faults():
             batch = pack(sequences)
             return with_sums(batch.sequences, self._forward(batch).tolist())
@@ -105,8 +107,6 @@ class PackedEngine:
     @torch.inference_mode()
     def _forward(self, batch: PackedBatch) -> torch.Tensor:
         """The NLL sum of each span of a batch: float64 [S], on the CPU."""
-        if self.device.type == "cpu":
-            torch.set_num_threads(1)  # the setting is each thread's own
         states = self.model.base_model(
             input_ids=batch.input_ids[None].to(self.device, non_blocking=True),
             position_ids=batch.position_ids[None].to(self.device, non_blocking=True),
