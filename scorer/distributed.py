@@ -150,7 +150,8 @@ def score_on_ray(
         context.print_on_execution_start = False
         # A shard is a block of its own, which any worker may take: Ray would gather 128 MiB of them for one.
         context.target_min_block_size = context.target_max_block_size = 1
-        reader = Reader(config, paths, run.manifest.get("input_records", ()))
+        manifest = run.manifest
+        reader = Reader(config, paths, [i["size"] for i in manifest["inputs"]], manifest.get("input_records", ()))
         worker = (config, absolute(run.path), strict, size.cpus, versions(config.engine, files))
         barren = 0
         while missing:

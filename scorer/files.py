@@ -91,6 +91,13 @@ def refuse_changed(inputs: Iterable[Mapping[str, Any]]) -> None:
             raise ScorerError(f"{entry['path']} changed since it was scored: score it again")
 
 
+def input_size(path: str | Path) -> int:
+    """Bytes of an input file, which is not read for it. Raises ScorerError as `inspect_input` does."""
+    where = place(path)
+    entry = _check_input(where)
+    return int(entry["size"]) if entry is not None else where.stat().st_size
+
+
 def read_raw(
     paths: Sequence[str | Path],
     *,

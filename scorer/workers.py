@@ -19,6 +19,7 @@ import polars as pl
 
 from scorer.config import SERVERS, ScoreConfig
 from scorer.engines import engine_versions
+from scorer.files import input_size
 from scorer.models import ModelFiles, find_model
 from scorer.progress import Silent
 from scorer.rundir import Run
@@ -43,12 +44,16 @@ def versions(engine: str, files: ModelFiles) -> dict[str, str]:
 class Reader:
     """The records of a stretch of shards, a shard a row: Ray asks for the next as its workers take them."""
 
-    def __init__(self, config: ScoreConfig, paths: list[str], counts: Sequence[int]):
-        self.config, self.paths, self.counts = config, paths, counts
+    def __init__(self, config: ScoreConfig, paths: list[str], sizes: Sequence[int], counts: Sequence[int]):
+        self.config, self.paths, self.sizes, self.counts = config, paths, sizes, counts
 
     def __call__(self, batch: Mapping[str, Any]) -> Iterator[dict[str, list[Any]]]:
         (stretch,) = batch["shards"]
         try:
+            for path, size in zip(self.paths, self.sizes, strict=True):
+                if (found := input_size(path)) != size:  # a node's own copy
+                    where = f"{path} on {platform.node()}"
+                    raise ScorerError(f"{where}: it has {found:,} bytes, and {size:,} where the run began")
             for index, records in read_shards(self.paths, self.config, list(map(int, stretch)), self.counts):
                 yield {"index": [index], "records": [pickle.dumps(records)]}
         except ScorerError as error:  # which a worker hands on: Ray would count it as one more lost shard

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import pickle
 import shutil
 import signal
 import socket
@@ -17,10 +18,12 @@ import psutil
 import pytest
 from polars.testing import assert_frame_equal
 
+from scorer.config import ScoreConfig
 from scorer.distributed import Cluster, Plan, plan
 from scorer.models import ModelFiles
 from scorer.rundir import Run
 from scorer.types import ScorerError
+from scorer.workers import Reader
 from tests import command
 from tests.command import alpaca, shards, start, wait
 
@@ -170,6 +173,16 @@ def test_an_input_that_goes_away_is_named(arguments: list[object], tmp_path: Pat
     wait(lambda: (tmp_path / "run" / "manifest.json").exists())
     (tmp_path / "data.json").unlink()  # counted, and not yet read: Ray starts for seconds
     assert "data.json" in end(running, code=2).splitlines()[-1]
+
+
+def test_another_copy_on_a_node_is_refused(tmp_path: Path) -> None:
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps(alpaca(3)))
+    size = data.stat().st_size
+    for of, words in ((size, None), (size + 1, "bytes, and")):
+        (row,) = Reader(ScoreConfig(), [str(data)], [of], [3])({"shards": [[0]]})
+        found = pickle.loads(row["records"][0])
+        assert (row["index"] == [0] and len(found) == 3) if words is None else words in str(found)
 
 
 def test_a_worker_that_always_dies_ends_the_run(arguments: list[object], tmp_path: Path) -> None:

@@ -102,6 +102,7 @@ ALLOWED: dict[str, set[str]] = {
     "scorer.workers": {
         "scorer.config",
         "scorer.engines",
+        "scorer.files",
         "scorer.models",
         "scorer.progress",
         "scorer.rundir",
