@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from concurrent.futures import Future
-from threading import Thread
+from threading import TIMEOUT_MAX, Thread
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
@@ -32,7 +32,8 @@ class Background(Generic[T]):
 
     def result(self) -> T:
         """What the call returns, once it does. Raises what it raises."""
-        return self._done.result()
+        # A wait without a limit goes on after a Ctrl-C: Polars' handler of it asks the system for that.
+        return self._done.result(TIMEOUT_MAX)
 
     def give_up(self, seconds: float = STOP_SECONDS) -> None:
         """Interrupt the call at its next step in Python, if it has not ended, and wait at most so long for its end."""
