@@ -87,7 +87,6 @@ def _leased(lock: Path) -> Iterator[Check]:
         time.sleep(SETTLE_SECONDS + (RENEW_SECONDS if slow else 0))
         if (now := _read(lock)).get("token") != token:
             raise _held(lock, f" ({now.get('host')}, process {now.get('process')})")
-        renewed = time.time()
         thread.start()
         yield check
     finally:
