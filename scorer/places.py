@@ -94,6 +94,8 @@ def _looking(where: Path) -> Iterator[None]:
     try:
         with reaching(where):
             yield
+    except (FileNotFoundError, NotADirectoryError):
+        raise
     except OSError as error:
         raise ScorerError(f"{where}: can't be read ({error.strerror or error})") from error
 
@@ -101,16 +103,14 @@ def _looking(where: Path) -> Iterator[None]:
 def listing(folder: Path) -> list[Path]:
     """What is in a folder, in no order; nothing where there is no such folder."""
     try:
-        if not remote(folder):
-            return list(folder.iterdir())
-        with reaching(folder):
+        with _looking(folder):
+            if not remote(folder):
+                return list(folder.iterdir())
             names = [name.rstrip("/") for name in _store(folder).ls(_key(folder), detail=False)]
         # An object of the folder's own name is what consoles make of an empty folder.
         return [folder / name.rpartition("/")[2] for name in names if name != _key(folder).rstrip("/")]
     except (FileNotFoundError, NotADirectoryError):
         return []
-    except OSError as error:
-        raise ScorerError(f"{folder}: can't be read ({error.strerror or error})") from error
 
 
 def status(where: Path) -> dict[str, Any]:
