@@ -22,10 +22,10 @@ from scorer.types import ScorerError, SpanNLL, TokenSequence
 
 # Families whose attention goes through transformers' AttentionInterface with nothing of its own beside it, and whose
 # output is the plain product of the last hidden state with the head's weight.
-CUDA_THREADS = 2  # one lays out the next batch while the other's runs
 FAMILIES = ("gpt2", "opt", "llama", "qwen2", "qwen3")
 # What changes a family's attention in a way that packing leaves out.
 UNPACKABLE_SETTINGS = ("use_sliding_window", "reorder_and_upcast_attn", "add_cross_attention")
+CUDA_THREADS = 2  # one lays out the next batch while the other's runs
 
 
 class PackedEngine:
