@@ -6,9 +6,7 @@ a model is converted.
 
 from __future__ import annotations
 
-import copy
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -18,9 +16,10 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Mapping
-from contextlib import redirect_stderr, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from scorer.atomic import sync
 from scorer.config import one_of
@@ -186,27 +185,27 @@ def _wheel(model: EmbeddedModel, temporary: Path, report: Report) -> Path:
 def _convert(gguf: Path, store: Path) -> Path:
     """Write a GGUF of a SmolLM2 into the folder `store`, as bfloat16 safetensors and a tokenizer.
 
+    The weights are read with llama.cpp's package gguf: transformers' own reader of GGUF would need accelerate too.
+
     The tokenizer is byte-level BPE with GPT-2's splitting; no token has two digits. The published SmolLM2 tokenizer
-    moreover sets digits apart before it splits, so that it joins white space before a digit ("\\n\\n1") which this one
+    moreover sets digits apart before it splits, so that it joins white space before a digit ("\n\n1") which this one
     leaves in single tokens: 2 instruction texts in 100 differ. transformers' conversion of this GGUF, with which the
     reference perplexities were made, is without that step. What is wanted is said here, whatever a later version of
     transformers makes of it. 21 bytes (control characters, first bytes of rare scripts) are in no token, here as in the
     published vocabulary: they vanish.
     """
-    with loading(gguf), redirect_stderr(io.StringIO()):  # a progress bar that has no switch
+    with loading(gguf):
         import torch
         from tokenizers.pre_tokenizers import ByteLevel
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         tokenizer.backend_tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=True)
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        config = copy.deepcopy(model.config)
-        config.__dict__.pop("quantization_config", None)  # what transformers calls quantized, it refuses to save
-        plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        plain.load_state_dict(model.state_dict())  # copying rounds to nearest, ties to even
+        config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model.load_state_dict(_llama_weights(gguf, model), strict=False)  # rounds to nearest, ties to even
         try:
-            plain.save_pretrained(store)
+            model.save_pretrained(store)
             tokenizer.save_pretrained(store)
         except Exception as error:
             # safetensors and tokenizers, written in Rust, name the system's error in the text alone
@@ -214,6 +213,31 @@ def _convert(gguf: Path, store: Path) -> Path:
                 raise _cannot_store(error) from error
             raise
     return store
+
+
+def _llama_weights(gguf: Path, model: Any) -> dict[str, Any]:
+    """The float32 tensors of a GGUF, one for each parameter of `model`, a LLaMA of transformers'.
+
+    llama.cpp lays the rows of the query and key projections of a head as pairs that are rotated together; transformers
+    lays the first halves of all pairs before the second halves.
+    """
+    import torch
+    from gguf import MODEL_ARCH, GGUFReader, dequantize, get_tensor_name_map
+
+    config = model.config
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    names = get_tensor_name_map(MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    tensors = {tensor.name: tensor for tensor in GGUFReader(gguf).tensors}
+    weights: dict[str, Any] = {}
+    for name, _ in model.named_parameters():  # a tied head is not among them
+        own = names.get_name(name, try_suffixes=(".weight",))
+        if own not in tensors:
+            raise ValueError(f"it has no tensor {own or name}")
+        weight = dequantize(tensors[own].data, tensors[own].tensor_type)
+        if count := heads.get(name.split(".")[-2]):
+            weight = weight.reshape(count, -1, 2, weight.shape[-1]).swapaxes(1, 2).reshape(weight.shape)
+        weights[name] = torch.from_numpy(weight.copy())
+    return weights
 
 
 def _cannot_store(error: Exception) -> EngineError:
