@@ -26,7 +26,7 @@ from bench.rows import RANDOM, Rows, encoded, longest, random_tokens, timed, tit
 from bench.shapes import fill, network, outline, shape_config
 from scorer.config import DEFAULT_MODEL, ScoreConfig
 from scorer.engines import Engine, engine_versions, open_engine
-from scorer.engines.vllm import refuse_without_vllm
+from scorer.engines.vllm import check_vllm
 from scorer.models import ModelFiles, choose_device, find_model
 from scorer.run import choose
 from scorer.rundir import Run
@@ -166,7 +166,7 @@ def open_engines(
     if not of_vllm:
         return engines, {}
     try:
-        refuse_without_vllm()
+        check_vllm()
     except ScorerError as error:
         return engines, dict.fromkeys(of_vllm, str(error))
     share = asked.gpu_memory_utilization if device == "cuda" else None

@@ -12,7 +12,7 @@ from typing import Any
 
 from scorer.config import ScoreConfig
 from scorer.engines.faults import with_sums
-from scorer.engines.vllm import OURS, engine_arguments, refuse_without_vllm, set_environment
+from scorer.engines.vllm import OURS, check_vllm, engine_arguments, set_environment
 from scorer.models import ModelFiles
 from scorer.types import ScorerError, SpanNLL, TokenSequence
 
@@ -85,7 +85,7 @@ def open_stock(config: ScoreConfig, files: ModelFiles) -> Any:
 
     Chunked prefill is left to vLLM; a sequence gets room for the one token that it has to generate.
     """
-    refuse_without_vllm()
+    check_vllm()
     set_environment(config)
     from vllm import LLM
 

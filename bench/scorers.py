@@ -24,10 +24,11 @@ from rich.table import Table
 
 from bench.rows import RANDOM, Rows, encoded, longest, random_tokens, timed, title, warm_up
 from bench.shapes import fill, network, outline, shape_config
-from scorer.agreement import agree, tau_b
+from scorer.agreement import agree
 from scorer.config import DEFAULT_MODEL, ScoreConfig
 from scorer.engines import choose_engine, engine_versions, open_engine
 from scorer.models import ModelFiles, find_model
+from scorer.requirements import require
 from scorer.run import choose
 from scorer.types import SCORED
 
@@ -49,7 +50,7 @@ def run(data: str, rows: int, weak: Scorer, strong: Scorer, repeats: int, dummy_
     """Measure and print; returns what is to be reported."""
     console = Console(stderr=True)
     if not dummy_weights:
-        tau_b((0, 1), (0, 1))  # needs scipy: an error should come before an hour of scoring
+        require("compare")  # before an hour of scoring
     measured: dict[str, dict[str, Any]] = {}
     tables = []
     lengths: Rows | None = None

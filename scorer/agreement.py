@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 
 from scorer.quotas import largest_remainder
-from scorer.types import ScorerError
 
 TAU_RESAMPLES = 50  # tau-b takes ten times as long as all else, and its interval needs a deviation only
 LEVEL = 0.95
@@ -80,7 +79,7 @@ def agree(
 
     Intervals, by `resamples` draws of n records with replacement: the percentiles of Spearman and of what the
     selections, made anew, share. Of tau-b: 1.96 standard deviations over at most TAU_RESAMPLES draws. Per cluster,
-    clusters are drawn instead of records. Raises ScorerError where scipy is not installed.
+    clusters are drawn instead of records.
     """
     finite = np.isfinite(first) & np.isfinite(second)
     x, y = first[finite], second[finite]
@@ -109,10 +108,8 @@ def agree(
 
 def tau_b(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
     """Kendall's tau-b of two [n] arrays in O(n log n), NaN where one is constant."""
-    try:
-        from scipy.stats import kendalltau
-    except ImportError as error:
-        raise ScorerError(f"Kendall's tau needs scipy: pip install 'ifd-scorer[compare]' ({error})") from error
+    from scipy.stats import kendalltau
+
     x, y = np.asarray(first), np.asarray(second)
     if (x == x[:1]).all() or (y == y[:1]).all():  # scipy divides by zero for two of them
         return math.nan

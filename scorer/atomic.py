@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from scorer.places import FULL, remote, upload
+from scorer.places import FULL, exists, is_folder, remote, upload
 from scorer.types import EngineError, ScorerError
 
 SUFFIX = ".tmp"
@@ -20,10 +20,10 @@ SUFFIX = ".tmp"
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`, to be written; then flush it to the disk and rename it to `path`.
 
-    Where `path` is a symbolic link, all this is done to the file it leads to, and the link stays. Where it is an
-    object, the temporary file is in the temporary folder and is uploaded at the end. If the block raises, the temporary
-    file is removed and `path` stays as it was. An OSError becomes EngineError where the disk is full, and ScorerError
-    where the place can't be written.
+    Missing folders on the way to it are made. Where `path` is a symbolic link, all this is done to the file it leads
+    to, and the link stays. Where it is an object, the temporary file is in the temporary folder and is uploaded at the
+    end. If the block raises, the temporary file is removed and `path` stays as it was. An OSError becomes EngineError
+    where the disk is full, and ScorerError where the path can't be written.
     """
     if remote(path):
         with _uploading(path) as temporary:
@@ -32,6 +32,7 @@ def replacing(path: Path) -> Iterator[Path]:
     target = Path(os.path.realpath(path)) if path.is_symlink() else path
     temporary = target.with_name(f".{target.name}.{os.getpid()}{SUFFIX}")
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         sync(temporary)
         temporary.replace(target)
@@ -41,6 +42,27 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # where even this fails, the error to see is the one that came before
             temporary.unlink()
+
+
+def check_writable(path: Path) -> None:
+    """Raise ScorerError unless a file can be made at `path`; folders on the way to it may be missing.
+
+    Of a store nothing is asked: it answers when something is written.
+    """
+    if remote(path):
+        return
+    if is_folder(path):
+        raise ScorerError(f"{path}: is a folder; name a file")
+    check_folder(path.parent)
+
+
+def check_folder(path: Path) -> None:
+    """Raise ScorerError unless the folder `path` is there or can be made, and can be written."""
+    folder = next(parent for parent in (path.absolute(), *path.absolute().parents) if exists(parent))
+    if not is_folder(folder):
+        raise ScorerError(f"{path}: {folder} is a file, not a folder; choose another path")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ScorerError(f"{path}: you can't write in {folder}; choose another path")
 
 
 @contextmanager

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from scorer.embed import EMBEDDER, MAX_TOKENS, Matrix, embed
 from scorer.files import refuse_changed
 from scorer.models import choose_device
 from scorer.progress import Progress, Silent
+from scorer.requirements import require
 from scorer.rundir import CLUSTERS, EMBEDDINGS, FLAGS, Run, write_table
 from scorer.types import ScorerError
 
@@ -53,8 +53,7 @@ def cluster(
 
     Raises ScorerError where the run has no data or its data changed, and where there are fewer records than clusters.
     """
-    if find_spec("faiss") is None:
-        raise ScorerError("clustering needs faiss: pip install 'ifd-scorer[cluster]'")
+    require("cluster")
     for name, value in (("clusters", clusters), ("min_mean_size", min_mean_size), ("iterations", iterations)):
         if value is not None and value < 1:
             raise ScorerError(f"{name}: {value} is below 1")

@@ -17,9 +17,10 @@ from pathlib import Path
 import polars as pl
 
 from scorer.agreement import Agreement, agree
-from scorer.atomic import replacing
+from scorer.atomic import check_writable, replacing
 from scorer.files import read_raw, read_table
 from scorer.places import is_folder, place
+from scorer.requirements import require
 from scorer.rundir import Run
 from scorer.scores import LEARNING
 from scorer.selection import parse_keep
@@ -97,7 +98,10 @@ def compare(
             f"{odd}: has no record_id: compare runs and score tables, or selected files, not one with both"
         )
     result: list[Pair] | list[Contents]
+    if output is not None:
+        check_writable(place(output))
     if all(scored):
+        require("compare")
         columns = _columns(by, len(paths))
         loaded = [_load(path, column, lowest) for path, column in zip(paths, columns, strict=True)]
         run = Run(paths[0])

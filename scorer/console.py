@@ -1,17 +1,20 @@
-"""What the command line shows: progress, the summary of a run, the outcome of a selection, the table of models.
+"""What the command line shows: progress, the summary of a run, the outcome of a selection, comparisons, models.
 
-Everything goes to standard error, so that standard output stays free for data. Knows rich; computes nothing.
+What a command exists to say (`compare`, `models`) goes to standard output; progress, summaries and messages go to
+standard error. Knows rich; computes nothing.
 """
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
+from rich.box import HEAVY_HEAD, Box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
@@ -24,8 +27,10 @@ from scorer.rundir import Run
 from scorer.selection import Selection
 from scorer.summary import COLUMNS, QUANTILES, summarise
 
-console = Console(stderr=True, highlight=False, markup=False, emoji=False)  # paths may hold [brackets] and :colons:
+PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}  # paths may hold [brackets] and :colons:
+console = Console(stderr=True, **PLAIN)
 line = partial(console.print, soft_wrap=True)  # prints a line that stays one, however long
+PIPE_WIDTH = 10_000  # columns
 PLAIN_SECONDS = 10.0  # between two lines where there is no terminal
 
 
@@ -83,6 +88,15 @@ class ConsoleProgress:
             self.say(f"{self.done:,} of {self.records:,} records  {rates}  {left:,.0f} s left")
 
 
+def _standard_output() -> Console:
+    """Standard output; where it is no terminal, of any width, so that nothing is cut or wrapped."""
+    return Console(**PLAIN) if sys.stdout.isatty() else Console(width=PIPE_WIDTH, **PLAIN)
+
+
+def _box(output: Console) -> Box | None:
+    return HEAVY_HEAD if output.is_terminal else None
+
+
 def show_run(run: Run) -> None:
     """The summary of a finished run."""
     manifest = run.manifest
@@ -115,7 +129,9 @@ def show_selection(selection: Selection, output: str) -> None:
 
 
 def show_comparison(rows: Sequence[Pair] | Sequence[Contents]) -> None:
-    """One table for each two that were compared."""
+    """One table for each two that were compared, on standard output."""
+    output = _standard_output()
+    line = partial(output.print, soft_wrap=True)
     for row in rows:
         if isinstance(row, Contents):
             iou = "none" if row.iou is None else f"{row.iou:.3f}"
@@ -127,7 +143,7 @@ def show_comparison(rows: Sequence[Pair] | Sequence[Contents]) -> None:
         line(f"{row.first} by {ends[0]}, {row.second} by {ends[1]}: {found.records:,} records")
         if found.left_out:
             line(f"{found.left_out:,} more have no finite value of both, and are left out")
-        table = Table("", *(Column(title, justify="right") for title in ("value", "95% interval")))
+        table = Table("", *(Column(title, justify="right") for title in ("value", "95% interval")), box=_box(output))
         table.add_row("Spearman", *_figure(found.spearman))
         table.add_row("Kendall tau-b", *_figure(found.kendall))
         for where, cuts in (("", found.whole), (" per cluster", found.per_cluster or ())):
@@ -135,7 +151,7 @@ def show_comparison(rows: Sequence[Pair] | Sequence[Contents]) -> None:
                 name = f"best {100 * float(cut.share):.4g}%{where}, {cut.records:,}"
                 table.add_row(f"{name}: overlap", *_figure(cut.overlap))
                 table.add_row(f"{name}: IoU", *_figure(cut.iou))
-        console.print(table)
+        output.print(table)
 
 
 def _figure(figure: Figure) -> tuple[str, str]:
@@ -144,9 +160,10 @@ def _figure(figure: Figure) -> tuple[str, str]:
 
 
 def show_models(rows: Sequence[ModelRow]) -> None:
-    """The table of known models."""
-    table = Table(*(Column(title, overflow="fold") for title in ("name", "from", "what", "on disk")))
+    """The table of known models, on standard output."""
+    output = _standard_output()
+    table = Table(*(Column(title, overflow="fold") for title in ("name", "from", "what", "on disk")), box=_box(output))
     for row in rows:
         table.add_row(row.name, row.origin, row.what, f"{row.megabytes:,.0f} MB  {row.path}" if row.path else "no")
-    console.print(table)
+    output.print(table)
     line("Any other Hugging Face name or local folder works too.")

@@ -283,11 +283,9 @@ def connected(address: str) -> Iterator[Any]:
             raise ScorerError(f"{named}: no Ray there ({error})") from error
     for name, value in (SETTINGS if where == "local" else SETTINGS | CONNECT).items():
         os.environ.setdefault(name, value)
-    try:
-        import ray
-        import ray.data
-    except ImportError as error:
-        raise ScorerError(f"--ray needs Ray: pip install 'ifd-scorer[ray]' ({error})") from error
+    import ray
+    import ray.data
+
     try:
         ray.init(
             address=where,

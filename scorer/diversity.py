@@ -30,7 +30,7 @@ def facility_location(embeddings: npt.NDArray[np.float32], size: int, *, neighbo
     plain greedy algorithm, which is within 1 - 1/e of the best choice (Nemhauser et al. 1978), as in Superfiltering.D
     (arXiv 2402.00530); gains that can't have become the largest are not computed anew (Minoux 1978).
 
-    Raises ScorerError where faiss is not installed, and for a size above n.
+    Raises ScorerError for a size above n.
     """
     n = len(embeddings)
     if not 0 <= size <= n:
@@ -76,10 +76,8 @@ def _columns(embeddings: npt.NDArray[np.float32], neighbours: int) -> tuple[Ints
 
 def _nearest(embeddings: npt.NDArray[np.float32], k: int) -> tuple[npt.NDArray[np.float32], Ints]:
     """Inner products with the k nearest rows, and which they are (-1: none), each [n, k]."""
-    try:
-        import faiss
-    except ImportError as error:
-        raise ScorerError(f"diversity needs faiss: pip install 'ifd-scorer[cluster]' ({error})") from error
+    import faiss
+
     n, d = embeddings.shape
     index: Any = faiss.IndexFlatIP(d)
     if n > EXACT_ROWS:

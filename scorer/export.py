@@ -14,15 +14,16 @@ from typing import Any
 
 import polars as pl
 
-from scorer.config import one_of
+from scorer.config import PROTOCOLS, one_of
 from scorer.diversity import facility_location
 from scorer.files import RawRecord, read_raw, refuse_changed
 from scorer.guards import FLAGS, SCORE_FLAGS, STORED
 from scorer.places import expand, place, remote
+from scorer.requirements import require
 from scorer.rundir import Run
-from scorer.scores import LEARNING, SCHEMA
+from scorer.scores import ALONE, LEARNING, SCHEMA
 from scorer.selection import SelectConfig, Selection, choose, parse_keep
-from scorer.sidecars import clusters, column_groups, embeddings, flags
+from scorer.sidecars import clusters, column_groups, embedding_parts, embeddings, flags
 from scorer.turns import KEYS, measures_of, per_record
 from scorer.types import ScorerError
 from scorer.writer import RecordWriter
@@ -85,18 +86,17 @@ def _choose(run: Run, config: SelectConfig) -> Selection:
     """The selection, given what the configuration asks for beside the scores."""
     schema = run.schema
     one_of("by", config.by, measures_of(schema))
+    parts = [] if config.pool is None else embedding_parts(run)
+    groups = clusters(run) if config.per_cluster else None
     looked_at = [name for name, _ in SCORE_FLAGS.values()] if config.drop_flagged else []
     names = dict.fromkeys((*KEYS, config.by, "ifd", *looked_at))
     scores = run.scores([name for name in names if name in schema])  # the others only of what is kept
-    groups = None
-    if config.per_cluster:
-        groups = clusters(run)
-    elif config.per is not None:
-        groups = column_groups(run, config.per)
     flagged = flags(run, scores, config.drop_flagged) if config.drop_flagged else None
+    if config.per is not None:
+        groups = column_groups(run, config.per)
 
     def spread(ids: pl.Series, size: int) -> list[int]:
-        return facility_location(embeddings(run, ids), size)
+        return facility_location(embeddings(parts, ids), size)
 
     selection = choose(scores, config, groups=groups, flags=flagged, spread=spread)
     kept = selection.kept.select("record_id", "rank")
@@ -128,6 +128,8 @@ def check_options(
     for target in targets:
         RecordWriter(target)
     _refuse_overwriting(targets, paths if scored else [name for path in paths for name in expand(path)])
+    if diverse is not None:
+        require("--diverse")
     for name in options.get("drop_flagged", ()):
         one_of("drop_flagged", name, FLAGS)
     if not scored:
@@ -144,6 +146,23 @@ def check_options(
         raise ScorerError("keep: --diverse says how many are kept, and --from of how many; leave --keep out")
     first = parse_keep("20%" if pool is None else pool)
     return SelectConfig(keep=parse_keep(diverse), pool=first, by=by or "ifd", lowest=bool(lowest), **options)
+
+
+def check_data(
+    data: Sequence[str], protocol: str, *, per: str | None = None, by: str | None = None, limit: int | None = None
+) -> None:
+    """Raise ScorerError where scores of `data` by `protocol` would have no values of `by`, or no record a column `per`.
+
+    Records are read until one has the column; standard input is left alone.
+    """
+    if by in ALONE and PROTOCOLS[protocol].alone is None:
+        raise ScorerError(f"by: the protocol {protocol} does not score the response alone, and so gives no {by}")
+    paths = [name for path in data for name in expand(path)]
+    if per is None or "-" in paths:
+        return
+    rows = (raw.value for raw in read_raw(paths, limit=limit))
+    if not any(isinstance(row, dict) and row.get(per) is not None for row in rows):
+        raise ScorerError(f"per: no record of {', '.join(paths)} has a value of '{per}'")
 
 
 def _write(

@@ -25,6 +25,7 @@ from scorer.encode import Encoder
 from scorer.models import ModelFiles, choose_device, find_model, load_tokenizer
 from scorer.progress import Progress, Silent
 from scorer.records import read_records
+from scorer.requirements import require
 from scorer.run import score
 from scorer.rundir import Run
 from scorer.scores import learning_table
@@ -104,6 +105,7 @@ def learn(
     float32 on a CPU, since LP is a small difference of perplexities. See `scorer.run.score` for the rest.
     """
     training, progress = training or Training(), progress or Silent()
+    require("lp")
     if "protocol" in options:
         raise ScorerError(f"LP is defined by the protocol {PROTOCOL}: leave protocol out")
     if str(options.get("engine")).startswith(SERVERS):

@@ -295,7 +295,9 @@ def _from_hub(name: str, revision: str | None, allow_pickle: bool, weights: bool
             raise ScorerError(login) from error
         raise _unknown(name, f"the hub failed ({one_line(error)})") from error
     except (OSError, errors.HTTPError) as error:  # type: ignore[attr-defined]  # of whichever HTTP client the hub's has
-        raise problem or _unknown(name, f"the hub cannot be reached ({one_line(error)})") from error
+        if problem is not None:
+            raise ScorerError(f"{problem}; the hub, which has the rest, cannot be reached") from error
+        raise _unknown(name, f"the hub cannot be reached ({one_line(error)})") from error
     _check_folder(path, allow_pickle, weights)
     return ModelFiles(name, path, path.name, None, "hub")
 

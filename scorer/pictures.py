@@ -19,7 +19,6 @@ import numpy.typing as npt
 
 from scorer.atomic import replacing, storage_error
 from scorer.places import remote
-from scorer.types import ScorerError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,11 +53,9 @@ STYLE: dict[str, Any] = {
 
 @contextmanager
 def style() -> Iterator[None]:
-    """The settings of every picture. Raises ScorerError where matplotlib is not installed."""
-    try:
-        from matplotlib import rc_context
-    except ImportError as error:
-        raise ScorerError(f"pictures need matplotlib: pip install 'ifd-scorer[report]' ({error})") from error
+    """The settings of every picture."""
+    from matplotlib import rc_context
+
     with rc_context(STYLE):  # type: ignore[arg-type]
         yield
 

@@ -17,6 +17,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, cast
 
+from scorer.requirements import require
 from scorer.types import EngineError, ScorerError
 
 SCHEME = "s3"
@@ -36,13 +37,11 @@ def place(where: str | Path) -> Path:
     bucket = rest.partition("/")[0]
     if not bucket or set("@*?[") & set(bucket) or "?" in rest:
         raise ScorerError("s3://: write s3://BUCKET/KEY; credentials and endpoint belong in the environment")
-    try:
-        from upath import UPath
+    require("s3://")
+    from upath import UPath
 
-        # Listings are not kept: other processes write here too.
-        return cast(Path, UPath(where.rstrip("/"), use_listings_cache=False))
-    except ImportError as error:
-        raise ScorerError(f"{where}: object storage needs s3fs: pip install 'ifd-scorer[s3]' ({error})") from error
+    # Listings are not kept: other processes write here too.
+    return cast(Path, UPath(where.rstrip("/"), use_listings_cache=False))
 
 
 def remote(where: Path) -> bool:

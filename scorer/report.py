@@ -18,11 +18,12 @@ import numpy.typing as npt
 import polars as pl
 
 from scorer import pictures
-from scorer.atomic import replacing
+from scorer.atomic import check_folder, check_writable, replacing
 from scorer.comparison import Pair, compare
 from scorer.export import select
 from scorer.page import details, digits, figure, page, section, table
 from scorer.places import absolute, place, remote
+from scorer.requirements import require
 from scorer.rundir import Run
 from scorer.samples import samples
 from scorer.scores import LEARNING
@@ -91,8 +92,10 @@ def report(
         raise ScorerError("report: name one run or more")
     if path.suffix.lower() not in (".html", ".htm"):
         raise ScorerError(f"{path}: a report is a web page; name it .html")
-    if not remote(path) and not path.parent.is_dir():
-        raise ScorerError(f"{path}: there is no folder {path.parent}; create it")
+    require("report")
+    check_writable(path)
+    if pictures_folder is not None and not remote(folder := place(pictures_folder)):
+        check_folder(folder)
     with pictures.style():
         selection = select(runs[0], keep=keep, by=by)
         paths = [run.path if isinstance(run, Run) else place(run) for run in runs]

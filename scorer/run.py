@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,12 +22,13 @@ from typing import TYPE_CHECKING, Any
 from scorer.atomic import replacing
 from scorer.background import Background
 from scorer.config import PROTOCOLS, SERVERS, ScoreConfig
-from scorer.engines import choose_engine, engine_versions, served_model
+from scorer.engines import check_engine, choose_engine, engine_versions, served_model
 from scorer.files import InputFile, count_records, inspect_input, read_raw, refuse_changed
 from scorer.models import ModelFiles, choose_device, choose_dtype, find_model, model_settings
 from scorer.places import absolute, exists, expand, fetched, place
 from scorer.progress import Progress, Silent
 from scorer.records import known_format
+from scorer.requirements import require
 from scorer.rundir import STDIN, Run
 from scorer.shards import ShardScorer, read_shards, refuse_faults, statuses
 from scorer.types import ScorerError
@@ -73,6 +75,10 @@ def score(
     """
     progress = progress or Silent()
     config = ScoreConfig.from_dict(options)
+    remote = config.engine.startswith(SERVERS)
+    if cluster is not None:
+        require("--ray")
+    check_engine(config)
     paths = [name for p in ([data] if isinstance(data, str | Path) else data) for name in expand(str(p))]
     if not paths:
         raise ScorerError("no data: name at least one file, or - for standard input")
@@ -84,15 +90,13 @@ def score(
         if sys.stdin is None:
             raise ScorerError("-: standard input is closed")
         paths = [_spool(Run(output), fresh) if p == "-" else p for p in paths]
+    if output is not None:
+        Run(output).check_usable()
     inputs = [inspect_input(p) for p in paths]
-    remote = config.engine.startswith(SERVERS)
-    files = find_model(
-        config.model,
-        revision=config.revision,
-        allow_pickle=config.allow_pickle,
-        weights=not remote,
-        report=progress.say,
-    )
+    counts = [] if output is not None and Run(output).begun else _count(paths, config)
+    if cluster is None and not remote:
+        choose_device(config.device)
+    files = _find(config, progress, elsewhere=cluster is not None)
     served = served_model(config.engine, files) if remote else None
     engine, why = choose_engine(config, files)
     config = choose(replace(config, engine=engine), files, served, elsewhere=cluster is not None)
@@ -126,13 +130,29 @@ def score(
             manifest |= {"state": "running", "identity": identity}
         else:
             run.clear()  # a manifest without shards, or shards that no manifest describes: nothing to continue
-            counts = _count(paths, config)
+            counts = counts or _count(paths, config)
             manifest = _manifest(config, identity, fingerprint, files, _inputs(inputs), counts) | {"server": served}
             run.write_manifest(manifest)
         what = f"{'http' if served else engine}{why and f': {why}'}; {config.dtype}; {manifest['device']}"
         progress.say(f"loading {files.name} ({what})")
         _score_missing(run, manifest, config, files, paths, cluster, strict, progress)
     return run
+
+
+def _find(config: ScoreConfig, progress: Progress, *, elsewhere: bool) -> ModelFiles:
+    """The model's files, without weights where a server has them.
+
+    The small files come first: they tell whether the model can run here, before weights are fetched from the hub.
+    """
+    find = partial(
+        find_model, config.model, revision=config.revision, allow_pickle=config.allow_pickle, report=progress.say
+    )
+    files = find(weights=False)
+    if config.engine.startswith(SERVERS):
+        return files
+    engine, _ = choose_engine(config, files)
+    choose(replace(config, engine=engine), files, elsewhere=elsewhere)
+    return find()
 
 
 def choose(

@@ -22,7 +22,7 @@ from typing import Any
 
 import polars as pl
 
-from scorer.atomic import remove_temporaries, replacing, storage_error
+from scorer.atomic import check_folder, remove_temporaries, replacing, storage_error
 from scorer.lock import locked
 from scorer.places import exists, fetched_all, listing, place, reaching, remote, remove
 from scorer.types import ScorerError
@@ -129,6 +129,13 @@ class Run:
             shutil.rmtree(self.path / EMBEDDINGS, ignore_errors=True)
         remove(reversed(self.shards()))
 
+    def check_usable(self) -> None:
+        """Raise ScorerError where the directory has files in it but is no run, or can't be written."""
+        if not exists(self.path / LOCK) and listing(self.path):
+            raise ScorerError(f"{self.path} is not a run directory, and not empty: choose another with -o")
+        if not remote(self.path):
+            check_folder(self.path)
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Make the directory, and be its only writer while the block runs.
@@ -136,9 +143,8 @@ class Run:
         Raises ScorerError where another process holds it, where the place can't be written, and where the directory
         has files in it but is no run.
         """
+        self.check_usable()
         lock = self.path / LOCK
-        if not exists(lock) and listing(self.path):
-            raise ScorerError(f"{self.path} is not a run directory, and not empty: choose another with -o")
         with ExitStack() as held:
             try:
                 if not remote(self.path):

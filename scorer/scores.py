@@ -28,6 +28,7 @@ SCHEMA = {
 }
 MEASURES = ("nll_conditioned", "nll_alone", "ppl_conditioned", "ppl_alone", "ifd", "ifd_loss")
 LEARNING = ("lp1", "lp1_approx")  # the measures of `learning_table`
+ALONE = ("alone_tokens", "nll_alone", "ppl_alone", "ifd", "ifd_loss")  # null under a protocol without that view
 CONDITIONED = ("prompt_tokens", "response_tokens", "nll_conditioned", "ppl_conditioned")
 
 

@@ -53,8 +53,8 @@ def column_groups(run: Run, column: str) -> pl.DataFrame:
     return pl.DataFrame({"record_id": ids, "group": values}, schema={"record_id": pl.Int64, "group": pl.String})
 
 
-def embeddings(run: Run, ids: pl.Series) -> npt.NDArray[np.float32]:
-    """The embeddings [len(ids), d] of the records `ids` (ascending); no others are held in memory.
+def embedding_parts(run: Run) -> list[Any]:
+    """The embeddings of all records, float32 [n, d] a part, mapped into memory.
 
     Raises ScorerError where the run has none, or not one of every record.
     """
@@ -65,11 +65,16 @@ def embeddings(run: Run, ids: pl.Series) -> npt.NDArray[np.float32]:
             parts.append(np.load(path, mmap_mode="r"))
         except (OSError, ValueError) as error:
             raise ScorerError(f"{path} can't be read: run `scorer cluster {run.path}` again ({error})") from error
-    ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
-    records = run.manifest["records"]
-    if not parts or ends[-1] != records:
-        held = f"holds {ends[-1]:,} of {records:,}" if parts else "has no"
+    count, records = sum(map(len, parts)), run.manifest["records"]
+    if not parts or count != records:
+        held = f"holds {count:,} of {records:,}" if parts else "has no"
         raise ScorerError(f"{run.path} {held} embeddings: run `scorer cluster {run.path}` first")
+    return parts
+
+
+def embeddings(parts: Sequence[Any], ids: pl.Series) -> npt.NDArray[np.float32]:
+    """The embeddings [len(ids), d] of the records `ids` (ascending); no others are held in memory."""
+    ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
     wanted = ids.to_numpy()
     bounds = np.searchsorted(wanted, np.concatenate([[0], ends]))
     rows = [

@@ -10,7 +10,6 @@ import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from transformers.utils import logging
 
 from scorer.atomic import storage_error
 from scorer.models import SMALL_FILES, ModelFiles, load_causal_lm
-from scorer.types import EngineError, ScorerError, TokenSequence
+from scorer.types import EngineError, TokenSequence
 
 IGNORED = -100  # the label that transformers' loss leaves out
 STATE = "trainer_state.json"  # what Trainer writes last of a checkpoint: without it the checkpoint is not whole
@@ -60,14 +59,11 @@ def train_to(
 
     Training goes on from the last whole checkpoint in `folder`. The loss is the mean over the target tokens of each
     effective batch. `advance` is told how many rows each step took. On CUDA with autocast to bfloat16, weights in
-    float32; on CPU all in float32. Raises ScorerError where accelerate is not installed, EngineError where memory or
-    disk is full.
+    float32; on CPU all in float32. Raises EngineError where memory or disk is full.
     """
     model_folder = folder / f"epoch-{epoch}"
     if model_folder.exists():
         return model_folder
-    if find_spec("accelerate") is None:
-        raise ScorerError("training needs accelerate: pip install 'ifd-scorer[learn]'")
     steps = math.ceil(len(rows) / plan.batch_size)
     try:
         checkpoint, step = _last_checkpoint(folder, most=epoch * steps)

@@ -18,9 +18,9 @@ from typing import Any, BinaryIO, Self, cast
 import polars as pl
 import zstandard
 
-from scorer.atomic import replacing
+from scorer.atomic import check_writable, replacing
 from scorer.files import first_line, is_array, known_suffix
-from scorer.places import is_folder, place, remote
+from scorer.places import place
 from scorer.types import ScorerError
 
 
@@ -35,10 +35,7 @@ class RecordWriter:
     def __init__(self, path: str | Path) -> None:
         self.path = place(path)
         self._suffix = known_suffix(self.path)
-        if not remote(self.path) and is_folder(self.path):
-            raise ScorerError(f"{path}: is a folder; name a file")
-        if not remote(self.path) and not is_folder(self.path.parent):
-            raise ScorerError(f"{path}: there is no folder {self.path.parent}; create it")
+        check_writable(self.path)
         self._files = contextlib.ExitStack()
         self._encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=_json_value).encode
         self._rows: list[Any] = []  # of Parquet

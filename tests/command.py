@@ -15,7 +15,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-import cli
+from scorer import commands
 from scorer.rundir import Run
 
 FORKS = multiprocessing.get_context("forkserver")
@@ -45,6 +45,11 @@ class Ended:
         assert "Traceback" not in self.err
         return self.err
 
+    def shown(self) -> str:
+        """Standard output of a process that did what it was asked to, and had nothing to say beside."""
+        assert (self.code, self.err) == (0, ""), self
+        return self.out
+
 
 @dataclass(frozen=True)
 class Running:
@@ -68,10 +73,11 @@ class Running:
 
 
 class Commands:
-    """Starts the command with the arguments given, in the folder `path`."""
+    """Starts the command with the arguments given, in the folder `path`, with `env` added to its environment."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, **env: str):
         self.path = path
+        self.env = env
         self.count = 0
 
     def start(self, *arguments: object, stdin: str = "") -> Running:
@@ -79,7 +85,7 @@ class Commands:
         stem = self.path / f".process-{self.count}"
         for suffix, content in ((".in", stdin), (".out", ""), (".err", "")):
             stem.with_suffix(suffix).write_text(content, encoding="utf-8")
-        process = FORKS.Process(target=_command, args=(list(map(str, arguments)), str(self.path), stem))
+        process = FORKS.Process(target=_command, args=(list(map(str, arguments)), str(self.path), self.env, stem))
         process.start()
         return Running(process, stem)
 
@@ -87,13 +93,14 @@ class Commands:
         return self.start(*arguments, stdin=stdin).end()
 
 
-def _command(arguments: list[str], folder: str, stem: Path) -> None:
+def _command(arguments: list[str], folder: str, env: dict[str, str], stem: Path) -> None:
     os.chdir(folder)
+    os.environ.update(env)
     for descriptor, suffix, flags in ((0, ".in", os.O_RDONLY), (1, ".out", os.O_WRONLY), (2, ".err", os.O_WRONLY)):
         os.dup2(os.open(stem.with_suffix(suffix), flags), descriptor)
     sys.stdin = open(0, encoding="utf-8")  # noqa: SIM115 (lives as long as the process)
     sys.argv = ["scorer", *arguments]
-    cli.main()
+    commands.main()
 
 
 def start(folder: Path, *arguments: object, **env: str) -> subprocess.Popen[str]:

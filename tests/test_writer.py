@@ -161,8 +161,8 @@ def test_error_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
 def test_outputs_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path, text in (
-        (tmp_path / "none" / "d.json", "no folder"),
-        (tmp_path / "file" / "d.json", "no folder"),
+        (tmp_path / "file" / "d.json", "file is a file, not a folder"),
+        (tmp_path / "file" / "none" / "d.json", "file is a file, not a folder"),
         (tmp_path / "d.csv", ".jsonl.zst"),
         (Path("/proc/d.json"), "/proc/d.json"),
     ):

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from scorer.config import SERVERS, ScoreConfig
 from scorer.models import ModelFiles, weight_bytes
+from scorer.requirements import VLLM
 from scorer.types import ScorerError, SpanNLL, TokenSequence
 
 # What a weak model is, in 16 bits; beyond it, vLLM is worth its start.
@@ -32,11 +33,24 @@ class Engine(Protocol):
         ...
 
 
+def check_engine(config: ScoreConfig) -> None:
+    """Raise ScorerError where the engine that is asked for is not installed: known before a model is fetched."""
+    if config.engine == "vllm" or (config.engine == "auto" and config.vllm_options()):
+        from scorer.engines.vllm import check_vllm
+
+        check_vllm()
+
+
 def choose_engine(config: ScoreConfig, files: ModelFiles) -> tuple[str, str]:
-    """The engine that is asked for; what `auto` means for this model, and why. ScorerError where none can run it."""
-    from scorer.engines.packed import why_not_packed
+    """The engine that is asked for; what `auto` means for this model, and why. ScorerError where none can run it.
+
+    Of a model whose weights are not here yet, the error alone is to be relied on: `auto` goes by their size.
+    """
+    from scorer.engines.packed import check_packable, why_not_packed
     from scorer.engines.vllm import vllm_version
 
+    if config.engine == "packed":
+        check_packable(files)
     if config.engine != "auto":
         return config.engine, ""
     if asked := config.vllm_options():
@@ -51,7 +65,7 @@ def choose_engine(config: ScoreConfig, files: ModelFiles) -> tuple[str, str]:
         return "vllm", f"the packed engine can't run it: {reason}" if reason else sized
     raise ScorerError(
         f"the packed engine can't run {files.name}: {reason}; "
-        "install vLLM (pip install 'ifd-scorer[vllm]'), or use --engine reference"
+        f"install vLLM (pip install {VLLM}), or use --engine reference"
     )
 
 

@@ -37,10 +37,7 @@ class PackedEngine:
 
     def __init__(self, config: ScoreConfig, files: ModelFiles):
         assert config.batch_tokens is not None
-        if reason := why_not_packed(files):
-            raise ScorerError(
-                f"the packed engine can't run {files.name}: {reason}; use --engine vllm, or --engine reference"
-            )
+        check_packable(files)
         self.batch_tokens = config.batch_tokens
         self.model = load_causal_lm(
             files,
@@ -129,6 +126,14 @@ class PackedEngine:
         """Wait for running batches, and free the model."""
         self.pool.shutdown(cancel_futures=True)
         del self.model, self.head
+
+
+def check_packable(files: ModelFiles) -> None:
+    """Raise ScorerError where the packed engine doesn't run this architecture exactly."""
+    if reason := why_not_packed(files):
+        raise ScorerError(
+            f"the packed engine can't run {files.name}: {reason}; use --engine vllm, or --engine reference"
+        )
 
 
 def why_not_packed(files: ModelFiles) -> str | None:

