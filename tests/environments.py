@@ -58,12 +58,13 @@ def closure(extras: Sequence[str]) -> set[str]:
 
 
 def build_wheel(folder: Path) -> Path:
-    """The wheel of this checkout, as `make wheel` builds it."""
+    """What `make wheel` builds of this checkout, in a copy of it."""
     source = folder / "source"
     shutil.copytree(ROOT, source, ignore=NOT_COPIED)
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir"]
-    subprocess.run([*command, str(folder / "dist"), str(source)], check=True, timeout=SECONDS)
-    (wheel,) = (folder / "dist").iterdir()
+    # pip's variable is the option's value, not its negation: setuptools is taken from here, and not downloaded.
+    env = os.environ | {"PIP_NO_BUILD_ISOLATION": "0"}
+    subprocess.run(["make", "wheel", f"PYTHON={sys.executable}"], check=True, timeout=SECONDS, cwd=source, env=env)
+    (wheel,) = (source / "dist").iterdir()
     return wheel
 
 
