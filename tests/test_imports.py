@@ -23,7 +23,7 @@ FLOORS = (
     "atomic files folders lock",
     "embedded pictures records rundir writer",
     "models samples sidecars",
-    "comparison export training engines.packed engines.reference engines.remote engines.vllm",
+    "comparison embedder export training engines.packed engines.reference engines.remote engines.vllm",
     "console embed report engines",
     "cluster shards",
     "workers",
