@@ -121,6 +121,20 @@ def cluster(rows: int, clusters: int, width: int, save: bool) -> None:
 
 @bench.command()
 @click.option("--data", type=click.Path(exists=True, dir_okay=False), default=str(EXAMPLES), help="A dataset.")
+@click.option("--rows", default=256, help="Rows to embed.")
+@click.option("--embedder", default="all-minilm-l6-v2", help="Any embedder that `scorer cluster` takes.")
+@click.option("--repeats", default=5, help="Rounds; medians are reported.")
+@click.option("--save", is_flag=True, help="Write the result under bench/results.")
+def embed(data: str, rows: int, embedder: str, repeats: int, save: bool) -> None:
+    """Embeddings of a dataset's rows, as `scorer cluster` makes them."""
+    from bench.embed import run
+    from bench.report import finish
+
+    finish("embed", run(data, rows, embedder, repeats), save)
+
+
+@bench.command()
+@click.option("--data", type=click.Path(exists=True, dir_okay=False), default=str(EXAMPLES), help="A dataset.")
 @click.option("--rows", default=300, help="Rows to learn from.")
 @click.option("--model", default="smollm2-135m", help="The weak model to fine-tune.")
 @click.option("--epochs", default=1, help="Epochs of training.")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from scorer.cluster import kmeans
-from scorer.embed import Matrix
+from scorer.embedder import Matrix
 
 ITERATIONS = 20
 PART_ROWS = 10_000

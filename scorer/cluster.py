@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from scorer.embed import EMBEDDER, MAX_TOKENS, Matrix, embed
+from scorer.embed import embed
+from scorer.embedder import EMBEDDER, MAX_TOKENS, EmbedderConfig, Matrix
 from scorer.files import refuse_changed
 from scorer.models import choose_device
 from scorer.progress import Progress, Silent
@@ -38,6 +39,8 @@ def cluster(
     iterations: int = 20,
     seed: int = 42,
     device: str = "auto",
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
     flags: bool = False,
     far_below: float = 0.1,
     duplicate_above: float = 0.98,
@@ -54,19 +57,19 @@ def cluster(
     Raises ScorerError where the run has no data or its data changed, and where there are fewer records than clusters.
     """
     require("cluster")
-    for name, value in (("clusters", clusters), ("min_mean_size", min_mean_size), ("iterations", iterations)):
+    counts = {"clusters": clusters, "min_mean_size": min_mean_size, "max_tokens": max_tokens, "iterations": iterations}
+    for name, value in counts.items():
         if value is not None and value < 1:
             raise ScorerError(f"{name}: {value} is below 1")
     run, progress = run if isinstance(run, Run) else Run(run), progress or Silent()
     run.require_disk("clustering")
     manifest = run.manifest
     _refuse_without_data(run, manifest)
-    options: dict[str, Any] = {"embedder": embedder, "max_tokens": max_tokens, "progress": progress}
     with run.locked():
         if fresh:
             shutil.rmtree(run.path / EMBEDDINGS, ignore_errors=True)
-        options["device"] = choose_device(device)
-        parts = embed(run, "part", **options)
+        config = EmbedderConfig(embedder, max_tokens, choose_device(device), allow_pickle, trust_remote_code)
+        parts = embed(run, "part", config, progress)
         filled = np.concatenate([np.asarray(part).any(axis=1) for part in parts])
         records = int(filled.sum())
         k = clusters or max(1, records // min_mean_size)
@@ -79,8 +82,8 @@ def cluster(
         table = table.sort("record_id")
         write_table(run.path / CLUSTERS, table)
         if flags:
-            pairs = zip(embed(run, "instruction", **options), embed(run, "response", **options), strict=True)
-            far = pl.concat([_far(one, two, far_below) for one, two in pairs])
+            instructions, responses = (embed(run, kind, config, progress) for kind in ("instruction", "response"))
+            far = pl.concat([_far(one, two, far_below) for one, two in zip(instructions, responses, strict=True)])
             copies = pl.Series(near_duplicates(parts, duplicate_above))
             write_table(run.path / FLAGS, ids.with_columns(far_from_instruction=far, near_duplicate=copies))
             progress.say(f"flags: {far.sum():,} far_from_instruction, {copies.sum():,} near_duplicate")

@@ -67,6 +67,9 @@ revision_option = click.option(
     "--revision", help="Revision of a Hugging Face model.  [default: what is cached, else its newest]"
 )
 pickle_option = click.option("--allow-pickle", is_flag=True, help="Load weights that may run code.  [default: no]")
+trust_option = click.option(
+    "--trust-remote-code", is_flag=True, help="Run code that comes with the model.  [default: no]"
+)
 
 
 def engine_options(command: Command) -> Command:
@@ -118,9 +121,7 @@ def model_options(command: Command) -> Command:
             ),
             click.option("--max-length", type=int, help="Tokens of prompt and response.  [default: the protocol's]"),
             click.option("--batch-tokens", type=int, help="Tokens in one batch.  [default: by engine and device]"),
-            click.option(
-                "--trust-remote-code", is_flag=True, help="Run code that comes with the model.  [default: no]"
-            ),
+            trust_option,
             pickle_option,
             click.option("--tensor-parallel-size", type=int, help="vllm: devices that share one model.  [default: 1]"),
             click.option("--quantization", help="vllm: a method of vLLM's.  [default: the model's own]"),
@@ -397,7 +398,9 @@ def lp(data: tuple[str, ...], output: str, runs: bool, fresh: bool, **options: A
 @click.option("--clusters", type=int, help="How many clusters.  [default: records / --min-mean-size]")
 @click.option("--min-mean-size", type=int, default=50, help="Records a cluster, on average, unless --clusters.")
 @click.option("--embedder", default="all-minilm-l6-v2", help="A sentence-transformers model: a name or a local folder.")
-@click.option("--max-tokens", type=int, default=256, help="Tokens of a text that are embedded.")
+@click.option("--max-tokens", type=int, default=256, help="Tokens of a text to embed, up to what the embedder takes.")
+@trust_option
+@pickle_option
 @click.option("--iterations", type=int, default=20, help="Of k-means.")
 @click.option("--seed", type=int, default=42, help="Of k-means.")
 @click.option("--device", type=click.Choice(DEVICES), default=DEFAULTS.device, help="auto: cuda if there is one.")

@@ -5,6 +5,7 @@ It does not know what is loaded, or from where.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,24 +14,38 @@ from scorer.types import ScorerError
 
 
 @contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the progress bars and the advice of transformers and sentence-transformers off standard error."""
+    from transformers.utils import logging as transformers_logging
+
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    sentences = logging.getLogger("sentence_transformers")
+    level = sentences.level
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    sentences.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+        sentences.setLevel(level)
+
+
+@contextmanager
 def loading(path: Path) -> Iterator[None]:
     """Turn what a library raises while it loads `path` into ScorerError; its progress bars and advice stay off."""
     import pickle
 
     from safetensors import SafetensorError
-    from transformers.utils import logging
 
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    faults = (AttributeError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError)
     try:
-        yield
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, pickle.UnpicklingError) as error:
+        with quiet():
+            yield
+    except (*faults, SafetensorError, pickle.UnpicklingError) as error:
         raise ScorerError(f"{path}: the model does not load: {one_line(error)}") from error
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def one_line(error: BaseException) -> str:

@@ -6,29 +6,31 @@ is run. torch, transformers and the hub's client are imported where they are use
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from scorer.config import DEVICES, DTYPES, one_of
 from scorer.embedded import EMBEDDED, Report, fetch_embedded, on_disk
+from scorer.folders import (
+    MODEL_FILES,
+    PICKLE_HELP,
+    PICKLED_WEIGHTS,
+    SMALL_FILES,
+    Wanted,
+    check_folder,
+    check_tokenizer,
+    digest,
+    pickled_only,
+    settings_of,
+)
 from scorer.loading import loading, one_line
 from scorer.types import ScorerError
 
 HUB_SECONDS = 5.0  # how long the hub may take to say whether it knows a name
-SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.py")  # of a model: all but its weights
-MODEL_FILES = (*SMALL_FILES, "*.safetensors")
-PICKLED_WEIGHTS = "pytorch_model*.bin*"  # the weights, and the index of sharded ones
-PICKLE_HELP = "which can run code when read; give --allow-pickle if you trust them"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-WHOLE_FILE_BYTES = 64 << 20  # up to this size a file counts into a folder's digest with all its bytes
-
-
 HUB_EXAMPLES: Mapping[str, str] = {  # of the families that the packed engine runs
     "gpt2": "124M, the paper's weak model",
     "gpt2-medium": "355M",
@@ -77,6 +79,7 @@ def find_model(
     revision: str | None = None,
     allow_pickle: bool = False,
     weights: bool = True,
+    embedder: bool = False,
     report: Report | None = None,
 ) -> ModelFiles:
     """The files of an embedded model, a local folder or a hub model, in that order, fetched if need be.
@@ -85,19 +88,24 @@ def find_model(
     wins over a hub model. A hub model that lies in the local hub cache is used as it is, without asking the hub.
     A folder's revision is `sha256:` and a digest of the names, sizes and contents of its files; of a file over 64 MiB
     the size, the first MiB and the last MiB count. Without `weights` a folder may lack them, and the hub's are not
-    fetched: for a model that is served elsewhere. Raises ScorerError, within seconds, if the name is none of these, if
-    there are weights in pickle format only and not `allow_pickle`, or if files are missing; see also `fetch_embedded`.
+    fetched: for a model that is served elsewhere. With `embedder` the model is one of sentence-transformers, whose
+    modules lie in folders of it; one without modules.json is refused, since nothing says how its tokens become a
+    sentence. Raises ScorerError, within seconds, if the name is none of these, if there are weights in pickle format
+    only and not `allow_pickle`, or if files are missing; see also `fetch_embedded`.
     """
     folder = Path(os.path.expanduser(name))
+    wanted = Wanted(allow_pickle, weights, embedder)
     if name not in EMBEDDED and not os.path.isdir(folder):
-        return _from_hub(name, revision, allow_pickle, weights, report)
+        return _from_hub(name, revision, wanted, report)
     if revision is not None:
         raise ScorerError(f"--revision is for models of the hub, and {name} is not one: leave it out")
     if name in EMBEDDED:
         model = EMBEDDED[name]
-        return ModelFiles(name, fetch_embedded(name, report), model.revision, model.document_token_id, "embedded")
-    _check_folder(folder, allow_pickle, weights)
-    return ModelFiles(name, folder.resolve(), _digest(folder), None, "directory")
+        path = fetch_embedded(name, report)
+        wanted.check(path)
+        return ModelFiles(name, path, model.revision, model.document_token_id, "embedded")
+    wanted.check(folder)
+    return ModelFiles(name, folder.resolve(), digest(folder, embedder), None, "directory")
 
 
 def model_table() -> list[ModelRow]:
@@ -149,12 +157,12 @@ def weight_bytes(files: ModelFiles) -> int:
 
 def model_settings(files: ModelFiles) -> dict[str, Any]:
     """The model's config.json. Raises ScorerError where it cannot be read, or holds anything but a JSON object."""
-    return _settings(files.path)
+    return settings_of(files.path)
 
 
 def load_tokenizer(files: ModelFiles, *, trust_remote_code: bool = False) -> Any:
     """The model's tokenizer (transformers). Raises ScorerError if it has none, or one that does not load."""
-    _check_tokenizer(files.path)
+    check_tokenizer(files.path)
     with loading(files.path):
         from transformers import AutoTokenizer
 
@@ -175,7 +183,7 @@ def load_causal_lm(
     Raises ScorerError if it does not load, or if its weights do not fill the whole network: transformers would fill in
     random ones.
     """
-    _check_folder(files.path, allow_pickle)
+    check_folder(files.path, allow_pickle)
     with loading(files.path):
         import torch
         from transformers import AutoModelForCausalLM
@@ -201,89 +209,40 @@ def _files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.is_file())
 
 
-def _check_tokenizer(folder: Path) -> None:
-    if not any((folder / file).is_file() for file in TOKENIZER_FILES):
-        raise ScorerError(f"{folder}: no tokenizer (looked for {', '.join(TOKENIZER_FILES)})")
-
-
-def _settings(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        settings = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:  # of ValueError: not JSON, not UTF-8
-        raise ScorerError(f"{path}: cannot be read ({one_line(error)}); copy the model again") from error
-    if not isinstance(settings, dict):
-        raise ScorerError(f"{path}: not a model's configuration, which is a JSON object; copy the model again")
-    return settings
-
-
-def _check_folder(folder: Path, allow_pickle: bool, weights: bool = True) -> None:
-    """Raise ScorerError unless `folder` holds a configuration and (unless not) all weights, in an allowed format."""
-    if not (folder / "config.json").is_file():
-        raise ScorerError(f"{folder}: no config.json there, so it is not a model's folder")
-    _settings(folder)
-    index = folder / "model.safetensors.index.json"
-    if not weights:
-        return
-    if index.is_file():
-        try:
-            shards = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ScorerError(f"{index}: not an index of weights; copy the model again") from error
-        if absent := sorted(s for s in shards if not (folder / s).is_file()):
-            raise ScorerError(f"{folder}: {len(absent)} weight files are missing, {absent[0]} the first")
-    elif not any(folder.glob("model*.safetensors")):
-        if not any(folder.glob(PICKLED_WEIGHTS)):
-            raise ScorerError(f"{folder}: no weights (model.safetensors) there")
-        if not allow_pickle:
-            raise ScorerError(f"{folder}: its weights are pickled (*.bin), {PICKLE_HELP}")
-
-
-def _digest(folder: Path) -> str:
-    total = hashlib.sha256()
-    for path in sorted({p for pattern in (*MODEL_FILES, PICKLED_WEIGHTS) for p in folder.glob(pattern)}):
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            if size <= WHOLE_FILE_BYTES:
-                content = hashlib.file_digest(file, "sha256").hexdigest()
-            else:
-                ends = hashlib.sha256(file.read(1 << 20))
-                file.seek(-(1 << 20), os.SEEK_END)
-                ends.update(file.read())
-                content = ends.hexdigest()
-        total.update(f"{path.name}\0{size}\0{content}\n".encode())
-    return f"sha256:{total.hexdigest()}"
-
-
-def _in_hub_cache(name: str, revision: str | None) -> Path | None:
+def _in_hub_cache(name: str, revision: str | None, file: str = "config.json") -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
-    config = try_to_load_from_cache(name, "config.json", revision=revision)
-    return Path(config).parent if isinstance(config, str) else None
+    found = try_to_load_from_cache(name, file, revision=revision)
+    return Path(found).parent if isinstance(found, str) else None
 
 
-def _from_hub(name: str, revision: str | None, allow_pickle: bool, weights: bool, report: Report | None) -> ModelFiles:
+def _from_hub(name: str, revision: str | None, wanted: Wanted, report: Report | None) -> ModelFiles:
     from huggingface_hub import HfApi, errors, snapshot_download
 
     login = f"model '{name}': accept its licence at https://huggingface.co/{name}, then run `hf auth login`"
     problem: ScorerError | None = None  # with what of it lies in the cache
     try:
-        if path := _in_hub_cache(name, revision):
+        if path := _in_hub_cache(name, revision, "modules.json" if wanted.embedder else "config.json"):
             try:
-                _check_folder(path, allow_pickle, weights)
-                _check_tokenizer(path)
+                wanted.check(path)
+                if not wanted.embedder:
+                    check_tokenizer(path)
                 return ModelFiles(name, path, path.name, None, "hub")
             except ScorerError as error:  # such as a part that another program needed: the hub has the rest
                 problem = error
         info = HfApi().model_info(name, revision=revision, timeout=HUB_SECONDS)
-        pickled = not any(file.rfilename.endswith(".safetensors") for file in info.siblings or ())
-        if weights and pickled and not allow_pickle:
+        files = [PurePosixPath(file.rfilename) for file in info.siblings or ()]
+        if wanted.embedder and PurePosixPath("modules.json") not in files:
+            raise ScorerError(f"model '{name}': not a sentence-transformers model, which has a modules.json")
+        pickled = pickled_only(files if wanted.embedder else [file for file in files if len(file.parts) == 1])
+        if wanted.weights and pickled and not wanted.allow_pickle:
             raise ScorerError(f"model '{name}': its weights are pickled (*.bin), {PICKLE_HELP}")
         if report:
             report(f"fetching {name} from the hub")
-        patterns = [*MODEL_FILES, *([PICKLED_WEIGHTS] if pickled else [])] if weights else [*SMALL_FILES]
-        # in sub-folders lie other formats of the same weights
-        path = Path(snapshot_download(name, revision=info.sha, allow_patterns=patterns, ignore_patterns=["*/*"]))
+        patterns = [*MODEL_FILES, *([PICKLED_WEIGHTS] if pickled else [])] if wanted.weights else [*SMALL_FILES]
+        # in folders lie an embedder's modules; of other models, other formats of the same weights
+        left = None if wanted.embedder else ["*/*"]
+        path = Path(snapshot_download(name, revision=info.sha, allow_patterns=patterns, ignore_patterns=left))
     except errors.GatedRepoError as error:
         raise ScorerError(login) from error
     except errors.RevisionNotFoundError as error:
@@ -298,7 +257,7 @@ def _from_hub(name: str, revision: str | None, allow_pickle: bool, weights: bool
         if problem is not None:
             raise ScorerError(f"{problem}; the hub, which has the rest, cannot be reached") from error
         raise _unknown(name, f"the hub cannot be reached ({one_line(error)})") from error
-    _check_folder(path, allow_pickle, weights)
+    wanted.check(path)
     return ModelFiles(name, path, path.name, None, "hub")
 
 

@@ -19,7 +19,8 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
 
 from scorer.atomic import storage_error
-from scorer.models import SMALL_FILES, ModelFiles, load_causal_lm
+from scorer.folders import SMALL_FILES
+from scorer.models import ModelFiles, load_causal_lm
 from scorer.types import EngineError, TokenSequence
 
 IGNORED = -100  # the label that transformers' loss leaves out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,17 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from scorer import embed
 from scorer.cluster import BLOCK_ROWS, cluster, kmeans, near_duplicates
-from scorer.embed import Embedder
+from scorer.embedder import Embedder, EmbedderConfig
 from scorer.models import ModelFiles, find_model
 from scorer.run import score
 from scorer.rundir import Run
 from scorer.types import ScorerError
-from tests.command import Commands
+from tests.command import Commands, end, start
 
 Write = Callable[..., Path]
 
@@ -60,7 +63,7 @@ def parts(run: Run, kind: str = "part") -> np.ndarray[Any, Any]:
 
 
 def test_embeddings_are_those_of_sentence_transformers(minilm: ModelFiles) -> None:
-    embedder = Embedder(minilm, "cpu")
+    embedder = Embedder(minilm, EmbedderConfig())
     found = embedder.embed(list(KNOWN))
     assert found.dtype == np.float32
     assert found.shape == (5, 384)
@@ -69,7 +72,6 @@ def test_embeddings_are_those_of_sentence_transformers(minilm: ModelFiles) -> No
     for i, text in enumerate(KNOWN):  # what else is in the batch does not matter
         np.testing.assert_allclose(embedder.embed([text])[0], found[i], atol=1e-6)
     assert not embedder.embed(["", "a", ""])[[0, 2]].any()
-    embedder.close()
 
 
 def test_clusters_by_topic_and_flags(scored: Run) -> None:
@@ -127,6 +129,11 @@ def test_whole_parts_are_kept_and_the_rest_made(scored: Run, monkeypatch: pytest
     assert not list(folder.glob(".*"))
     with pytest.raises(ScorerError, match="embeddings of other max_tokens: use --fresh"):
         cluster(scored, clusters=3, max_tokens=8, device="cpu")
+    kept = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(kept | {"format": 1}))  # of a version with its own pooling
+    with pytest.raises(ScorerError, match="embeddings of other format: use --fresh"):
+        cluster(scored, clusters=3, device="cpu")
+    (folder / "manifest.json").write_text(json.dumps(kept))
     monkeypatch.undo()
     assert "embeddings of other part_rows" in command("cluster", scored.path, "--clusters", 3).line()
     command("cluster", scored.path, "--clusters", 3, "--fresh").done()
@@ -141,17 +148,27 @@ def test_changed_data_is_refused(scored: Run) -> None:
         cluster(scored, device="cpu")
 
 
-def test_another_kind_of_embedder_is_refused(scored: Run, minilm: ModelFiles, tmp_path: Path) -> None:
-    folder = tmp_path / "embedder"
-    folder.mkdir()
-    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "modules.json"):
-        (folder / name).symlink_to(minilm.path / name)
-    with pytest.raises(ScorerError, match="not a sentence-transformers model"):
-        cluster(scored, embedder=str(folder), device="cpu", fresh=True)
-    (folder / "1_Pooling").mkdir()
-    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_max_tokens": true}')
-    with pytest.raises(ScorerError, match="only mean and CLS pooling are supported, not pooling_mode_max_tokens"):
-        cluster(scored, embedder=str(folder), device="cpu", fresh=True)
+def test_options_of_the_embedder_reach_it(scored: Run, minilm: ModelFiles, tmp_path: Path) -> None:
+    command = Commands(scored.path.parent)
+    folder = Path(shutil.copytree(minilm.path, tmp_path / "embedder"))
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    arguments = ("cluster", scored.path, "--clusters", 2, "--embedder", folder)
+    assert "its weights are pickled" in command(*arguments).line()
+    said = command(*arguments, "--allow-pickle").done()
+    assert not set(said.split("\n")[0]) & set("%│█")  # no bar of another program's
+    expected = parts(scored)
+    kept = json.loads((scored.path / "embeddings" / "manifest.json").read_text())
+    assert kept["prompt"] is None
+    modules = json.loads((folder / "modules.json").read_text())
+    modules[2]["type"] = "own.Normalize"
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "own.py").write_text("from sentence_transformers.sentence_transformer.modules import Normalize\n")
+    ended = command(*arguments, "--allow-pickle", "--fresh")
+    assert (ended.code, "give --trust-remote-code" in ended.err) == (2, True)
+    options = (*arguments, "--allow-pickle", "--fresh", "--trust-remote-code")
+    end(start(tmp_path, *options, HF_MODULES_CACHE=str(tmp_path / "modules"))).done()
+    np.testing.assert_allclose(parts(scored), expected, atol=1e-6)
 
 
 def test_kmeans_ends_where_each_row_is_nearest_its_own_mean() -> None:

@@ -1,0 +1,56 @@
+"""Embedding of texts, as `scorer cluster` does it: rows and tokens a second.
+
+Correctness first: the embeddings have to be those of sentence-transformers, one text at a time.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scorer.embed import TEXTS
+from scorer.embedder import Embedder, EmbedderConfig
+from scorer.models import choose_device, find_model
+from scorer.records import read_records
+
+CHECKED = 20  # rows
+ERROR = 1e-5
+
+
+def run(data: str, rows: int, embedder: str, repeats: int) -> dict[str, Any]:
+    """The result as a JSON value; its rates are medians of `repeats` rounds."""
+    texts = [TEXTS["part"](record) for record in read_records([data], limit=rows)]
+    config = EmbedderConfig(embedder, device=choose_device("auto"))
+    model = Embedder(find_model(embedder, embedder=True), config)
+    error = _error(model, [text for text in texts if text][:CHECKED])
+    if error > ERROR:
+        raise SystemExit(f"a row differs by {error:.1e} from the one that sentence-transformers gives for its text")
+    seconds, cpu_seconds, tokens = [], [], model.tokens
+    for _ in range(repeats):
+        began, used = time.monotonic(), time.process_time()
+        model.embed(texts)
+        seconds.append(time.monotonic() - began)
+        cpu_seconds.append(time.process_time() - used)
+    median = statistics.median(seconds)
+    return {
+        "data": Path(data).name,
+        "rows": len(texts),
+        "tokens": (tokens := (model.tokens - tokens) // repeats),
+        "embedder": Path(embedder).name,
+        "sentence_transformers": version("sentence-transformers"),
+        "seconds": [round(value, 2) for value in seconds],
+        "cpu_seconds": [round(value, 2) for value in cpu_seconds],  # of all threads
+        "rows_per_second": round(len(texts) / median, 1),
+        "tokens_per_second": round(tokens / median),
+        "largest_error": error,
+    }
+
+
+def _error(model: Embedder, texts: list[str]) -> float:
+    own = [model.model.encode(text, normalize_embeddings=True, show_progress_bar=False) for text in texts]
+    return float(np.abs(model.embed(texts) - np.stack(own)).max())
