@@ -8,8 +8,14 @@ demo: .venv/demo.stamp
 	$(BIN)/scorer filter examples/alpaca.json examples/conversations.jsonl examples/sharegpt.jsonl \
 		--output demo/best.jsonl --run demo/run --keep 10% --with-scores --rejected demo/rejected.jsonl
 
+# Two tests at a time, those of one file after each other: they wait for servers and processes as much as they compute.
+# PYTEST: more options, as in `make test PYTEST=--durations=20`.
 test: .venv/test.stamp browser
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(PYTEST)
+
+# All that needs no server, no cluster and no vLLM, and takes no minute by itself.
+test-fast: .venv/test.stamp browser
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "not slow" $(PYTEST)
 
 # The report is opened in a real browser.
 browser:
@@ -57,4 +63,4 @@ wheel:
 clean:
 	rm -rf .venv demo build dist *.egg-info
 
-.PHONY: demo test browser lint wheel gpu clean
+.PHONY: demo test test-fast browser lint wheel gpu clean

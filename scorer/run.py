@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 Wrote = Callable[[int, float, str], None]  # told of each shard on disk: its tokens, its seconds, and who scored it
 
 MANIFEST_SECONDS = 1.0  # between two writings: a store takes longer for one than a GPU for a shard
+UNKNOWN = "unknown"  # in `shards_by`: who scored the shards that nobody lived to count
 FORMAT = 1  # raised whenever the meaning of a shard changes, so that an older run is not continued
 # What may change between two parts of one run: how much is computed at once and on what, and where a model of one
 # revision lies.
@@ -322,6 +323,9 @@ def _score_missing(
             raise
     refuse_changed(manifest["inputs"])
     status = run.collect(lambda table: table.group_by("status").len().sort("len", "status", descending=[True, False]))
+    # Between a shard and the line that counts it a worker may be killed, and between two manifests this process.
+    if (uncounted := len(run.shards()) - sum(manifest["shards_by"].values())) > 0:
+        manifest["shards_by"][UNKNOWN] = manifest["shards_by"].get(UNKNOWN, 0) + uncounted
     run.write_manifest(manifest | {"state": "complete", "status": dict(status.iter_rows())})
 
 

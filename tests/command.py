@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -21,7 +22,7 @@ from scorer.rundir import Run
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["tests.preload"])
 CONSOLE_SCRIPT = Path(sys.executable).with_name("scorer")
-SECONDS = 300.0  # more than any process here takes
+SECONDS = 600.0  # ten times what any process here takes on a busy machine
 
 
 @dataclass(frozen=True)
@@ -67,35 +68,34 @@ class Running:
         out, err = (self.stem.with_suffix(suffix).read_text() for suffix in (".out", ".err"))
         return Ended(self.process.exitcode, out, err)
 
-    def kill(self) -> Ended:
-        self.process.kill()
+    def kill(self, number: signal.Signals = signal.SIGKILL) -> Ended:
+        os.kill(self.pid, number)
         return self.end()
 
 
 class Commands:
-    """Starts the command with the arguments given, in the folder `path`, with `env` added to its environment."""
+    """Starts the command with the arguments given, in the folder `path`, with `env` added to the environment."""
 
-    def __init__(self, path: Path, **env: str):
+    def __init__(self, path: Path):
         self.path = path
-        self.env = env
         self.count = 0
 
-    def start(self, *arguments: object, stdin: str = "") -> Running:
+    def start(self, *arguments: object, stdin: str = "", **env: str) -> Running:
         self.count += 1
         stem = self.path / f".process-{self.count}"
         for suffix, content in ((".in", stdin), (".out", ""), (".err", "")):
             stem.with_suffix(suffix).write_text(content, encoding="utf-8")
-        process = FORKS.Process(target=_command, args=(list(map(str, arguments)), str(self.path), self.env, stem))
+        process = FORKS.Process(target=_command, args=(list(map(str, arguments)), str(self.path), stem, env))
         process.start()
         return Running(process, stem)
 
-    def __call__(self, *arguments: object, stdin: str = "") -> Ended:
-        return self.start(*arguments, stdin=stdin).end()
+    def __call__(self, *arguments: object, stdin: str = "", **env: str) -> Ended:
+        return self.start(*arguments, stdin=stdin, **env).end()
 
 
-def _command(arguments: list[str], folder: str, env: dict[str, str], stem: Path) -> None:
-    os.chdir(folder)
+def _command(arguments: list[str], folder: str, stem: Path, env: dict[str, str]) -> None:
     os.environ.update(env)
+    os.chdir(folder)
     for descriptor, suffix, flags in ((0, ".in", os.O_RDONLY), (1, ".out", os.O_WRONLY), (2, ".err", os.O_WRONLY)):
         os.dup2(os.open(stem.with_suffix(suffix), flags), descriptor)
     sys.stdin = open(0, encoding="utf-8")  # noqa: SIM115 (lives as long as the process)
@@ -104,7 +104,7 @@ def _command(arguments: list[str], folder: str, env: dict[str, str], stem: Path)
 
 
 def start(folder: Path, *arguments: object, **env: str) -> subprocess.Popen[str]:
-    """The installed command, as a shell starts it, with `env` added to the environment: what a fork can't be given."""
+    """The installed command, as a shell starts it: with `env` in its environment before anything is imported."""
     return subprocess.Popen(
         [CONSOLE_SCRIPT, *map(str, arguments)],
         cwd=folder,
@@ -128,7 +128,7 @@ def wait(condition: Callable[[], Any]) -> None:
     end = time.monotonic() + SECONDS
     while not condition():
         assert time.monotonic() < end, "it never came"
-        time.sleep(0.001)
+        time.sleep(0.01)  # what is waited for needs the cores
 
 
 def shards(run: Path) -> int:

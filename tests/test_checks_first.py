@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from scorer.models import ModelFiles
-from tests.command import Commands, alpaca, end, start
+from tests.command import Commands, Ended, alpaca, end, start
 from tests.runs import make_run
 
 RUN = ("-o", "run")
@@ -41,18 +42,18 @@ FAULTS: dict[str, tuple[tuple[str, ...], str]] = {
 
 
 @pytest.fixture
-def command(tmp_path: Path) -> Commands:
+def command(tmp_path: Path) -> Callable[..., Ended]:
     """The command with the default model, which is not in the cache and can't be fetched."""
     (tmp_path / "data.json").write_text(json.dumps(alpaca(3)))
     (tmp_path / "odd.jsonl").write_text('{"frage": "a", "antwort": "b"}\n')
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("")
-    return Commands(tmp_path, SCORER_CACHE=str(tmp_path / "cache"), PIP_NO_INDEX="1")
+    return partial(Commands(tmp_path), SCORER_CACHE=str(tmp_path / "cache"), PIP_NO_INDEX="1")
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_before_a_model_is_fetched(command: Commands, tmp_path: Path, fault: str) -> None:
+def test_before_a_model_is_fetched(command: Callable[..., Ended], tmp_path: Path, fault: str) -> None:
     arguments, words = FAULTS[fault]
     assert words in command(*arguments).line()
     assert not (tmp_path / "cache").exists()
@@ -60,7 +61,7 @@ def test_before_a_model_is_fetched(command: Commands, tmp_path: Path, fault: str
     assert not (tmp_path / "a.jsonl.run").exists()
 
 
-def test_a_command_without_fault_would_have_fetched_it(command: Commands) -> None:
+def test_a_command_without_fault_would_have_fetched_it(command: Callable[..., Ended]) -> None:
     """Without this the test above could not fail."""
     ended = command("score", "data.json", *RUN)
     assert "fetching smollm2-135m" in ended.err
@@ -88,7 +89,7 @@ def test_a_hub_model_that_cannot_run_is_refused_before_its_weights_are_fetched(
     assert "the packed engine can't run someone/large: its architecture is gpt_neox" in line
 
 
-def test_before_a_page_is_made(command: Commands, tmp_path: Path) -> None:
+def test_before_a_page_is_made(command: Callable[..., Ended], tmp_path: Path) -> None:
     make_run(tmp_path / "run", alpaca(4), ifd=[0.1, 0.2, 0.3, 0.4])
     for arguments in (
         ("report", "run", "-o", "data.json/r.html"),
@@ -101,7 +102,9 @@ def test_before_a_page_is_made(command: Commands, tmp_path: Path) -> None:
     assert "'language'" in command("select", "run", "-o", "a.jsonl", "--per", "language").line()
 
 
-def test_folders_of_outputs_are_made(command: Commands, tiny: Callable[[str], ModelFiles], tmp_path: Path) -> None:
+def test_folders_of_outputs_are_made(
+    command: Callable[..., Ended], tiny: Callable[[str], ModelFiles], tmp_path: Path
+) -> None:
     given = ("--model", tiny("gpt2").path, "--device", "cpu", "--keep", "100%", "--no-max-ifd")
     command("filter", "data.json", *given, "-o", "a/b/best.jsonl", "--rejected", "c/rejected.jsonl").done()
     run = "a/b/best.jsonl.run"

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import pickle
 import shutil
 import signal
 import socket
-import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import polars as pl
-import psutil
 import pytest
-from polars.testing import assert_frame_equal
+from ray.cluster_utils import Cluster as Nodes
 
 from scorer.config import ScoreConfig
 from scorer.distributed import Cluster, Plan, plan
@@ -24,8 +20,8 @@ from scorer.models import ModelFiles
 from scorer.rundir import Run
 from scorer.types import ScorerError
 from scorer.workers import Reader
-from tests import command
-from tests.command import alpaca, shards, start, wait
+from tests.command import Commands, alpaca, shards, start, wait
+from tests.nodes import all_workers, end, kill_a_worker_in_the_middle, same, started, workers
 
 Tiny = Callable[[str], ModelFiles]
 
@@ -74,61 +70,47 @@ def test_more_than_the_cluster_has_is_refused(cluster: Cluster, nodes: list[dict
         plan(cluster, nodes)
 
 
-def end(process: subprocess.Popen[str], code: int = 0) -> str:
-    """Standard error of a process that ended with `code`; Ray may have said something before our line."""
-    ended = command.end(process)
-    assert ended.code == code, f"{ended.code}: {ended.err[-1500:]}"
-    assert "Traceback" not in ended.err
-    return ended.err
-
-
-def workers(pid: int) -> list[psutil.Process]:
-    """The workers that run below the process `pid`: of a driver that has started Ray itself, or of a node."""
-    found = []
-    for process in psutil.Process(pid).children(recursive=True):
-        with contextlib.suppress(psutil.Error):  # it ended meanwhile
-            name = " ".join(process.cmdline())
-            if "MapWorker(MapBatches(Worker))" in name and "__init__" not in name:
-                found.append(process)
-    return found
-
-
-def both_write(run: Path) -> bool:
-    return shards(run) > 1 and len(Run(run).manifest["shards_by"]) == 2
-
-
-def same(run: Path, expected: pl.DataFrame) -> None:
-    assert_frame_equal(Run(run).scores(), expected, rel_tol=1e-5, abs_tol=0.0)
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Nodes]:
+    """A cluster of two CPUs, for the tests that need no Ray of their own."""
+    with started(num_cpus=2) as cluster:
+        yield cluster
 
 
 @pytest.fixture
 def arguments(tiny: Tiny, tmp_path: Path) -> list[object]:
-    rows = alpaca(1801)
+    rows = alpaca(901, words=10)
     rows[3]["output"], rows[7]["output"], rows[31]["output"] = " ", "y", 7
     (tmp_path / "data.json").write_text(json.dumps(rows))
     return ["data.json", "--model", tiny("gpt2").path, "--device", "cpu", "--dtype", "float32", "--shard-rows", 3]
 
 
-def test_two_workers_give_the_local_table_and_survive_a_death(arguments: list[object], tmp_path: Path) -> None:
-    end(start(tmp_path, "score", *arguments, "-o", "local"))
+@pytest.fixture
+def command(tmp_path: Path) -> Commands:
+    return Commands(tmp_path)
+
+
+@pytest.mark.slow
+def test_two_workers_give_the_local_table_and_survive_a_death(
+    command: Commands, arguments: list[object], tmp_path: Path
+) -> None:
+    command("score", *arguments, "-o", "local").done()
     expected = Run(tmp_path / "local").scores()
-    assert Run(tmp_path / "local").manifest["shards_by"] == {"this process": 601}
+    assert Run(tmp_path / "local").manifest["shards_by"] == {"this process": 301}
 
     running = start(tmp_path, "score", *arguments, "-o", "spread", "--ray", "local", "--workers", 2)
-    wait(lambda: both_write(tmp_path / "spread"))
-    both = workers(running.pid)
-    assert len(both) == 2
-    both[0].kill()
-    assert shards(tmp_path / "spread") < 601
+    kill_a_worker_in_the_middle(tmp_path / "spread")
+    assert shards(tmp_path / "spread") < 301
     end(running)
     same(tmp_path / "spread", expected)
     manifest = Run(tmp_path / "spread").manifest
-    assert sum(manifest["shards_by"].values()) == 601
+    assert sum(manifest["shards_by"].values()) == 301
     assert len(manifest["shards_by"]) >= 2
-    assert max(manifest["shards_by"].values()) < 601
+    assert max(manifest["shards_by"].values()) < 301
 
 
-def test_bad_clusters_are_one_line(arguments: list[object], tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_bad_clusters_are_one_line(nodes: Nodes, command: Commands, arguments: list[object]) -> None:
     with socket.create_server(("127.0.0.1", 0), backlog=50) as silent:  # it listens, and never answers
         port = silent.getsockname()[1]
         cases = {
@@ -136,40 +118,40 @@ def test_bad_clusters_are_one_line(arguments: list[object], tmp_path: Path) -> N
             ("--ray", f"127.0.0.1:{port}"): f"--ray 127.0.0.1:{port}: ",
             ("--ray", "a..b:6379"): "--ray a..b:6379: no Ray there",
             ("--ray", "ray://127.0.0.1:10001"): "--ray ray://127.0.0.1:10001: Ray Data does not run through",
-            ("--ray", "local", "--gpus-per-worker", 64): "the cluster has 0 GPUs",
+            ("--ray", "auto"): "--ray auto (RAY_ADDRESS is 127.0.0.1:1): no Ray there",
+            ("--ray", nodes.address, "--gpus-per-worker", 64): "the cluster has 0 GPUs",
             ("--ray", "local", "--gpus-per-worker", 1.5): "neither a share of one GPU nor whole GPUs",
             ("--workers", 2): "for --ray",
             ("--ray", "local", "--workers", 0): "neither auto nor a whole number",
         }
-        began = time.monotonic()
-        started = {
-            words: start(tmp_path, "score", *arguments, "-o", f"bad-{i}", *options)
+        began = {
+            words: command.start("score", *arguments, "-o", f"bad-{i}", *options, RAY_ADDRESS="127.0.0.1:1")
             for i, (options, words) in enumerate(cases.items())
         }
-        for words, process in started.items():
+        for words, process in began.items():
             assert words in end(process, code=2).splitlines()[-1]
-        assert time.monotonic() - began < 90  # eight at once: it is 30 for one
 
 
-def test_auto_looks_where_the_environment_says(arguments: list[object], tmp_path: Path) -> None:
-    err = end(start(tmp_path, "score", *arguments, "-o", "bad", "--ray", "auto", RAY_ADDRESS="127.0.0.1:1"), code=2)
-    assert "--ray auto (RAY_ADDRESS is 127.0.0.1:1): no Ray there" in err.splitlines()[-1]
-
-
-def test_an_engine_that_cannot_be_opened_ends_the_run_as_it_does_locally(tiny: Tiny, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_an_engine_that_cannot_be_opened_ends_the_run_as_it_does_locally(
+    nodes: Nodes, command: Commands, tiny: Tiny, tmp_path: Path
+) -> None:
     shutil.copytree(tiny("gpt2").path, tmp_path / "model")
     (tmp_path / "data.json").write_text(json.dumps(alpaca(20)))
     weights = tmp_path / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     whole = ("score", "data.json", "--model", "model", "--device", "cpu", "--shard-rows", 5)
-    local = end(start(tmp_path, *whole, "-o", "local"), code=2).splitlines()[-1]
+    both = [command.start(*whole, "-o", "local"), command.start(*whole, "-o", "run", "--ray", nodes.address)]
+    local, spread = (end(process, code=2).splitlines()[-1] for process in both)
     assert "the model does not load" in local
-    spread = end(start(tmp_path, *whole, "-o", "run", "--ray", "local"), code=2).splitlines()[-1]
     assert spread == local
 
 
-def test_an_input_that_goes_away_is_named(arguments: list[object], tmp_path: Path) -> None:
-    running = start(tmp_path, "score", *arguments, "-o", "run", "--ray", "local")
+@pytest.mark.slow
+def test_an_input_that_goes_away_is_named(
+    nodes: Nodes, command: Commands, arguments: list[object], tmp_path: Path
+) -> None:
+    running = command.start("score", *arguments, "-o", "run", "--ray", nodes.address)
     wait(lambda: (tmp_path / "run" / "manifest.json").exists())
     (tmp_path / "data.json").unlink()  # counted, and not yet read: Ray starts for seconds
     assert "data.json" in end(running, code=2).splitlines()[-1]
@@ -185,12 +167,15 @@ def test_another_copy_on_a_node_is_refused(tmp_path: Path) -> None:
         assert (row["index"] == [0] and len(found) == 3) if words is None else words in str(found)
 
 
-def test_a_worker_that_always_dies_ends_the_run(arguments: list[object], tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_worker_that_always_dies_ends_the_run(
+    nodes: Nodes, command: Commands, arguments: list[object], tmp_path: Path
+) -> None:
     """As where the system kills it each time that it has loaded the model, for want of memory."""
-    running = start(tmp_path, "score", *arguments, "-o", "run", "--ray", "local", "--workers", 1)
+    running = command.start("score", *arguments, "-o", "run", "--ray", nodes.address, "--workers", 1)
     killed = 0
-    while running.poll() is None:
-        for process in workers(running.pid):
+    while running.process.exitcode is None:
+        for process in all_workers(nodes):
             process.kill()
             killed += 1
         time.sleep(0.05)
@@ -200,18 +185,23 @@ def test_a_worker_that_always_dies_ends_the_run(arguments: list[object], tmp_pat
     assert shards(tmp_path / "run") == 0
 
 
-def test_a_pass_that_breaks_off_leaves_its_workers_room_to_the_next(arguments: list[object], tmp_path: Path) -> None:
-    running = start(tmp_path, "score", *arguments, "-o", "run", "--ray", "local", "--workers", 1, "--limit", 601)
+@pytest.mark.slow
+def test_a_pass_that_breaks_off_leaves_its_workers_room_to_the_next(
+    nodes: Nodes, command: Commands, arguments: list[object], tmp_path: Path
+) -> None:
+    limit = ("--workers", 1, "--limit", 301)
+    running = command.start("score", *arguments, "-o", "run", "--ray", nodes.address, *limit)
     for _ in range(3):  # more shards die with them than one pass bears
         before = shards(tmp_path / "run")
         wait(lambda before=before: shards(tmp_path / "run") > before + 5)
-        (worker,) = workers(running.pid)
+        (worker,) = all_workers(nodes)
         worker.kill()
     err = end(running)
     assert "workers died; going on with" in err
     assert "no shard for" not in err
 
 
+@pytest.mark.slow
 def test_control_c_is_heard_where_no_shard_comes(arguments: list[object], tmp_path: Path) -> None:
     running = start(tmp_path, "score", *arguments, "-o", "run", "--ray", "local", "--workers", 1)
     wait(lambda: workers(running.pid))

@@ -11,11 +11,12 @@ import pytest
 
 pytest.importorskip("triton")
 
+pytestmark = pytest.mark.slow
 TESTS = Path(__file__).with_name("kernels_interpreted.py")
 
 
 def test_interpreted_kernels() -> None:
     command = [sys.executable, "-m", "pytest", "--noconftest", "-p", "no:cacheprovider", "--color=no", str(TESTS)]
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(TESTS.parents[1] / "kernels")}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr

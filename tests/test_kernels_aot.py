@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
 KERNELS = Path(__file__).parents[1] / "kernels"
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 
@@ -35,7 +36,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[st
     processes = {chip: start(chip, str(tmp_path_factory.mktemp(f"sm_{chip}"))) for chip in SHARED_BYTES}
     reports = {}
     for chip, process in processes.items():
-        out, err = process.communicate(timeout=300)
+        out, err = process.communicate(timeout=900)
         assert process.returncode == 0, err
         reports[chip] = json.loads(out.splitlines()[-1])
     return reports

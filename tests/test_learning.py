@@ -173,6 +173,7 @@ def _is_json(path: Path) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_training_learns_killed_or_not(tiny: Callable[[str], ModelFiles], write_jsonl: Write, tmp_path: Path) -> None:
     """Perplexity of the training rows falls; kill -9 in each epoch, and the same command ends with the same bits."""
     rows = alpaca(49)
@@ -216,6 +217,7 @@ def test_training_learns_killed_or_not(tiny: Callable[[str], ModelFiles], write_
     assert "epochs was 2, is 1" in command("lp", data, "-o", run, *arguments, "--epochs", 1).line()
 
 
+@pytest.mark.slow
 def test_one_epoch_is_the_first_of_three(tiny: Callable[[str], ModelFiles], write_jsonl: Write, tmp_path: Path) -> None:
     """The schedule spans three epochs whether or not they are trained."""
     data = write_jsonl(alpaca(8))

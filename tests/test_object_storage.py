@@ -25,8 +25,9 @@ from polars.testing import assert_frame_equal
 from scorer.lock import LEASE_SECONDS
 from scorer.models import ModelFiles
 from scorer.rundir import Run
-from tests.command import Ended, alpaca, end, start, wait
+from tests.command import Commands, Running, alpaca, wait
 
+pytestmark = pytest.mark.slow
 KEY, SECRET = "AKIDTHATISTOLDTONOBODY", "a-secret-that-is-told-to-nobody"
 IDENTITIES = {
     "identities": [
@@ -122,17 +123,15 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server.stop()
 
 
-class Shell:
-    """The command `scorer` of a user of the store, in a folder with a local run `local` of the same data."""
+class Shell(Commands):
+    """The command `scorer` of a user of the store."""
 
     def __init__(self, folder: Path, server: Server):
-        self.folder, self.server = folder, server
+        super().__init__(folder)
+        self.server = server
 
-    def start(self, *arguments: object, **env: str) -> subprocess.Popen[str]:
-        return start(self.folder, *arguments, **self.server.environment | env)
-
-    def __call__(self, *arguments: object, **env: str) -> Ended:
-        return end(self.start(*arguments, **env))
+    def start(self, *arguments: object, stdin: str = "", **env: str) -> Running:
+        return super().start(*arguments, stdin=stdin, **self.server.environment | env)
 
 
 @pytest.fixture
@@ -227,10 +226,9 @@ def test_killed_and_resumed(shell: Shell, server: Server, options: list[object],
     arguments = ("score", "data.json", "-o", "s3://bucket/killed", *options)
     running = shell.start(*arguments)
     wait(lambda: held(server, "bucket/killed") > 1)
-    running.send_signal(signal.SIGSTOP)
+    os.kill(running.pid, signal.SIGSTOP)
     assert "another process is writing this run" in shell(*arguments).line()
-    running.send_signal(signal.SIGKILL)
-    end(running)
+    running.kill()
     left = held(server, "bucket/killed")
     assert 1 < left < 30
     assert "is unfinished" in shell("select", "s3://bucket/killed", "-o", "x.jsonl").line()
@@ -266,7 +264,7 @@ def test_the_server_dies_and_comes_back(shell: Shell, server: Server, options: l
     running = shell.start(*arguments)
     wait(lambda: held(server, "bucket/dies") > 1)
     server.stop()
-    ended = end(running)
+    ended = running.end()
     assert ended.code == 1, ended
     assert "the same command resumes" in ended.err.splitlines()[-1]
     assert "Traceback" not in ended.err
