@@ -15,6 +15,7 @@ from scorer.models import ModelFiles
 from scorer.requirements import REQUIREMENTS
 from tests.environments import Environment, build_wheel, closure, make_environment
 
+pytestmark = pytest.mark.slow
 Tiny = Callable[[str], ModelFiles]
 
 
