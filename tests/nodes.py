@@ -24,6 +24,7 @@ QUICK = {
     "health_check_timeout_ms": 2000,
     "health_check_failure_threshold": 3,
     "worker_niceness": 0,
+    "prestart_worker_first_driver": False,  # a process for each CPU, which few tests use
 }
 
 
@@ -69,16 +70,16 @@ def writers(run: Path) -> set[int]:
     return {int(name.rpartition("process ")[2]) for name in by}
 
 
-def kill_a_worker_in_the_middle(run: Path, before: Set[int] = frozenset()) -> None:
-    """Kill one of two workers that has shards in hand, after both have written some.
+def stopped_in_the_middle(run: Path, before: Set[int] = frozenset()) -> psutil.Process:
+    """One of two workers, after both have written shards: stopped, with others in hand. `before`: earlier writers.
 
-    It stands still until the other has: on a busy machine it would be done before that. `before`: earlier writers.
+    It is stopped until the second has begun too: on a busy machine it would be done before that.
     """
     wait(lambda: writers(run) - before)
     worker = psutil.Process(min(writers(run) - before))
     worker.suspend()
     wait(lambda: len(writers(run) - before) == 2)
-    worker.kill()
+    return worker
 
 
 def same(run: Path, expected: pl.DataFrame) -> None:

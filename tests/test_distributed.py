@@ -21,7 +21,7 @@ from scorer.rundir import Run
 from scorer.types import ScorerError
 from scorer.workers import Reader
 from tests.command import Commands, alpaca, shards, start, wait
-from tests.nodes import all_workers, end, kill_a_worker_in_the_middle, same, started, workers
+from tests.nodes import all_workers, end, same, started, stopped_in_the_middle, workers
 
 Tiny = Callable[[str], ModelFiles]
 
@@ -99,7 +99,7 @@ def test_two_workers_give_the_local_table_and_survive_a_death(
     assert Run(tmp_path / "local").manifest["shards_by"] == {"this process": 301}
 
     running = start(tmp_path, "score", *arguments, "-o", "spread", "--ray", "local", "--workers", 2)
-    kill_a_worker_in_the_middle(tmp_path / "spread")
+    stopped_in_the_middle(tmp_path / "spread").kill()
     assert shards(tmp_path / "spread") < 301
     end(running)
     same(tmp_path / "spread", expected)

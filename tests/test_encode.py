@@ -521,7 +521,7 @@ def test_tokens_are_those_of_the_published_scripts(bpe: Any, protocol: str, adds
     prefix, slack = {"superfiltering": ("", 1), "cherry": ("### Response:", 4)}[protocol]
     seen = set()
 
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=60, deadline=None)
     @given(prompt=texts, extra=st.one_of(st.just(""), texts), response=texts, limit=limits)
     @example(prompt="a", extra="", response="\n.", limit=40)
     @example(prompt="a", extra="", response="a.", limit=1)
@@ -557,7 +557,7 @@ def scored_tokens(sequences: list[TokenSequence], number: int) -> list[tuple[Vie
 
 
 @pytest.mark.parametrize("protocol", list(PROTOCOLS))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data=st.lists(st.tuples(texts, texts), min_size=2, max_size=4), limit=st.integers(20, 200))
 @example(data=[("a", "a\n"), ("a", "a"), ("a", "a\n\n"), ("a", "a")], limit=200)
 def test_a_turn_is_scored_as_if_the_conversation_ended_there(

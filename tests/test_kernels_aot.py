@@ -137,9 +137,10 @@ def report(chip: int) -> None:
             case = "other batch"
             head(dtypes[0], 1, 768, 7, row.config)
             head(dtypes[0], 64, 768, 1024, row.config)
-    case = "fallback"
-    head(torch.bfloat16, 300, 100, 1000, table.FALLBACK[2])
-    head(torch.float32, 300, 100, 1000, table.FALLBACK[4])
+    if chip == min(SHARED_BYTES):  # the fallback is for the least shared memory
+        case = "fallback"
+        head(torch.bfloat16, 300, 100, 1000, table.FALLBACK[2])
+        head(torch.float32, 300, 100, 1000, table.FALLBACK[4])
     if chip == 90:
         for config in table.CANDIDATES:
             case = "half candidate"

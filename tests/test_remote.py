@@ -91,7 +91,7 @@ def test_a_served_model_scores_and_comes_back_in_the_middle(tiny: Tiny, tmp_path
     """The table of the packed engine; nonsense is refused; killed and started again, the run goes on by itself."""
     files, port = tiny("gpt2"), free_port()
     url = f"http://127.0.0.1:{port}"
-    rows = [*alpaca(400), {"instruction": "no answer", "output": ""}]
+    rows = [*alpaca(200), {"instruction": "no answer", "output": ""}]
     (tmp_path / "data.json").write_text(json.dumps(rows))
     command, common = Commands(tmp_path), ("score", "data.json", "--model", files.path)
     command(*common, "-o", "local", "--engine", "packed", "--dtype", "float32", "--device", "cpu").done()
