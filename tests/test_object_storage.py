@@ -26,6 +26,7 @@ from scorer.lock import LEASE_SECONDS
 from scorer.models import ModelFiles
 from scorer.rundir import Run
 from tests.command import Commands, Running, alpaca, wait
+from tests.environments import build_wheel, make_environment
 
 pytestmark = pytest.mark.slow
 KEY, SECRET = "AKIDTHATISTOLDTONOBODY", "a-secret-that-is-told-to-nobody"
@@ -326,3 +327,13 @@ def test_what_is_wrong_is_one_line(
     assert words in line
     assert "secret" not in line
     assert not (tmp_path / "run").exists()
+
+
+def test_with_nothing_installed_beside_the_extra(server: Server, options: list[object], tmp_path: Path) -> None:
+    alone = make_environment(tmp_path, build_wheel(tmp_path / "wheel"), "s3")
+    ended = alone("scorer", "score", "alpaca.json", "-o", "s3://bucket/alone", *options, **server.environment)
+    assert ended.returncode == 0, ended.stderr
+    select = ["select", "s3://bucket/alone", "--keep", "10%", "--no-max-ifd", "-o", "s3://bucket/alone.jsonl"]
+    ended = alone("scorer", *select, **server.environment)
+    assert ended.returncode == 0, ended.stderr
+    assert "kept 15 of 153 records: s3://bucket/alone.jsonl" in ended.stderr
