@@ -25,6 +25,10 @@ FAULTS: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "a folder that is no run": (("score", "data.json", "-o", "full"), "full is not a run directory, and not empty"),
     "no GPU": (("score", "data.json", *RUN, "--device", "cuda"), "no CUDA device"),
+    "a server that does not answer": (
+        ("score", "data.json", *RUN, "--engine", "http://127.0.0.1:9"),
+        "does not answer",
+    ),
     "lp without data": (("lp", "missing.json", *RUN), "missing.json: no such file"),
     "an output under a file": (("filter", "data.json", "-o", "data.json/a.jsonl"), "data.json is a file, not a folder"),
     "an unknown kind of output": (("filter", "data.json", "-o", "a.txt"), "unknown kind of file"),

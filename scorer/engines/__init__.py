@@ -34,7 +34,14 @@ class Engine(Protocol):
 
 
 def check_engine(config: ScoreConfig) -> None:
-    """Raise ScorerError where the engine that is asked for is not installed: known before a model is fetched."""
+    """Raise ScorerError where the engine that is asked for is not installed, or no server that scores answers.
+
+    This is known before a model is fetched.
+    """
+    if config.engine.startswith(SERVERS):
+        from scorer.engines.remote import Server
+
+        Server(config.engine).close()
     if config.engine == "vllm" or (config.engine == "auto" and config.vllm_options()):
         from scorer.engines.vllm import check_vllm
 

@@ -38,9 +38,12 @@ TIMEOUT = urllib3.Timeout(connect=5, read=600)
 
 
 class Server:
-    """A connection to the server of one model. Raises ScorerError where it can't be reached, or serves another."""
+    """A connection to the server of one model: that of `files`, or whichever it is.
 
-    def __init__(self, url: str, files: ModelFiles):
+    Raises ScorerError where the server can't be reached, does not score, or serves another model.
+    """
+
+    def __init__(self, url: str, files: ModelFiles | None = None):
         self.url = url.rstrip("/")
         key = os.environ.get(KEY)
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
@@ -49,7 +52,8 @@ class Server:
             self.model: dict[str, Any] = self._ask("GET", "/v1/scorer/model", None, AT_ONCE, {"identity", "shape"})
         except EngineError as error:
             raise ScorerError(str(error)) from error
-        refuse_other_model(self.model, files, self.url)
+        if files is not None:
+            refuse_other_model(self.model, files, self.url)
 
     def score(self, sequences: Sequence[TokenSequence]) -> list[SpanNLL]:
         """The spans of `sequences`. Raises EngineError where the server stays away, or serves another model now."""
