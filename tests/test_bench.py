@@ -144,13 +144,13 @@ def test_engines_are_compared_before_they_are_reported(tiny: Tiny) -> None:
 
 
 def test_without_vllm_its_rows_are_left_out_with_a_reason(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("scorer.engines.vllm.PACKAGES", ())
+    monkeypatch.setattr("scorer.requirements.find_spec", lambda module: None)
     asked = Asked(str(EXAMPLES), 6, "tiny", 1, 0)
     with ExitStack() as stack:
         engines, left_out = open_engines(asked, (PACKED16, VLLM, STOCK), "cpu", tiny("gpt2"), stack)
     assert engines.keys() == {PACKED16}
     assert left_out.keys() == {VLLM, STOCK}
-    assert all("needs vLLM" in why for why in left_out.values())
+    assert all("--engine vllm needs vllm, not installed here" in why for why in left_out.values())
 
 
 def test_random_weights_are_the_same_for_every_engine(tmp_path: Path) -> None:
