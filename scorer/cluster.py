@@ -65,6 +65,8 @@ def cluster(
     run.require_disk("clustering")
     manifest = run.manifest
     _refuse_without_data(run, manifest)
+    if clusters is not None and clusters > manifest["records"]:
+        raise ScorerError(f"{manifest['records']:,} records can't make {clusters:,} clusters: give fewer --clusters")
     with run.locked():
         if fresh:
             shutil.rmtree(run.path / EMBEDDINGS, ignore_errors=True)

@@ -344,12 +344,13 @@ def filter_(data: tuple[str, ...], output: str, run: str | None, fresh: bool, st
 
     What needs clusters (--per-cluster, --diverse) is for scorer select, after scorer cluster.
     """
-    from scorer.export import check_data, check_options
+    from scorer.export import check_apart, check_data, check_options
 
     selection = _selection({name: options.pop(name) for name in SELECT_NAMES})
     check_options(data, output, **selection)
     check_data(data, options["protocol"], per=selection["per"], by=selection["by"], limit=options["limit"])
     directory = run or f"{output}.run"
+    check_apart(directory, [name for name in (output, selection["rejected"]) if name is not None])
     _score(data, directory, fresh, strict, options)
     _select(directory, output, selection)
 

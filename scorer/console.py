@@ -26,6 +26,7 @@ from scorer.models import ModelRow
 from scorer.rundir import Run
 from scorer.selection import Selection
 from scorer.summary import COLUMNS, QUANTILES, summarise
+from scorer.types import ScorerError
 
 PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}  # paths may hold [brackets] and :colons:
 console = Console(stderr=True, **PLAIN)
@@ -89,7 +90,12 @@ class ConsoleProgress:
 
 
 def _standard_output() -> Console:
-    """Standard output; where it is no terminal, of any width, so that nothing is cut or wrapped."""
+    """Standard output; where it is no terminal, of any width, so that nothing is cut or wrapped.
+
+    Raises ScorerError where it is closed.
+    """
+    if sys.stdout is None:
+        raise ScorerError("standard output is closed: give it a file, or a program to read it")
     return Console(**PLAIN) if sys.stdout.isatty() else Console(width=PIPE_WIDTH, **PLAIN)
 
 

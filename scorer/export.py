@@ -205,6 +205,13 @@ def _file(where: str) -> str:
     return str(found) if remote(found) else os.path.realpath(found)
 
 
+def check_apart(directory: str, outputs: Sequence[str]) -> None:
+    """Raise ScorerError where one of the files `outputs` would have to be the run directory, or a folder above it."""
+    for output in outputs:
+        if f"{_file(directory)}/".startswith(f"{_file(output)}/"):
+            raise ScorerError(f"{output}: the run directory {directory} is to be there; write to another file")
+
+
 def _refuse_overwriting(targets: Sequence[str], inputs: Sequence[str]) -> None:
     files = [_file(target) for target in targets]
     read = {_file(path) for path in inputs}

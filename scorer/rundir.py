@@ -50,7 +50,7 @@ class Run:
         try:
             with reaching(self.path):
                 manifest: dict[str, Any] = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise ScorerError(f"{self.path} is not a run directory: it has no {MANIFEST}") from None
         except (OSError, ValueError) as error:
             raise ScorerError(f"{self.path / MANIFEST} can't be read ({error})") from error

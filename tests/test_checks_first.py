@@ -31,6 +31,8 @@ FAULTS: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "lp without data": (("lp", "missing.json", *RUN), "missing.json: no such file"),
     "an output under a file": (("filter", "data.json", "-o", "data.json/a.jsonl"), "data.json is a file, not a folder"),
+    "an output where the run is": (("filter", "data.json", "-o", "a.jsonl", "--run", "a.jsonl"), "another file"),
+    "an output above the run": (("filter", "data.json", "-o", "a.jsonl", "--run", "a.jsonl/run"), "another file"),
     "an unknown kind of output": (("filter", "data.json", "-o", "a.txt"), "unknown kind of file"),
     "rejected records to nowhere": (
         ("filter", "data.json", "-o", "a.jsonl", "--rejected", "data.json/r.jsonl"),
@@ -101,6 +103,8 @@ def test_before_a_page_is_made(command: Callable[..., Ended], tmp_path: Path) ->
         ("compare", "run", "run", "--json", "data.json/c.json"),
     ):
         assert "data.json is a file, not a folder" in command(*arguments).line()
+    assert "data.json is not a run directory" in command("select", "data.json", "-o", "a.jsonl").line()
+    assert "4 records can't make 5 clusters" in command("cluster", "run", "--clusters", 5).line()
     assert "has no embeddings" in command("select", "run", "-o", "a.jsonl", "--diverse", 2).line()
     assert "clusters.parquet: no such file" in command("select", "run", "-o", "a.jsonl", "--per-cluster").line()
     assert "'language'" in command("select", "run", "-o", "a.jsonl", "--per", "language").line()

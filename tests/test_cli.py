@@ -201,6 +201,9 @@ def test_standard_output_that_ends_early_or_is_full() -> None:
     closed = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert (closed.returncode, closed.stderr) == (1, "")
+    shut = subprocess.run(f"{CONSOLE_SCRIPT} models >&-", shell=True, stderr=subprocess.PIPE, text=True)
+    assert (shut.returncode, shut.stderr.count("\n")) == (2, 1)
+    assert "standard output is closed" in shut.stderr
     with open("/dev/full", "w") as full:
         ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert ended.returncode == 1
