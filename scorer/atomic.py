@@ -60,7 +60,8 @@ def check_folder(path: Path) -> None:
     """Raise ScorerError unless the folder `path` is there or can be made, and can be written."""
     folder = next(parent for parent in (path.absolute(), *path.absolute().parents) if exists(parent))
     if not is_folder(folder):
-        raise ScorerError(f"{path}: {folder} is a file, not a folder; choose another path")
+        where = str(path) if folder == path.absolute() else f"{path}: {folder}"
+        raise ScorerError(f"{where} is a file, not a folder; choose another path")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise ScorerError(f"{path}: you can't write in {folder}; choose another path")
 
