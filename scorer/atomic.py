@@ -47,7 +47,7 @@ def replacing(path: Path) -> Iterator[Path]:
 def check_writable(path: Path) -> None:
     """Raise ScorerError unless a file can be made at `path`; folders on the way to it may be missing.
 
-    Of a store nothing is asked: it answers when something is written.
+    An object store is not asked: it answers when something is written.
     """
     if remote(path):
         return

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from scorer.atomic import replacing, storage_error
-from scorer.places import remote
+from scorer.atomic import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -159,11 +158,6 @@ def inline(figure: Figure, name: str, text: str) -> str:
 
 def save(figure: Figure, folder: Path, name: str) -> None:
     """Write FOLDER/NAME.svg and FOLDER/NAME.png, on white."""
-    try:
-        if not remote(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise storage_error(folder, error) from error
     for suffix in ("svg", "png"):
         with replacing(folder / f"{name}.{suffix}") as temporary:
             temporary.write_bytes(_render(figure, suffix, facecolor="white"))

@@ -51,7 +51,7 @@ def check_engine(config: ScoreConfig) -> None:
 def choose_engine(config: ScoreConfig, files: ModelFiles) -> tuple[str, str]:
     """The engine that is asked for; what `auto` means for this model, and why. ScorerError where none can run it.
 
-    Of a model whose weights are not here yet, the error alone is to be relied on: `auto` goes by their size.
+    Before the weights are fetched only the error can be relied on: `auto` decides by their size.
     """
     from scorer.engines.packed import check_packable, why_not_packed
     from scorer.engines.vllm import vllm_version
