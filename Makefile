@@ -8,14 +8,14 @@ demo: .venv/demo.stamp
 	$(BIN)/scorer filter examples/alpaca.json examples/conversations.jsonl examples/sharegpt.jsonl \
 		--output demo/best.jsonl --run demo/run --keep 10% --with-scores --rejected demo/rejected.jsonl
 
-# Two tests at a time, those of one file after each other: they wait for servers and processes as much as they compute.
+# Three tests at a time, those of one file after each other: they often wait for servers and processes.
 # PYTEST: more options, as in `make test PYTEST=--durations=20`.
 test: .venv/test.stamp browser
-	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(PYTEST)
+	$(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(PYTEST)
 
 # All that needs no server, no cluster and no vLLM, and takes no minute by itself.
 test-fast: .venv/test.stamp browser
-	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "not slow" $(PYTEST)
+	$(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder -m "not slow" $(PYTEST)
 
 # The report is opened in a real browser.
 browser:

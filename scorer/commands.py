@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from errno import ENOSPC
 from typing import Any, NoReturn
@@ -345,13 +345,15 @@ def filter_(data: tuple[str, ...], output: str, run: str | None, fresh: bool, st
     What needs clusters (--per-cluster, --diverse) is for scorer select, after scorer cluster.
     """
     from scorer.export import check_apart, check_data, check_options
+    from scorer.run import spool
 
     selection = _selection({name: options.pop(name) for name in SELECT_NAMES})
     check_options(data, output, **selection)
-    check_data(data, options["protocol"], per=selection["per"], by=selection["by"], limit=options["limit"])
     directory = run or f"{output}.run"
     check_apart(directory, [name for name in (output, selection["rejected"]) if name is not None])
-    _score(data, directory, fresh, strict, options)
+    paths = spool(data, directory, fresh=fresh)
+    check_data(paths, options["protocol"], per=selection["per"], by=selection["by"], limit=options["limit"])
+    _score(paths, directory, fresh, strict, options)
     _select(directory, output, selection)
 
 
@@ -476,13 +478,14 @@ def serve(host: str, port: int, **options: Any) -> None:
 
     VLLM_API_KEY in the environment, here and there, keeps others out.
     """
-    from scorer.engines.vllm import check_vllm
+    from scorer.engines.vllm import check_vllm, check_vllm_args
     from scorer.engines.vllm import serve as serve_model
     from scorer.models import find_model
     from scorer.run import choose
 
     check_vllm("serve")
     config = ScoreConfig(engine="vllm", **options)
+    check_vllm_args(config)
     files = find_model(config.model, revision=config.revision, allow_pickle=config.allow_pickle)
     serve_model(choose(config, files), files, host, port)
 
@@ -512,7 +515,7 @@ def fetch(name: str, **options: Any) -> None:
 SELECT_NAMES = tuple(parameter.name for parameter in select.params if parameter.name not in ("run", "output"))
 
 
-def _score(data: tuple[str, ...], output: str, fresh: bool, strict: bool, options: dict[str, Any]) -> None:
+def _score(data: Sequence[str], output: str, fresh: bool, strict: bool, options: dict[str, Any]) -> None:
     from scorer.console import ConsoleProgress, show_run
     from scorer.run import score as score_data
 

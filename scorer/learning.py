@@ -20,15 +20,15 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from scorer.config import PROTOCOLS, SERVERS, ScoreConfig, one_of
-from scorer.encode import Encoder
-from scorer.models import ModelFiles, choose_device, find_model, load_tokenizer
+from scorer.config import SERVERS, ScoreConfig, one_of
+from scorer.models import ModelFiles, choose_device, find_model
 from scorer.progress import Progress, Silent
 from scorer.records import read_records
 from scorer.requirements import require
 from scorer.run import score
 from scorer.rundir import Run
 from scorer.scores import learning_table
+from scorer.shards import open_encoder
 from scorer.types import ScorerError, TokenSequence
 
 if TYPE_CHECKING:
@@ -160,9 +160,7 @@ def _is_complete(run: Run) -> bool:
 
 def _training_rows(paths: list[str], config: ScoreConfig, files: ModelFiles) -> list[TokenSequence]:
     """The conditioned sequences, the very ones that are scored."""
-    assert config.max_length is not None
-    tokenizer = load_tokenizer(files, trust_remote_code=config.trust_remote_code)
-    encoder = Encoder(tokenizer, PROTOCOLS[config.protocol], config.max_length, files.document_token_id)
+    encoder = open_encoder(config, files)
     records = read_records(paths, columns=config.columns, limit=config.limit)
     chunks = iter(lambda: list(islice(records, config.shard_rows)), [])
     return [sequence for chunk in chunks for sequence in encoder.encode(chunk)[1]]

@@ -19,7 +19,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from scorer.places import reaching, remote
 from scorer.types import ScorerError
@@ -39,6 +39,15 @@ def locked(lock: Path) -> Iterator[Check]:
         yield check
 
 
+def check_free(lock: Path) -> None:
+    """Raise ScorerError where another process holds `lock` now."""
+    if remote(lock):
+        _refuse_living(lock)
+    elif lock.exists():
+        with lock.open() as file:
+            _take(file, lock, fcntl.LOCK_SH)
+
+
 def _held(lock: Path, by: str = "") -> ScorerError:
     return ScorerError(f"{lock.parent}: another process is writing this run{by}; wait for it or choose another")
 
@@ -46,11 +55,15 @@ def _held(lock: Path, by: str = "") -> ScorerError:
 @contextmanager
 def _flocked(lock: Path) -> Iterator[Check]:
     with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise _held(lock) from None
+        _take(file, lock, fcntl.LOCK_EX)
         yield lambda: None
+
+
+def _take(file: IO[str], lock: Path, kind: int) -> None:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise _held(lock) from None
 
 
 @contextmanager

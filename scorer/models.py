@@ -101,6 +101,8 @@ def find_model(
         raise ScorerError(f"--revision is for models of the hub, and {name} is not one: leave it out")
     if name in EMBEDDED:
         model = EMBEDDED[name]
+        if embedder and model.context_length is not None:
+            raise ScorerError(f"{name} is a language model and embeds no sentences: choose another embedder")
         path = fetch_embedded(name, report)
         wanted.check(path)
         return ModelFiles(name, path, model.revision, model.document_token_id, "embedded")

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from scorer.atomic import replacing
 from scorer.background import Background
 from scorer.config import PROTOCOLS, SERVERS, ScoreConfig
+from scorer.embedded import EMBEDDED
 from scorer.engines import check_engine, choose_engine, engine_versions, served_model
 from scorer.files import InputFile, count_records, inspect_input, read_raw, refuse_changed
 from scorer.models import ModelFiles, choose_device, choose_dtype, find_model, model_settings
@@ -30,7 +31,7 @@ from scorer.progress import Progress, Silent
 from scorer.records import known_format
 from scorer.requirements import require
 from scorer.rundir import STDIN, Run
-from scorer.shards import ShardScorer, read_shards, refuse_faults, statuses
+from scorer.shards import ShardScorer, open_encoder, read_shards, refuse_faults, statuses
 from scorer.types import ScorerError
 
 if TYPE_CHECKING:
@@ -83,17 +84,12 @@ def score(
     paths = [name for p in ([data] if isinstance(data, str | Path) else data) for name in expand(str(p))]
     if not paths:
         raise ScorerError("no data: name at least one file, or - for standard input")
-    if "-" in paths:
-        if output is None:
-            raise ScorerError("data from standard input needs an output directory, which keeps a copy of it")
-        if paths.count("-") > 1:
-            raise ScorerError("-: standard input can be read once only; name it once")
-        if sys.stdin is None:
-            raise ScorerError("-: standard input is closed")
-        paths = [_spool(Run(output), fresh) if p == "-" else p for p in paths]
+    paths = spool(paths, output, fresh=fresh)
     if output is not None:
         Run(output).check_usable()
     inputs = [inspect_input(p) for p in paths]
+    if output is not None and not fresh:
+        _refuse_other(Run(output), config, inputs)
     counts = [] if output is not None and Run(output).begun else _count(paths, config)
     if cluster is None and not remote:
         choose_device(config.device)
@@ -145,6 +141,10 @@ def _find(config: ScoreConfig, progress: Progress, *, elsewhere: bool) -> ModelF
 
     The small files come first: they tell whether the model can run here, before weights are fetched from the hub.
     """
+    if embedded := EMBEDDED.get(config.model):
+        if embedded.context_length is None:
+            raise ScorerError(f"{config.model} embeds sentences and can't score: choose another --model")
+        _check_length(config, embedded.context_length)
     find = partial(
         find_model, config.model, revision=config.revision, allow_pickle=config.allow_pickle, report=progress.say
     )
@@ -152,7 +152,8 @@ def _find(config: ScoreConfig, progress: Progress, *, elsewhere: bool) -> ModelF
     if config.engine.startswith(SERVERS):
         return files
     engine, _ = choose_engine(config, files)
-    choose(replace(config, engine=engine), files, elsewhere=elsewhere)
+    chosen = choose(replace(config, engine=engine), files, elsewhere=elsewhere)
+    open_encoder(chosen, files)
     return find()
 
 
@@ -173,8 +174,8 @@ def choose(
     device = "auto" if served else config.device if named else choose_device(config.device)
     protocol = PROTOCOLS[config.protocol]
     context = _context_length(files)
-    if config.max_length is not None and context is not None and config.max_length > context:
-        raise ScorerError(f"max_length: {config.max_length} is more than the {context} tokens that {files.name} takes")
+    if context is not None:
+        _check_length(config, context)
     return replace(
         config,
         device=device,
@@ -184,9 +185,31 @@ def choose(
     )
 
 
+def _check_length(config: ScoreConfig, context: int) -> None:
+    if config.max_length is not None and config.max_length > context:
+        raise ScorerError(
+            f"max_length: {config.max_length} is more than the {context} tokens that {config.model} takes"
+        )
+
+
 def _context_length(files: ModelFiles) -> int | None:
     settings = model_settings(files)
     return next((int(settings[key]) for key in CONTEXT_KEYS if isinstance(settings.get(key), int)), None)
+
+
+def spool(paths: Sequence[str], output: str | Path | None, *, fresh: bool) -> list[str]:
+    """The paths, with standard input's copy in the run directory `output` in the place of "-".
+
+    Raises ScorerError where standard input can't be read, or the directory can't hold it.
+    """
+    if "-" in paths:
+        if output is None:
+            raise ScorerError("data from standard input needs an output directory, which keeps a copy of it")
+        if paths.count("-") > 1:
+            raise ScorerError("-: standard input can be read once only; name it once")
+        if sys.stdin is None:
+            raise ScorerError("-: standard input is closed")
+    return [_spool(Run(output), fresh) if output is not None and path == "-" else path for path in paths]
 
 
 def _spool(run: Run, fresh: bool) -> str:
@@ -230,16 +253,24 @@ def _inputs(inputs: list[InputFile]) -> list[dict[str, Any]]:
     return [{"path": absolute(i.path)} | i.identity for i in inputs]
 
 
+def _refuse_other(run: Run, config: ScoreConfig, inputs: list[InputFile]) -> None:
+    """Raise ScorerError where `run` differs from what is asked for in something that is known before the model is."""
+    if run.begun and run.shards():
+        known = {name: value for name, value in config.to_dict().items() if value not in ("auto", None)}
+        if config.engine.startswith(SERVERS):
+            known["engine"] = "http"
+        now = {"format": FORMAT, "config": known, "inputs": [i.identity for i in inputs]}
+        _refuse_changes(run, run.manifest["identity"], now)
+
+
 def _refuse_changes(run: Run, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise ScorerError naming every field in which a run differs from what is now asked for."""
+    """Raise ScorerError naming every field of `now` in which a run differs from what is now asked for."""
     changes = [
         f"{name} was {before['config'].get(name)}, is {value}"
         for name, value in now["config"].items()
         if before["config"].get(name) != value and name not in FREE
     ]
-    changes += [
-        f"{name} changed" for name in ("format", "model_revision", "served", "inputs") if before.get(name) != now[name]
-    ]
+    changes += [f"{name} changed" for name in now if name != "config" and before.get(name) != now[name]]
     if changes:
         raise ScorerError(
             f"{run.path} holds another run ({'; '.join(changes)}): use --fresh to discard it, or another -o"

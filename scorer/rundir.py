@@ -23,7 +23,7 @@ from typing import Any
 import polars as pl
 
 from scorer.atomic import check_folder, remove_temporaries, replacing, storage_error
-from scorer.lock import locked
+from scorer.lock import check_free, locked
 from scorer.places import exists, fetched_all, listing, place, reaching, remote, remove
 from scorer.types import ScorerError
 
@@ -130,11 +130,12 @@ class Run:
         remove(reversed(self.shards()))
 
     def check_usable(self) -> None:
-        """Raise ScorerError where the directory has files in it but is no run, or can't be written."""
+        """Raise ScorerError where the directory has files in it but is no run, can't be written or is written to."""
         if not exists(self.path / LOCK) and listing(self.path):
             raise ScorerError(f"{self.path} is not a run directory, and not empty: choose another with -o")
         if not remote(self.path):
             check_folder(self.path)
+        check_free(self.path / LOCK)
 
     @contextmanager
     def locked(self) -> Iterator[None]:

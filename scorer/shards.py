@@ -50,15 +50,20 @@ class Shard:
         return sum(len(sequence.token_ids) for sequence in self.sequences)
 
 
+def open_encoder(config: ScoreConfig, files: ModelFiles) -> Encoder:
+    """The encoder of the model's tokenizer. Raises ScorerError where the tokenizer lacks what the protocol needs."""
+    assert config.max_length is not None
+    tokenizer = load_tokenizer(files, trust_remote_code=config.trust_remote_code)
+    return Encoder(tokenizer, PROTOCOLS[config.protocol], config.max_length, files.document_token_id)
+
+
 class ShardScorer:
     """A tokenizer and an engine; opening one loads the model. `strict`: the first record without a score raises."""
 
     def __init__(self, config: ScoreConfig, files: ModelFiles, *, strict: bool):
-        assert config.max_length is not None
         self.strict = strict
         self.protocol = PROTOCOLS[config.protocol]
-        tokenizer = load_tokenizer(files, trust_remote_code=config.trust_remote_code)
-        self.encoder = Encoder(tokenizer, self.protocol, config.max_length, files.document_token_id)
+        self.encoder = open_encoder(config, files)
         self.engine = open_engine(config, files)
         # What is loaded stays: to look for garbage among its half a million objects took an eighth of tokenising.
         gc.collect()

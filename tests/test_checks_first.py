@@ -43,6 +43,15 @@ FAULTS: dict[str, tuple[tuple[str, ...], str]] = {
         ("filter", "data.json", "-o", "a.jsonl", "--by", "ifd", "--protocol", "small2large"),
         "does not score the response alone",
     ),
+    "more tokens than the model takes": (
+        ("score", "data.json", *RUN, "--max-length", "9000"),
+        "more than the 8192 tokens",
+    ),
+    "a model that embeds": (("score", "data.json", *RUN, "--model", "all-minilm-l6-v2"), "embeds sentences"),
+    "an engine argument that vLLM lacks": (
+        ("score", "data.json", *RUN, "--engine", "vllm", "--vllm-arg", "speed=9"),
+        "speed: vLLM has no such engine argument",
+    ),
     "an unknown measure": (("filter", "data.json", "-o", "a.jsonl", "--by", "quality"), "ifd_loss"),
 }
 
@@ -67,6 +76,23 @@ def test_before_a_model_is_fetched(command: Callable[..., Ended], tmp_path: Path
     assert not (tmp_path / "a.jsonl.run").exists()
 
 
+def test_a_run_of_something_else_or_of_another_process(command: Callable[..., Ended], tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", alpaca(4), ifd=[0.1, 0.2, 0.3, 0.4])
+    with run.locked():
+        assert "another process is writing this run" in command("score", "data.json", *RUN).line()
+    line = command("score", "data.json", *RUN, "--protocol", "aligned", "--max-length", 99).line()
+    for change in ("protocol was None, is aligned", "max_length was", "inputs changed", "use --fresh"):
+        assert change in line
+    assert run.complete
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_column_that_standard_input_lacks(command: Callable[..., Ended], tmp_path: Path) -> None:
+    ended = command("filter", "-", "-o", "a.jsonl", "--per", "language", stdin=json.dumps(alpaca(1)[0]))
+    assert "'language'" in ended.line()
+    assert not (tmp_path / "cache").exists()
+
+
 def test_a_command_without_fault_would_have_fetched_it(command: Callable[..., Ended]) -> None:
     """Without this the test above could not fail."""
     ended = command("score", "data.json", *RUN)
@@ -89,10 +115,14 @@ def test_a_hub_model_that_cannot_run_is_refused_before_its_weights_are_fetched(
     offline = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
     assert "no weights (model.safetensors) there; the hub" in end(start(tmp_path, *given, **offline)).line()
     assert "more than the 1024 tokens" in end(start(tmp_path, *given, "--max-length", 5000, **offline)).line()
+    line = end(start(tmp_path, *given, "--protocol", "chat", **offline)).line()
+    assert "protocol chat: the model has no chat template" in line
     settings = json.loads((snapshot / "config.json").read_text()) | {"model_type": "gpt_neox"}
     (snapshot / "config.json").write_text(json.dumps(settings))
     line = end(start(tmp_path, *given, "--engine", "packed", **offline)).line()
     assert "the packed engine can't run someone/large: its architecture is gpt_neox" in line
+    (snapshot / "tokenizer.json").unlink()
+    assert "no tokenizer (looked for" in end(start(tmp_path, *given, **offline)).line()
 
 
 def test_before_a_page_is_made(command: Callable[..., Ended], tmp_path: Path) -> None:
@@ -105,6 +135,7 @@ def test_before_a_page_is_made(command: Callable[..., Ended], tmp_path: Path) ->
         assert "data.json is a file, not a folder" in command(*arguments).line()
     assert "data.json is not a run directory" in command("select", "data.json", "-o", "a.jsonl").line()
     assert "4 records can't make 5 clusters" in command("cluster", "run", "--clusters", 5).line()
+    assert "embeds no sentences" in command("cluster", "run", "--embedder", "smollm2-135m", "--clusters", 2).line()
     assert "has no embeddings" in command("select", "run", "-o", "a.jsonl", "--diverse", 2).line()
     assert "clusters.parquet: no such file" in command("select", "run", "-o", "a.jsonl", "--per-cluster").line()
     assert "'language'" in command("select", "run", "-o", "a.jsonl", "--per", "language").line()

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scorer.config import ScoreConfig
-from scorer.engines import choose_engine
+from scorer.engines import check_engine, choose_engine
 from scorer.engines.vllm import check_vllm, engine_arguments, vllm_version
 from scorer.models import ModelFiles
 from scorer.types import ScorerError
@@ -362,13 +362,19 @@ def test_a_step_holds_the_longest_sequence_unless_it_may_be_cut(tiny: Tiny) -> N
         ({"vllm_args": {"tensor_parallel_size": 2}}, "give --tensor-parallel-size"),
         ({"vllm_args": {"runner": "generate"}}, "--vllm-arg runner: scoring sets this one itself"),
         ({"vllm_args": {"seed": 1, "hf_overrides": {}}}, "hf_overrides: scoring sets"),
-        ({"max_model_len": 511}, "max_model_len: 511 is less than the 512 tokens"),
     ],
 )
-def test_arguments_that_are_refused(tiny: Tiny, options: dict[str, Any], message: str) -> None:
+def test_arguments_that_are_refused(options: dict[str, Any], message: str) -> None:
+    """Before a model is looked for."""
     with pytest.raises(ScorerError, match=message) as refusal:
-        engine_arguments(config(**options), tiny("gpt2"))
+        check_engine(config(**options))
     assert "\n" not in str(refusal.value)
+
+
+@needs_vllm
+def test_a_length_that_is_too_short_for_the_sequences(tiny: Tiny) -> None:
+    with pytest.raises(ScorerError, match="max_model_len: 511 is less than the 512 tokens"):
+        engine_arguments(config(max_model_len=511), tiny("gpt2"))
 
 
 @needs_vllm

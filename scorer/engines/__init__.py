@@ -34,7 +34,7 @@ class Engine(Protocol):
 
 
 def check_engine(config: ScoreConfig) -> None:
-    """Raise ScorerError where the engine that is asked for is not installed, or no server that scores answers.
+    """Raise ScorerError where the engine is not installed, lacks an argument, or no server that scores answers.
 
     This is known before a model is fetched.
     """
@@ -43,9 +43,10 @@ def check_engine(config: ScoreConfig) -> None:
 
         Server(config.engine).close()
     if config.engine == "vllm" or (config.engine == "auto" and config.vllm_options()):
-        from scorer.engines.vllm import check_vllm
+        from scorer.engines.vllm import check_vllm, check_vllm_args
 
         check_vllm()
+        check_vllm_args(config)
 
 
 def choose_engine(config: ScoreConfig, files: ModelFiles) -> tuple[str, str]:

@@ -142,24 +142,15 @@ def serve(config: ScoreConfig, files: ModelFiles, host: str, port: int) -> NoRet
 def engine_arguments(config: ScoreConfig, files: ModelFiles) -> dict[str, Any]:
     """What vLLM's EngineArgs are given: settings for prompts only, under what the user asked for.
 
-    Raises ScorerError for an option that vLLM does not have or that scoring is made of, and for a model that it has no
-    class for.
+    Raises ScorerError for a model that vLLM has no class for.
     """
-    from vllm import EngineArgs, ModelRegistry
+    from vllm import ModelRegistry
 
     from scorer.engines.vllm_plugin import PREFIX, register
 
     assert config.max_length is not None
     assert config.batch_tokens is not None
     extra = dict(config.vllm_args or {})
-    known = {field.name for field in fields(EngineArgs)}
-    for key in extra:
-        if key in OPTIONS:
-            raise ScorerError(f"--vllm-arg {key}: give {OPTIONS[key]}")
-        if key in OURS:
-            raise ScorerError(f"--vllm-arg {key}: scoring sets this one itself")
-        if key not in known:
-            raise ScorerError(f"--vllm-arg {key}: vLLM has no such engine argument")
     register()
     architecture = next(iter(model_settings(files).get("architectures") or ["?"]))
     if PREFIX + architecture not in ModelRegistry.get_supported_archs():
@@ -222,6 +213,23 @@ def check_vllm(what: str = "--engine vllm") -> None:
                     f"{name} is installed, and this build of torch can't load it; "
                     f"vLLM scores without: pip uninstall -y {' '.join(UNLOADABLE)}"
                 ) from error
+
+
+def check_vllm_args(config: ScoreConfig) -> None:
+    """Raise ScorerError for a --vllm-arg that vLLM does not have, and for one that scoring sets itself."""
+    if not config.vllm_args:
+        return
+    set_environment(config)
+    with tempfile.TemporaryFile() as log, _quiet(log):
+        from vllm import EngineArgs
+    known = {field.name for field in fields(EngineArgs)}
+    for key in config.vllm_args:
+        if key in OPTIONS:
+            raise ScorerError(f"--vllm-arg {key}: give {OPTIONS[key]}")
+        if key in OURS:
+            raise ScorerError(f"--vllm-arg {key}: scoring sets this one itself")
+        if key not in known:
+            raise ScorerError(f"--vllm-arg {key}: vLLM has no such engine argument")
 
 
 def set_environment(config: ScoreConfig) -> None:
