@@ -98,19 +98,17 @@ def more(run: Path) -> Callable[[], bool]:
     return lambda: shards(run) > before
 
 
-def test_drivers_and_a_whole_node_die(
+def test_control_c_then_a_whole_node_dies(
     nodes: Nodes, second: Any, command: list[object], place: Path, expected: pl.DataFrame
 ) -> None:
-    """One run of three commands: the first is killed, the second interrupted, and the third loses a node."""
+    """One run of two commands: the first is interrupted, and the second loses a node."""
     run = place / "deaths"
     whole = (*command, "-o", "deaths", "--ray", nodes.address, "--workers", 2)
-    for number, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):
-        written = more(run)
-        running = start(place, *whole)
-        wait(written)
-        running.send_signal(number)
-        end(running, code=code)
-        wait(lambda: not all_workers(nodes))  # the cluster is others' too
+    running = start(place, *whole)
+    wait(more(run))
+    running.send_signal(signal.SIGINT)
+    end(running, code=130)
+    wait(lambda: not all_workers(nodes))
 
     before = writers(run)
     running = start(place, *whole)
@@ -145,6 +143,7 @@ def test_random_kills(nodes: Nodes, second: Any, command: list[object], place: P
         else:
             running.kill()
             running.communicate()
+            wait(lambda: not all_workers(nodes))  # the cluster is others' too
             running = start(place, *whole)
     assert shards(place / "random") < ROWS / SHARD_ROWS
     end(running)

