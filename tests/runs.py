@@ -31,8 +31,11 @@ def make_run(path: Path, rows: list[dict[str, Any]], **columns: list[Any]) -> Ru
         run.write_manifest(
             {
                 "state": "complete",
-                "identity": {"config": {"limit": None, "columns": None, "shard_rows": max(1, len(rows))}},
-                "inputs": [{"path": str(data), "size": entry.size, "sha256": entry.sha256}],
+                "identity": {
+                    "config": {"limit": None, "columns": None, "shard_rows": max(1, len(rows))},
+                    "inputs": [entry.identity],
+                },
+                "inputs": [{"path": str(data)} | entry.identity],
                 "ranking": {"by": "ifd", "lowest": False},
                 "records": len(rows),
             }

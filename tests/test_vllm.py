@@ -97,19 +97,25 @@ def oracle(files: ModelFiles, sequences: list[TokenSequence]) -> dict[Key, SpanN
         return scored(engine, sequences)
 
 
-def test_sums_are_the_references_until_the_engine_dies(tiny: Tiny) -> None:
-    """Of the family whose head differs most; the other tests have the others."""
-    with opened(tiny("opt-projected")) as engine:
-        ours = scored(engine, mixed())
-        again = scored(engine, mixed()[::-1])
+def test_two_ranks_share_the_vocabulary_until_the_engine_dies(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """257 words are padded to 320 and lie on two ranks as 160 and 97; each rank has its own half of the cores."""
+    monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
+    monkeypatch.setattr("scorer.engines.vllm._SET", set())
+    files = tiny("opt-projected")  # the family whose head differs most
+    every = [256, *(word * 7 % 257 for word in range(257))]
+    sequences = [*mixed(), TokenSequence(90, View.CONDITIONED, every, (Span(0, 1, 258),))]
+    with opened(files, tensor_parallel_size=2) as engine:
+        assert len(of_vllm(psutil.Process().children(recursive=True), "VLLM::Worker_TP")) == 2
+        ours = scored(engine, sequences)
+        again = scored(engine, sequences[::-1])
         with pytest.raises(ScorerError, match="token 257, and the model knows 257"):
             scored(engine, [TokenSequence(0, View.CONDITIONED, [1, 257, 3], (Span(0, 1, 3),))])
-        steps = engine.score(mixed())
+        steps = engine.score(sequences)
         next(steps)
         engine.engine.engine_core.resources.engine_manager.processes[0].kill()  # type: ignore[attr-defined]
         with pytest.raises(EngineError, match="its engine process died"):
             list(steps)
-    assert_equal(ours, oracle(tiny("opt-projected"), mixed()), 1e-4)
+    assert_equal(ours, oracle(files, sequences), 1e-4)
     assert_equal(again, ours, 1e-4)
 
 
@@ -163,19 +169,6 @@ def test_a_death_that_shows_as_a_closed_socket(chunked: Engine) -> None:
     core.resources.engine_dead = False  # what it saw
     with pytest.raises(EngineError, match="its engine process died"):
         list(steps)
-
-
-def test_two_ranks_share_the_vocabulary(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    """257 words are padded to 320 and lie on two ranks as 160 and 97; each rank has its own half of the cores."""
-    monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
-    monkeypatch.setattr("scorer.engines.vllm._SET", set())
-    sequences = samples([(1, 1), (1, 2), (3, 200), (64, 64), (900, 124), (500, 1), (2, 9)])
-    every = [256, *(word * 7 % 257 for word in range(257))]
-    sequences.append(TokenSequence(90, View.CONDITIONED, every, (Span(0, 1, 258),)))
-    with opened(tiny("llama"), tensor_parallel_size=2) as engine:
-        assert len(of_vllm(psutil.Process().children(recursive=True), "VLLM::Worker_TP")) == 2
-        ours = scored(engine, sequences)
-    assert_equal(ours, oracle(tiny("llama"), sequences), 1e-4)
 
 
 # --- by the command line ---
