@@ -111,6 +111,7 @@ def test_a_command_without_fault_would_have_fetched_it(command: Callable[..., En
     assert "pip cannot download" in ended.err
 
 
+@pytest.mark.slow
 def test_a_hub_model_that_cannot_run_is_refused_before_its_weights_are_fetched(
     tiny: Callable[[str], ModelFiles], tmp_path: Path
 ) -> None:

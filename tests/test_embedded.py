@@ -226,6 +226,7 @@ def small_gguf(path: Path, words: int) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_at_the_tokenizer_is_named(tmp_path: Path) -> None:
     unshare = ["unshare", "--user", "--map-root-user", "--mount"]
     if shutil.which("unshare") is None or subprocess.run([*unshare, "true"], capture_output=True).returncode:

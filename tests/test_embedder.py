@@ -193,6 +193,7 @@ def test_an_unusable_folder_is_named_on_one_line(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_nothing_is_printed_nor_asked_of_the_network(
     saved: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

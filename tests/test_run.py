@@ -129,6 +129,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", path], check=True)
 
 
+@pytest.mark.slow
 def test_full_disk_ends_in_one_line_and_resumes(
     command: Commands, options: list[str], write_jsonl: Write, tmp_path: Path, small_disk: Path
 ) -> None:
