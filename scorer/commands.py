@@ -344,15 +344,16 @@ def filter_(data: tuple[str, ...], output: str, run: str | None, fresh: bool, st
 
     What needs clusters (--per-cluster, --diverse) is for scorer select, after scorer cluster.
     """
-    from scorer.export import check_apart, check_data, check_options
+    from scorer.export import check_apart, check_column, check_measure, check_options
     from scorer.run import spool
 
     selection = _selection({name: options.pop(name) for name in SELECT_NAMES})
     check_options(data, output, **selection)
+    check_measure(selection["by"], options["protocol"])
     directory = run or f"{output}.run"
     check_apart(directory, [name for name in (output, selection["rejected"]) if name is not None])
     paths = spool(data, directory, fresh=fresh)
-    check_data(paths, options["protocol"], per=selection["per"], by=selection["by"], limit=options["limit"])
+    check_column(paths, selection["per"], options["limit"])
     _score(paths, directory, fresh, strict, options)
     _select(directory, output, selection)
 
@@ -478,14 +479,13 @@ def serve(host: str, port: int, **options: Any) -> None:
 
     VLLM_API_KEY in the environment, here and there, keeps others out.
     """
-    from scorer.engines.vllm import check_vllm, check_vllm_args
+    from scorer.engines.vllm import check_serving
     from scorer.engines.vllm import serve as serve_model
     from scorer.models import find_model
     from scorer.run import choose
 
-    check_vllm("serve")
     config = ScoreConfig(engine="vllm", **options)
-    check_vllm_args(config)
+    check_serving(config)
     files = find_model(config.model, revision=config.revision, allow_pickle=config.allow_pickle)
     serve_model(choose(config, files), files, host, port)
 

@@ -148,21 +148,20 @@ def check_options(
     return SelectConfig(keep=parse_keep(diverse), pool=first, by=by or "ifd", lowest=bool(lowest), **options)
 
 
-def check_data(
-    data: Sequence[str], protocol: str, *, per: str | None = None, by: str | None = None, limit: int | None = None
-) -> None:
-    """Raise ScorerError where scores of `data` by `protocol` would have no values of `by`, or no record a column `per`.
-
-    Records are read until one has the column.
-    """
+def check_measure(by: str | None, protocol: str) -> None:
+    """Raise ScorerError where scores by `protocol` would have no values of the column `by`."""
     if by in ALONE and PROTOCOLS[protocol].alone is None:
         raise ScorerError(f"by: the protocol {protocol} does not score the response alone, and so gives no {by}")
-    paths = [name for path in data for name in expand(path)]
-    if per is None:
+
+
+def check_column(data: Sequence[str], column: str | None, limit: int | None) -> None:
+    """Raise ScorerError where no record of the files `data` has a value of `column`. Stops reading at the first."""
+    if column is None:
         return
+    paths = [name for path in data for name in expand(path)]
     rows = (raw.value for raw in read_raw(paths, limit=limit))
-    if not any(isinstance(row, dict) and row.get(per) is not None for row in rows):
-        raise ScorerError(f"per: no record of {', '.join(paths)} has a value of '{per}'")
+    if not any(isinstance(row, dict) and row.get(column) is not None for row in rows):
+        raise ScorerError(f"per: no record of {', '.join(paths)} has a value of '{column}'")
 
 
 def _write(

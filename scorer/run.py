@@ -89,7 +89,7 @@ def score(
         Run(output).check_usable()
     inputs = [inspect_input(p) for p in paths]
     if output is not None and not fresh:
-        _refuse_other(Run(output), config, inputs)
+        _refuse_known_changes(Run(output), config, inputs)
     counts = [] if output is not None and Run(output).begun else _count(paths, config)
     if cluster is None and not remote:
         choose_device(config.device)
@@ -253,7 +253,7 @@ def _inputs(inputs: list[InputFile]) -> list[dict[str, Any]]:
     return [{"path": absolute(i.path)} | i.identity for i in inputs]
 
 
-def _refuse_other(run: Run, config: ScoreConfig, inputs: list[InputFile]) -> None:
+def _refuse_known_changes(run: Run, config: ScoreConfig, inputs: list[InputFile]) -> None:
     """Raise ScorerError where `run` differs from what is asked for in something that is known before the model is."""
     if run.begun and run.shards():
         known = {name: value for name, value in config.to_dict().items() if value not in ("auto", None)}

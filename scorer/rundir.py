@@ -130,12 +130,19 @@ class Run:
         remove(reversed(self.shards()))
 
     def check_usable(self) -> None:
-        """Raise ScorerError where the directory has files in it but is no run, can't be written or is written to."""
+        """Raise ScorerError now where `locked` would raise it later, after a model is fetched."""
+        self._check_directory()
+        try:
+            check_free(self.path / LOCK)
+        except OSError as error:
+            raise storage_error(self.path, error) from error
+
+    def _check_directory(self) -> None:
+        """Raise ScorerError where the directory has files in it but is no run, or can't be written."""
         if not exists(self.path / LOCK) and listing(self.path):
             raise ScorerError(f"{self.path} is not a run directory, and not empty: choose another with -o")
         if not remote(self.path):
             check_folder(self.path)
-        check_free(self.path / LOCK)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -144,7 +151,7 @@ class Run:
         Raises ScorerError where another process holds it, where the place can't be written, and where the directory
         has files in it but is no run.
         """
-        self.check_usable()
+        self._check_directory()
         lock = self.path / LOCK
         with ExitStack() as held:
             try:

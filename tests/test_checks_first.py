@@ -43,6 +43,10 @@ FAULTS: dict[str, tuple[tuple[str, ...], str]] = {
         ("filter", "data.json", "-o", "a.jsonl", "--by", "ifd", "--protocol", "small2large"),
         "does not score the response alone",
     ),
+    "such a measure of standard input, which is not read": (
+        ("filter", "-", "-o", "a.jsonl", "--by", "ifd", "--protocol", "small2large"),
+        "does not score the response alone",
+    ),
     "more tokens than the model takes": (
         ("score", "data.json", *RUN, "--max-length", "9000"),
         "more than the 8192 tokens",

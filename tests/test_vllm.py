@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -287,3 +288,18 @@ def test_deaths_are_one_line_each_and_the_same_command_finishes(place: Path, arg
     odd = {"empty_response", "no_scorable_token", "truncated", "not_text", "prompt_too_long"}
     assert set(expected["status"]) == {"ok"} | odd
     assert_tables_agree(ours, expected)
+
+
+def test_an_architecture_that_vllm_does_not_know(place: Path, arguments: list[object], tiny: Tiny) -> None:
+    folder = place / "perceptron"
+    shutil.copytree(tiny("gpt2").path, folder)
+    settings = json.loads((folder / "config.json").read_text()) | {"architectures": ["PerceptronForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps(settings))
+    changed = [folder if argument == tiny("gpt2").path else argument for argument in arguments]
+    ended = Command.start(*changed, "--engine", "vllm", "-o", place / "unknown").end()
+    assert ended.code == 2, ended
+    assert_quiet(ended)
+    assert ended.err.splitlines()[-1] == (
+        f"scorer: vLLM has no causal language model for {folder}, whose architecture is PerceptronForCausalLM"
+    )
+    assert shards(place / "unknown") == 0

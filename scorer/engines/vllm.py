@@ -123,7 +123,6 @@ def _wake_when_dead(processes: list[int], answers: Any) -> None:
 def serve(config: ScoreConfig, files: ModelFiles, host: str, port: int) -> NoReturn:
     """Become vLLM's HTTP server of a model whose configuration has been chosen: for `--engine http://HOST:PORT`."""
     os.environ["VLLM_PLUGINS"] = "scorer"
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")
     set_environment(config)
     from scorer.engines.vllm_endpoint import REVISION
 
@@ -213,6 +212,13 @@ def check_vllm(what: str = "--engine vllm") -> None:
                     f"{name} is installed, and this build of torch can't load it; "
                     f"vLLM scores without: pip uninstall -y {' '.join(UNLOADABLE)}"
                 ) from error
+
+
+def check_serving(config: ScoreConfig) -> None:
+    """Raise ScorerError where vLLM can't serve here, or lacks an argument. A server shows vLLM's log."""
+    check_vllm("serve")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")
+    check_vllm_args(config)
 
 
 def check_vllm_args(config: ScoreConfig) -> None:
