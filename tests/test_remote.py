@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -48,7 +49,7 @@ def serving(files: ModelFiles, port: int, log: Path) -> Iterator[psutil.Process]
         )
     try:
         wait_for(port, process, log)
-        assert "INFO" in log.read_text(), "a server shows vLLM's log"
+        assert re.search(r"INFO \d\d-\d\d ", log.read_text()), "a server shows vLLM's log"
         yield process
     finally:
         kill_all(process)
