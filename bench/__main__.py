@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from scorer.config import DEFAULT_MODEL, ENGINES, one_of
-from scorer.types import ScorerError
+from scorer.config import DEFAULT_MODEL, ENGINES
+from scorer.types import ScorerError, one_of
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "alpaca.json"
 
@@ -32,7 +32,7 @@ def bench() -> None:
 def engines(save: bool, only: tuple[str, ...], **options: Any) -> None:
     """The engines, and stock vLLM where there is one, on the same rows."""
     from bench.engines import NAMES, Asked, run
-    from bench.report import finish
+    from bench.lib.report import finish
 
     for name in only:
         one_of("--only", name, NAMES)
@@ -64,7 +64,7 @@ def scorers(
     save: bool,
 ) -> None:
     """A weak scorer against a strong one: the speed-up, and with real weights how far they agree."""
-    from bench.report import finish
+    from bench.lib.report import finish
     from bench.scorers import Scorer, run
 
     vllm_args = {"enforce_eager": not compiled}
@@ -78,7 +78,7 @@ def scorers(
 def kernel(milliseconds: int, save: bool) -> None:
     """The fused head against its rivals (on a GPU, install the extra `bench` first)."""
     from bench.kernel import run
-    from bench.report import finish
+    from bench.lib.report import finish
 
     finish("kernel", run(milliseconds), save)
 
@@ -89,7 +89,7 @@ def kernel(milliseconds: int, save: bool) -> None:
 def tune(milliseconds: int, save: bool) -> None:
     """Every configuration of the head on this GPU, for scorer_kernels/table.py."""
     from bench.kernel import tune as tune_head
-    from bench.report import finish
+    from bench.lib.report import finish
 
     finish("tune", tune_head(milliseconds), save)
 
@@ -100,7 +100,7 @@ def tune(milliseconds: int, save: bool) -> None:
 @click.option("--save", is_flag=True, help="Write the result under bench/results.")
 def select(rows: int, clusters: int, save: bool) -> None:
     """Keep a tenth per cluster of a synthetic score table."""
-    from bench.report import finish
+    from bench.lib.report import finish
     from bench.select import run
 
     finish("select", run(rows, clusters), save)
@@ -114,7 +114,7 @@ def select(rows: int, clusters: int, save: bool) -> None:
 def cluster(rows: int, clusters: int, width: int, save: bool) -> None:
     """K-means of embeddings, as `scorer cluster` runs it."""
     from bench.cluster import run
-    from bench.report import finish
+    from bench.lib.report import finish
 
     finish("cluster", run(rows, clusters, width), save)
 
@@ -128,7 +128,7 @@ def cluster(rows: int, clusters: int, width: int, save: bool) -> None:
 def embed(data: str, rows: int, embedder: str, repeats: int, save: bool) -> None:
     """Embeddings of a dataset's rows, as `scorer cluster` makes them."""
     from bench.embed import run
-    from bench.report import finish
+    from bench.lib.report import finish
 
     finish("embed", run(data, rows, embedder, repeats), save)
 
@@ -142,7 +142,7 @@ def embed(data: str, rows: int, embedder: str, repeats: int, save: bool) -> None
 def learning(data: str, rows: int, model: str, epochs: int, save: bool) -> None:
     """Learning percentage end to end: fine-tune, score, cluster, select, report."""
     from bench.learning import run
-    from bench.report import finish
+    from bench.lib.report import finish
 
     finish("learning", run(data, rows, model, epochs), save)
 
@@ -155,7 +155,7 @@ def learning(data: str, rows: int, model: str, epochs: int, save: bool) -> None:
 @click.option("--save", is_flag=True, help="Write the result under bench/results.")
 def scaling(data: str, scored: int, model: str, samples: int, save: bool) -> None:
     """A billion samples on one H100, eight and 64: simulated, from what a row takes here."""
-    from bench.report import finish
+    from bench.lib.report import finish
     from bench.scaling import run
 
     finish("scaling", run(data, scored, model, samples), save)
@@ -170,8 +170,8 @@ def scaling(data: str, scored: int, model: str, samples: int, save: bool) -> Non
 @click.option("--save", is_flag=True, help="Write the result under bench/results.")
 def ray(data: str, rows: int, model: str, repeats: int, pair_rows: int, save: bool) -> None:
     """One worker over Ray against a run without it, and that two workers give the same table."""
+    from bench.lib.report import finish
     from bench.ray_runs import run
-    from bench.report import finish
 
     finish("ray", run(data, rows, model, repeats, pair_rows), save, *_labels(False, model))
 
@@ -183,8 +183,8 @@ def ray(data: str, rows: int, model: str, repeats: int, pair_rows: int, save: bo
 @click.option("--save", is_flag=True, help="Write the result under bench/results.")
 def ray_million(rows: int, shard_rows: int, workers: int, save: bool) -> None:
     """A long run over Ray: memory and open files of every process, from its beginning to its end."""
+    from bench.lib.report import finish
     from bench.ray_runs import long_run
-    from bench.report import finish
 
     finish("ray-million", long_run(rows, shard_rows, workers), save)
 
@@ -193,7 +193,7 @@ def ray_million(rows: int, shard_rows: int, workers: int, save: bool) -> None:
 @click.option("--check", is_flag=True, help="Fail if the README is not what the results say.")
 def readme(check: bool) -> None:
     """Put the figures of bench/results into the README."""
-    from bench.readme import update
+    from bench.lib.readme import update
 
     update(check)
 

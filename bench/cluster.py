@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from scorer.cluster import kmeans
-from scorer.embedder import Matrix
+from scorer.clusters.cluster import kmeans
+from scorer.clusters.embedder import Matrix
 
 ITERATIONS = 20
 PART_ROWS = 10_000

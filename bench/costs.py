@@ -21,18 +21,21 @@ from typing import Any
 import polars as pl
 import torch
 
-from bench.rows import PROTOCOL, Rows, longest
+from bench.lib.rows import PROTOCOL, Rows, longest
 from scorer.config import ScoreConfig
-from scorer.encode import Encoder
+from scorer.data.dataset import count_records
+from scorer.data.encode import Encoder
+from scorer.data.reader import read_raw
+from scorer.data.writer import RecordWriter
+from scorer.engines.choose import BATCH_TOKENS
 from scorer.engines.packing import pack, plan_batches
-from scorer.files import count_records, read_raw
-from scorer.models import find_model, load_tokenizer
-from scorer.run import BATCH_TOKENS, score
-from scorer.rundir import Run
-from scorer.scores import score_table
-from scorer.shards import read_shards
+from scorer.models.find import find_model
+from scorer.models.load import load_tokenizer
+from scorer.runs.directory import Run
+from scorer.runs.run import score
+from scorer.runs.shards import read_shards
+from scorer.scores.measures import score_table
 from scorer.types import Record, SpanNLL
-from scorer.writer import RecordWriter
 
 TIMES = 8
 TIMED_ROWS = 5000  # at least; the data is repeated
@@ -129,7 +132,7 @@ def _records(payload: bytes) -> list[Record]:
 
 def _encode_seconds(encoder: Encoder, payloads: list[bytes]) -> tuple[float, float]:
     """Seconds of one core for all, and the share of them within the tokenizer's own batch, which it spreads."""
-    gc.freeze()  # as scorer.shards does
+    gc.freeze()  # as scorer.runs.shards does
     tokenizer = encoder.tokenizer
     texts: list[list[str]] = []
 

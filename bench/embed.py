@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from scorer.embed import TEXTS
-from scorer.embedder import Embedder, EmbedderConfig
-from scorer.models import choose_device, find_model
-from scorer.records import read_records
+from scorer.clusters.embedder import Embedder, EmbedderConfig
+from scorer.clusters.embeddings import TEXTS
+from scorer.data.records import read_records
+from scorer.models.find import find_model
+from scorer.models.load import choose_device
 
 CHECKED = 20  # rows
 ERROR = 1e-5

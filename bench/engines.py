@@ -19,19 +19,21 @@ import polars as pl
 from rich.console import Console
 from rich.table import Table
 
-from bench.bound import flop, product_rates
 from bench.kernel import chunked
-from bench.rivals import ResponseOnly, WholePrompt, open_stock
-from bench.rows import RANDOM, Rows, encoded, longest, random_tokens, timed, title, warm_up
-from bench.shapes import fill, network, outline, shape_config
+from bench.lib.bound import flop, product_rates
+from bench.lib.rivals import ResponseOnly, WholePrompt, open_stock
+from bench.lib.rows import RANDOM, Rows, encoded, longest, random_tokens, timed, title, warm_up
+from bench.lib.shapes import fill, network, outline, shape_config
 from scorer.config import DEFAULT_MODEL, ScoreConfig
-from scorer.engines import Engine, engine_versions, open_engine
+from scorer.engines import Engine
+from scorer.engines.choose import choose, engine_versions, open_engine
 from scorer.engines.vllm import check_vllm
-from scorer.models import ModelFiles, choose_device, find_model
-from scorer.run import choose
-from scorer.rundir import Run
-from scorer.selection import SelectConfig, parse_keep
-from scorer.selection import choose as choose_records
+from scorer.models.find import ModelFiles, find_model
+from scorer.models.load import choose_device
+from scorer.runs.directory import Run
+from scorer.scores.shares import parse_keep
+from scorer.selection.ranking import SelectConfig
+from scorer.selection.ranking import choose as choose_records
 from scorer.types import ScorerError
 
 REFERENCE, PACKED32, PACKED16 = "reference float32", "packed float32", "packed bfloat16"
@@ -56,7 +58,7 @@ class Asked:
 
     data: str
     rows: int
-    model: str  # with dummy_weights: of bench.shapes
+    model: str  # with dummy_weights: of bench.lib.shapes
     repeats: int
     agreement_rows: int
     only: tuple[str, ...] = ()

@@ -13,10 +13,10 @@ from typing import Any
 import polars as pl
 from rich.console import Console
 
-from scorer.cluster import cluster
-from scorer.export import select
-from scorer.learning import Training, learn
-from scorer.report import report
+from scorer.clusters.cluster import cluster
+from scorer.learning.learn import Training, learn
+from scorer.report.report import report
+from scorer.selection.export import select
 
 QUANTILES = (0.1, 0.5, 0.9)
 

@@ -28,9 +28,9 @@ from tokenizers.models import BPE
 from transformers import GPT2Config, PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from scorer.distributed import Cluster
-from scorer.run import score
-from scorer.rundir import Run
+from scorer.runs.directory import Run
+from scorer.runs.ray_driver import Cluster
+from scorer.runs.run import score
 
 SHARD_ROWS = 50
 TOLERANCE = {"bfloat16": 1e-3, "float32": 1e-5}  # of a sum

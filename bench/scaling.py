@@ -20,15 +20,16 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from bench.bound import flop
 from bench.costs import Costs, measure
 from bench.engines import PACKED16, VLLM
-from bench.report import RESULTS
-from bench.shapes import network, shape_config
-from scorer.distributed import WORKERS_A_READER
+from bench.lib.bound import flop
+from bench.lib.report import RESULTS
+from bench.lib.shapes import network, shape_config
+from scorer.engines.choose import BATCH_TOKENS
 from scorer.engines.packed import CUDA_THREADS
-from scorer.run import BATCH_TOKENS, MANIFEST_SECONDS
-from scorer.workers import SHARDS
+from scorer.runs.ray_driver import WORKERS_A_READER
+from scorer.runs.ray_worker import SHARDS
+from scorer.runs.run import MANIFEST_SECONDS
 
 MODELS = {"gpt2": ("GPT-2", 12), "llama-2-7b": ("LLaMA-7B", 1)}  # and tuned, how many workers share a device
 DEVICES = (1, 8, 64)
@@ -58,13 +59,19 @@ class Given:
     request_seconds: float = given(0.1, "s", "Amazon S3's guide to performance: small objects, 100 to 200 ms")
     stream_bytes: float = given(850e6, "B/s", "the same: 85 MB/s a request; s3fs copies an object by 10 at once")
     put_rate: float = given(3500, "requests/s", "the same: at least so many PUT a second and prefix")
-    copies_before: int = given(1, "copies", "of each input, which scorer.run makes to count and to look at its rows")
+    copies_before: int = given(
+        1, "copies", "of each input, which scorer.runs.run makes to count and to look at its rows"
+    )
     input_files: int = given(1, "files", "assumed, at the worst: each reader copies whole files and skips lines in one")
-    workers_a_reader: int = given(WORKERS_A_READER, "workers", "scorer.distributed")
-    worker_shards: int = given(SHARDS, "shards", "scorer.workers: held at once, one tokenised, one scored, one written")
-    batch_tokens: int = given(BATCH_TOKENS["packed", "cuda"], "tokens", "scorer.run: a batch on a GPU")
+    workers_a_reader: int = given(WORKERS_A_READER, "workers", "scorer.runs.ray_driver")
+    worker_shards: int = given(
+        SHARDS, "shards", "scorer.runs.ray_worker: held at once, one tokenised, one scored, one written"
+    )
+    batch_tokens: int = given(BATCH_TOKENS["packed", "cuda"], "tokens", "scorer.runs.run: a batch on a GPU")
     packed_at_once: int = given(CUDA_THREADS, "batches", "scorer.engines.packed: threads that lay out batches")
-    manifest_pause: float = given(MANIFEST_SECONDS, "s", "scorer.run: from one writing of the manifest to the next")
+    manifest_pause: float = given(
+        MANIFEST_SECONDS, "s", "scorer.runs.run: from one writing of the manifest to the next"
+    )
     ray_seconds: float = given(0.009, "s a shard", "measured apart: 0.5 MB, Ray Data 2.60, 2 workers on 2 cores")
     start_seconds: float = given(60, "s", "assumed: a worker's start, and its next start after a failure")
     straggler_share: float = given(0.01, "of shards", "assumed")

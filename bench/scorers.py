@@ -22,14 +22,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench.rows import RANDOM, Rows, encoded, longest, random_tokens, timed, title, warm_up
-from bench.shapes import fill, network, outline, shape_config
-from scorer.agreement import agree
+from bench.lib.rows import RANDOM, Rows, encoded, longest, random_tokens, timed, title, warm_up
+from bench.lib.shapes import fill, network, outline, shape_config
+from scorer.agreement.statistics import agree
 from scorer.config import DEFAULT_MODEL, ScoreConfig
-from scorer.engines import choose_engine, engine_versions, open_engine
-from scorer.models import ModelFiles, find_model
+from scorer.engines.choose import choose, choose_engine, engine_versions, open_engine
+from scorer.models.find import ModelFiles, find_model
 from scorer.requirements import require
-from scorer.run import choose
 from scorer.types import SCORED
 
 SHARES = (Fraction(5, 100), Fraction(10, 100), Fraction(15, 100))

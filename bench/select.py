@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from scorer.scores import SCHEMA
-from scorer.selection import SelectConfig, choose
+from scorer.scores.measures import SCHEMA
+from scorer.selection.ranking import SelectConfig, choose
 
 
 def run(rows: int, clusters: int) -> dict[str, Any]:

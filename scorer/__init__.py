@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from scorer.config import ScoreConfig as ScoreConfig
-    from scorer.export import select as select
-    from scorer.run import score as score
-    from scorer.rundir import Run as Run
+    from scorer.runs.directory import Run as Run
+    from scorer.runs.run import score as score
+    from scorer.selection.export import select as select
     from scorer.types import EngineError as EngineError
     from scorer.types import RowStatus as RowStatus
     from scorer.types import ScorerError as ScorerError
 
 HOMES = {
-    "score": "scorer.run",
-    "select": "scorer.export",
-    "Run": "scorer.rundir",
+    "score": "scorer.runs.run",
+    "select": "scorer.selection.export",
+    "Run": "scorer.runs.directory",
     "ScoreConfig": "scorer.config",
     "RowStatus": "scorer.types",
     "ScorerError": "scorer.types",

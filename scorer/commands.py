@@ -16,7 +16,8 @@ from typing import Any, NoReturn
 import click
 from click.core import ParameterSource
 
-from scorer.config import COLUMNS, DEVICES, DTYPES, ENGINES, PROTOCOLS, ScoreConfig
+from scorer.config import COLUMNS, DEVICES, DTYPES, ENGINES, ScoreConfig
+from scorer.protocols import PROTOCOLS
 from scorer.types import ScorerError
 
 DEFAULTS = ScoreConfig()
@@ -207,7 +208,7 @@ def select_options(command: Command) -> Command:
 
 
 def training_options(command: Command) -> Command:
-    """The options that are fields of scorer.learning.Training."""
+    """The options that are fields of scorer.learning.learn.Training."""
     for option in reversed(
         (
             click.option("--epochs", type=int, default=3, help="Epochs to train; 1 gives lp1_approx only."),
@@ -285,7 +286,7 @@ RAY_NAMES = ("ray", "workers", "gpus_per_worker", "cpus_per_worker")
 
 
 def ray_options(command: Command) -> Command:
-    """Where a run is spread to: the fields of scorer.distributed.Cluster."""
+    """Where a run is spread to: the fields of scorer.runs.ray_driver.Cluster."""
     for option in reversed(
         (
             click.option(
@@ -344,8 +345,8 @@ def filter_(data: tuple[str, ...], output: str, run: str | None, fresh: bool, st
 
     What needs clusters (--per-cluster, --diverse) is for scorer select, after scorer cluster.
     """
-    from scorer.export import check_apart, check_column, check_measure, check_options
-    from scorer.run import spool
+    from scorer.runs.run import spool
+    from scorer.selection.export import check_apart, check_column, check_measure, check_options
 
     selection = _selection({name: options.pop(name) for name in SELECT_NAMES})
     check_options(data, output, **selection)
@@ -374,8 +375,8 @@ def lp(data: tuple[str, ...], output: str, runs: bool, fresh: bool, **options: A
     resumes.
     """
     from scorer.console import ConsoleProgress, show_run
-    from scorer.joined import join_runs
-    from scorer.learning import Training, learn
+    from scorer.learning.join import join_runs
+    from scorer.learning.learn import Training, learn
 
     if runs:
         _refuse_given(options, "--runs computes nothing")
@@ -421,7 +422,7 @@ def cluster(run: str, **options: Any) -> None:
         _refuse_given(["min_mean_size"], "--clusters says how many")
     if not options["flags"]:
         _refuse_given(["far_below", "duplicate_above"], "without --flags there is nothing that it says")
-    from scorer.cluster import cluster as cluster_records
+    from scorer.clusters.cluster import cluster as cluster_records
     from scorer.console import ConsoleProgress
 
     with ConsoleProgress() as progress:
@@ -446,7 +447,7 @@ def compare(runs: tuple[str, ...], **options: Any) -> None:
     RUN is a run directory, or a Parquet, CSV or JSON Lines file with record_id and the column. Files without record_id
     are compared by content.
     """
-    from scorer.comparison import compare as compare_sources
+    from scorer.agreement.compare import compare as compare_sources
     from scorer.console import show_comparison
 
     show_comparison(compare_sources(runs, **options))
@@ -464,7 +465,7 @@ def report(runs: tuple[str, ...], output: str, pictures: str | None, **options: 
     Each further RUN, of the same data, is compared with the first.
     """
     from scorer.console import line
-    from scorer.report import report as write_report
+    from scorer.report.report import report as write_report
 
     path = write_report(runs, output, pictures_folder=pictures, **options)
     line(f"report: {path}, {path.stat().st_size:,} bytes")
@@ -479,10 +480,10 @@ def serve(host: str, port: int, **options: Any) -> None:
 
     VLLM_API_KEY in the environment, here and there, keeps others out.
     """
+    from scorer.engines.choose import choose
     from scorer.engines.vllm import check_serving
     from scorer.engines.vllm import serve as serve_model
-    from scorer.models import find_model
-    from scorer.run import choose
+    from scorer.models.find import find_model
 
     config = ScoreConfig(engine="vllm", **options)
     check_serving(config)
@@ -496,7 +497,7 @@ def models(context: click.Context) -> None:
     """List the known models: where they come from, and what is on disk."""
     if context.invoked_subcommand is None:
         from scorer.console import show_models
-        from scorer.models import model_table
+        from scorer.models.find import model_table
 
         show_models(model_table())
 
@@ -507,7 +508,7 @@ def models(context: click.Context) -> None:
 @pickle_option
 def fetch(name: str, **options: Any) -> None:
     """Fetch the model NAME, so that a later run needs no network."""
-    from scorer.models import find_model
+    from scorer.models.find import find_model
 
     click.echo(find_model(name, report=lambda message: click.echo(message, err=True), **options).path)
 
@@ -517,7 +518,7 @@ SELECT_NAMES = tuple(parameter.name for parameter in select.params if parameter.
 
 def _score(data: Sequence[str], output: str, fresh: bool, strict: bool, options: dict[str, Any]) -> None:
     from scorer.console import ConsoleProgress, show_run
-    from scorer.run import score as score_data
+    from scorer.runs.run import score as score_data
 
     cluster = _cluster(**{name: options.pop(name) for name in RAY_NAMES})
     with ConsoleProgress() as progress:
@@ -527,7 +528,7 @@ def _score(data: Sequence[str], output: str, fresh: bool, strict: bool, options:
 
 def _cluster(ray: str | None, workers: int | None, gpus_per_worker: float | None, cpus_per_worker: float | None) -> Any:
     if ray is not None:
-        from scorer.distributed import Cluster
+        from scorer.runs.ray_driver import Cluster
 
         return Cluster(ray, workers, gpus_per_worker, cpus_per_worker)
     if given := [w for w in (workers, gpus_per_worker, cpus_per_worker) if w is not None]:
@@ -552,6 +553,6 @@ def _refuse_given(names: Iterable[str], why: str) -> None:
 
 def _select(run: str, output: str, options: dict[str, Any]) -> None:
     from scorer.console import show_selection
-    from scorer.export import select as select_records
+    from scorer.selection.export import select as select_records
 
     show_selection(select_records(run, output, **options), output)

@@ -20,12 +20,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as RichProgress
 from rich.table import Column, Table
 
-from scorer.agreement import Figure
-from scorer.comparison import Contents, Pair
-from scorer.models import ModelRow
-from scorer.rundir import Run
-from scorer.selection import Selection
-from scorer.summary import COLUMNS, QUANTILES, summarise
+from scorer.agreement.compare import Contents, Pair
+from scorer.agreement.statistics import Figure
+from scorer.models.find import ModelRow
+from scorer.runs.directory import Run
+from scorer.scores.summary import COLUMNS, QUANTILES, summarise
+from scorer.selection.ranking import Selection
 from scorer.types import ScorerError
 
 PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}  # paths may hold [brackets] and :colons:
@@ -36,7 +36,7 @@ PLAIN_SECONDS = 10.0  # between two lines where there is no terminal
 
 
 class ConsoleProgress:
-    """`scorer.progress.Progress` on a terminal as a bar, elsewhere as a plain line now and then."""
+    """`scorer.runs.progress.Progress` on a terminal as a bar, elsewhere as a plain line now and then."""
 
     def __init__(self) -> None:
         self.bar = RichProgress(

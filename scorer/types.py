@@ -5,6 +5,7 @@ Imports nothing of ours, and no heavy library. It does not know how any of these
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -134,3 +135,9 @@ class SpanNLL:
     nll_sum: float | None
     tokens: int
     status: RowStatus = RowStatus.OK
+
+
+def one_of(option: str, value: str, allowed: Mapping[str, object] | tuple[str, ...]) -> None:
+    """Raise ScorerError naming the allowed values, unless `value` is one."""
+    if value not in allowed:
+        raise ScorerError(f"{option}: '{value}' is not one of {', '.join(allowed)}")

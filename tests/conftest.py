@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from scorer.models import ModelFiles, find_model
+from scorer.models.find import ModelFiles, find_model
 
 # The 256 bytes, then the document separator: every text has as many tokens as it has UTF-8 bytes.
 VOCABULARY = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))} | {"<|end|>": 256}

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from scorer.models import ModelFiles
-from tests.command import Commands, Ended, alpaca, end, start
-from tests.runs import make_run
+from scorer.models.find import ModelFiles
+from tests.lib.command import Commands, Ended, alpaca, end, start
+from tests.lib.runs import make_run
 
 RUN = ("-o", "run")
 FAULTS: dict[str, tuple[tuple[str, ...], str]] = {

@@ -18,9 +18,9 @@ import pytest
 
 from scorer.commands import cli
 from scorer.config import ScoreConfig
-from scorer.models import ModelFiles
-from scorer.selection import SelectConfig
-from tests.command import CONSOLE_SCRIPT, Commands, alpaca
+from scorer.models.find import ModelFiles
+from scorer.selection.ranking import SelectConfig
+from tests.lib.command import CONSOLE_SCRIPT, Commands, alpaca
 
 ROOT = Path(__file__).parents[1]
 

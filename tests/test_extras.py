@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 from polars.testing import assert_frame_equal
 
-from scorer.models import ModelFiles
+from scorer.models.find import ModelFiles
 from scorer.requirements import REQUIREMENTS
-from scorer.rundir import Run
-from tests.command import Commands
-from tests.environments import Environment, build_wheel, closure, make_environment
-from tests.runs import make_run
+from scorer.runs.directory import Run
+from tests.lib.command import Commands
+from tests.lib.environments import Environment, build_wheel, closure, make_environment
+from tests.lib.runs import make_run
 
 pytestmark = pytest.mark.slow
 Tiny = Callable[[str], ModelFiles]

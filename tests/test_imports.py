@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -15,57 +16,28 @@ import scorer
 
 ROOT = Path(__file__).parents[1]
 
-# Every module of ours by floors, the lowest first: an import, at the top or inside a function, goes to a lower floor.
-FLOORS = (
-    "background page progress quotas summary types engines.attention engines.vllm_plugin",
-    "config diversity guards loading requirements scores turns engines.faults engines.packing engines.vllm_endpoint",
-    "agreement encode places selection",
-    "atomic files folders lock",
-    "embedded pictures records rundir writer",
-    "models samples sidecars",
-    "comparison embedder export training engines.packed engines.reference engines.remote engines.vllm",
-    "console embed report engines",
-    "cluster shards",
-    "workers",
-    "distributed",
-    "run",
+# The wings, the lowest first: a module imports from its own wing and from those below it.
+WINGS = (
+    "base",  # the modules that lie in scorer/ itself, but for those of the command line
+    "storage",
+    "scores",
+    "data",
+    "models",
+    "engines",
+    "runs",
+    "selection",
+    "agreement",
+    "clusters",
     "learning",
-    "joined",
+    "report",
     "commands",
-    "__main__",
 )
-FLOOR = {f"scorer.{name}": number for number, names in enumerate(FLOORS) for name in names.split()}
+COMMAND_LINE = {"scorer.console", "scorer.commands", "scorer.__main__"}
 # What the command line may import before a command needs more.
-COMMANDS_AT_THEIR_TOP = {"click", "scorer.config", "scorer.types"}
-# What never imports torch, not even inside a function, nor anything of ours that does.
-TORCH_FREE = {
-    "scorer.agreement",
-    "scorer.atomic",
-    "scorer.comparison",
-    "scorer.config",
-    "scorer.diversity",
-    "scorer.encode",
-    "scorer.export",
-    "scorer.files",
-    "scorer.guards",
-    "scorer.lock",
-    "scorer.page",
-    "scorer.pictures",
-    "scorer.places",
-    "scorer.quotas",
-    "scorer.records",
-    "scorer.report",
-    "scorer.requirements",
-    "scorer.rundir",
-    "scorer.samples",
-    "scorer.scores",
-    "scorer.selection",
-    "scorer.sidecars",
-    "scorer.summary",
-    "scorer.turns",
-    "scorer.types",
-    "scorer.writer",
-}
+COMMANDS_AT_THEIR_TOP = {"click", "scorer.config", "scorer.protocols", "scorer.types"}
+# Wings and modules that never import torch, not even inside a function, nor anything of ours that does.
+TORCH_FREE_WINGS = {"base", "storage", "scores", "data", "selection", "agreement", "report"}
+TORCH_FREE_RUNS = {"scorer.runs", "scorer.runs.directory", "scorer.runs.extras", "scorer.runs.progress"}
 TORCH_BOUND = {"torch", "transformers", "safetensors", "triton", "scorer_kernels"}
 KERNEL_USERS = {"scorer.engines.packed", "scorer.engines.vllm_plugin"}
 KERNELS_NEED = {"torch", "triton"}
@@ -81,6 +53,17 @@ SOURCES = {module_name(p, ROOT): p for p in (ROOT / "scorer").rglob("*.py")}
 NAMES = {*SOURCES, *KERNELS}
 
 
+def wing(module: str) -> str:
+    parts = module.split(".")
+    if module in COMMAND_LINE:
+        return "commands"
+    return parts[1] if len(parts) > 1 and (ROOT / "scorer" / parts[1]).is_dir() else "base"
+
+
+MODULES = sorted(SOURCES.keys() - {"scorer"})
+TORCH_FREE = {name for name in MODULES if wing(name) in TORCH_FREE_WINGS} | TORCH_FREE_RUNS
+
+
 @dataclass(frozen=True)
 class Import:
     """A module that a source names, and whether importing the source imports it."""
@@ -90,7 +73,7 @@ class Import:
 
 
 def imports(path: Path, name: str) -> set[Import]:
-    """All import statements of a file. `from scorer import run` counts as scorer.run."""
+    """All import statements of a file. `from scorer import config` counts as scorer.config."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     inside = {
         id(node)
@@ -144,32 +127,36 @@ def test_relative_and_nested_imports_are_read(tmp_path: Path) -> None:
     """Of the reader of imports itself, which every test below relies on."""
     path = tmp_path / "packed.py"
     path.write_text(
-        "import torch.nn\nfrom .packing import pack\nfrom .. import run\nfrom scorer import selection as s\n"
+        "import torch.nn\nfrom .packing import pack\nfrom .. import config\nfrom scorer.selection import ranking as s\n"
         "if True:\n    from ..types import Span\n"
-        "class A:\n    def f(self):\n        import polars as pl\n        from scorer.files import *\n"
+        "class A:\n    def f(self):\n        import polars as pl\n        from scorer.data.reader import *\n"
     )
     assert imports(path, "scorer.engines.packed") == {
         Import("torch.nn", True),
         Import("scorer.engines.packing", True),
-        Import("scorer.run", True),
-        Import("scorer.selection", True),
+        Import("scorer.config", True),
+        Import("scorer.selection.ranking", True),
         Import("scorer.types", True),
         Import("polars", False),
-        Import("scorer.files", False),
+        Import("scorer.data.reader", False),
     }
     assert foreign(imports(path, "scorer.engines.packed")) == {"torch", "polars"}
 
 
-def test_every_module_has_its_floor() -> None:
-    assert set(FLOOR) == set(SOURCES) - {"scorer"}
-    assert sum(len(names.split()) for names in FLOORS) == len(FLOOR)
+def test_every_wing_is_in_the_order() -> None:
+    assert {wing(name) for name in MODULES} == set(WINGS)
 
 
-@pytest.mark.parametrize("name", sorted(FLOOR))
+@pytest.mark.parametrize("name", MODULES)
 def test_imports_go_down(name: str) -> None:
     found = ours(imports(SOURCES[name], name)) - {"scorer"}
-    assert not {module for module in found if FLOOR.get(module, -1) >= FLOOR[name]}
-    assert not found - set(FLOOR) - set(KERNELS)
+    assert found <= set(MODULES) | set(KERNELS)
+    assert not {m for m in found - set(KERNELS) if WINGS.index(wing(m)) > WINGS.index(wing(name))}
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    graph = {name: ours(imports(SOURCES[name], name)) - {"scorer"} for name in MODULES}
+    assert set(TopologicalSorter(graph).static_order()) >= set(MODULES)
 
 
 def test_lazy_names_are_at_home_where_they_may_be() -> None:
@@ -178,7 +165,7 @@ def test_lazy_names_are_at_home_where_they_may_be() -> None:
     assert all(getattr(scorer, name).__module__ == home for name, home in scorer.HOMES.items())
 
 
-@pytest.mark.parametrize("name", sorted(TORCH_FREE & set(SOURCES)))
+@pytest.mark.parametrize("name", sorted(TORCH_FREE))
 def test_no_torch(name: str) -> None:
     found = imports(SOURCES[name], name)
     assert foreign(found).isdisjoint(TORCH_BOUND)
@@ -186,7 +173,7 @@ def test_no_torch(name: str) -> None:
 
 
 def test_no_torch_in_the_process_either() -> None:
-    names = sorted(TORCH_FREE & set(SOURCES))
+    names = sorted(TORCH_FREE)
     assert len(names) >= 12
     assert loaded(f"import {', '.join(names)}").isdisjoint({"torch", "transformers", "triton"})
 

@@ -12,7 +12,7 @@ import pytest
 
 from scorer.commands import cli
 from scorer.requirements import REQUIREMENTS
-from tests.readme import README, ROOT, commands, masked
+from tests.lib.readme import README, ROOT, commands, masked
 
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 EXTRAS = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
@@ -56,7 +56,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_every_command_of_the_readme_is_run() -> None:
-    """A command of scorer's stands behind a prompt, which is what makes tests/readme.py run it."""
+    """A command of scorer's stands behind a prompt, which is what makes tests/lib/readme.py run it."""
     text = README.read_text(encoding="utf-8")
     assert not re.findall(r"^    (?!\$ )(?:scorer|pip|python) .*", text, re.MULTILINE)
     run = "\n".join(command.text for command in commands(text))

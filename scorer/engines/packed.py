@@ -15,9 +15,10 @@ from scorer_kernels import nll_head, nll_sums
 from scorer.config import ScoreConfig
 from scorer.engines.attention import NAME as ATTENTION
 from scorer.engines.attention import Layout
-from scorer.engines.faults import DoesNotFitError, engine_faults, refuse_unknown_tokens, with_sums, without_memory
 from scorer.engines.packing import PackedBatch, pack, plan_batches
-from scorer.models import ModelFiles, load_causal_lm, model_settings
+from scorer.engines.spans import DoesNotFitError, engine_faults, refuse_unknown_tokens, with_sums, without_memory
+from scorer.models.find import ModelFiles, model_settings
+from scorer.models.load import load_causal_lm
 from scorer.types import ScorerError, SpanNLL, TokenSequence
 
 # Families whose attention goes through transformers' AttentionInterface with nothing of its own beside it, and whose

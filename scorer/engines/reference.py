@@ -10,8 +10,9 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from scorer.config import ScoreConfig
-from scorer.engines.faults import DoesNotFitError, engine_faults, refuse_unknown_tokens, with_sums, without_memory
-from scorer.models import ModelFiles, load_causal_lm
+from scorer.engines.spans import DoesNotFitError, engine_faults, refuse_unknown_tokens, with_sums, without_memory
+from scorer.models.find import ModelFiles
+from scorer.models.load import load_causal_lm
 from scorer.types import SpanNLL, TokenSequence
 
 

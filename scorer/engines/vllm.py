@@ -23,8 +23,8 @@ from threading import Thread
 from typing import Any, NoReturn
 
 from scorer.config import ScoreConfig
-from scorer.engines.faults import refuse_unknown_tokens, with_counted_sums
-from scorer.models import ModelFiles, model_settings
+from scorer.engines.spans import refuse_unknown_tokens, with_counted_sums
+from scorer.models.find import ModelFiles, model_settings
 from scorer.requirements import require
 from scorer.types import EngineError, ScorerError, SpanNLL, TokenSequence
 
@@ -124,7 +124,7 @@ def serve(config: ScoreConfig, files: ModelFiles, host: str, port: int) -> NoRet
     """Become vLLM's HTTP server of a model whose configuration has been chosen: for `--engine http://HOST:PORT`."""
     os.environ["VLLM_PLUGINS"] = "scorer"
     set_environment(config)
-    from scorer.engines.vllm_endpoint import REVISION
+    from scorer.engines.vllm_server import REVISION
 
     os.environ[REVISION] = files.revision
     arguments = engine_arguments(config, files)

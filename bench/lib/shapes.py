@@ -1,0 +1,136 @@
+"""Models without their weights: the published configurations of some, and random weights for them.
+
+With these any architecture is timed with no download. Knows transformers' configurations and the folders that they lie
+in; nothing of engines or rows.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+from scorer.models.find import ModelFiles
+from scorer.models.load import choose_dtype
+from scorer.types import ScorerError
+
+WEIGHTS = "model.safetensors"
+OPT = {
+    "model_type": "opt",
+    "architectures": ["OPTForCausalLM"],
+    "activation_function": "relu",
+    "vocab_size": 50272,
+    "max_position_embeddings": 2048,
+    "num_hidden_layers": 24,
+    "bos_token_id": 2,
+    "eos_token_id": 2,
+    "pad_token_id": 1,
+}
+LLAMA_2 = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_act": "silu",
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+# As in the config.json of openai-community/gpt2, facebook/opt-*, meta-llama/Llama-2-*-hf.
+SHAPES: dict[str, Mapping[str, Any]] = {
+    "gpt2": {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        "activation_function": "gelu_new",
+        "vocab_size": 50257,
+        "n_positions": 1024,
+        "n_embd": 768,
+        "n_layer": 12,
+        "n_head": 12,
+        "layer_norm_epsilon": 1e-5,
+        "bos_token_id": 50256,
+        "eos_token_id": 50256,
+    },
+    "opt-350m": {
+        **OPT,
+        "hidden_size": 1024,
+        "word_embed_proj_dim": 512,
+        "ffn_dim": 4096,
+        "num_attention_heads": 16,
+        "do_layer_norm_before": False,
+    },
+    "opt-1.3b": {
+        **OPT,
+        "hidden_size": 2048,
+        "word_embed_proj_dim": 2048,
+        "ffn_dim": 8192,
+        "num_attention_heads": 32,
+        "do_layer_norm_before": True,
+    },
+    "llama-2-7b": {
+        **LLAMA_2,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+    },
+    "llama-2-13b": {
+        **LLAMA_2,
+        "hidden_size": 5120,
+        "intermediate_size": 13824,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 40,
+    },
+}
+
+
+def shape_config(name: str) -> Any:
+    """The transformers configuration of a name in SHAPES, or of a folder's config.json; ScorerError for others."""
+    settings = SHAPES.get(name)
+    if settings is None:
+        path = Path(name) / "config.json"
+        if not path.is_file():
+            raise ScorerError(f"shape '{name}': not one of {', '.join(SHAPES)}, and not a folder with a config.json")
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    return AutoConfig.for_model(**settings)
+
+
+def network(config: Any) -> Any:
+    """The causal language model of a configuration, without memory for its weights (on torch's meta device)."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def outline(name: str, folder: Path) -> ModelFiles:
+    """The files of a shape, whose weights are a hole of their size in 16 bits: enough to choose an engine by."""
+    config = shape_config(name)
+    config.save_pretrained(folder)
+    count = network(config).num_parameters()
+    header = json.dumps({"hole": {"dtype": "BF16", "shape": [count], "data_offsets": [0, 2 * count]}}).encode()
+    with (folder / WEIGHTS).open("wb") as file:  # one that can be parsed: vLLM looks into it, even for dummy weights
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(file.tell() + 2 * count)
+    return ModelFiles(name, folder, f"random:{name}", None, "directory")
+
+
+def fill(files: ModelFiles, device: str) -> None:
+    """Write random weights in the place of the hole, in the dtype that `device` computes in."""
+    (files.path / WEIGHTS).unlink()
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(files.path), dtype=getattr(torch, choose_dtype("auto", device))
+        )
+    model.save_pretrained(files.path, max_shard_size="100GB")
+    del model
+    if device == "cuda":
+        torch.cuda.empty_cache()  # other processes need it

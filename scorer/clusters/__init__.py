@@ -1,0 +1,1 @@
+"""Sentence embeddings of a run's records, and k-means over them."""

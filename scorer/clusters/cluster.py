@@ -1,0 +1,153 @@
+"""K-means clusters of a run's records by their embeddings, and the two flags that embeddings give.
+
+    RUN/clusters.parquet    record_id Int64, cluster Int64, distance Float32: Euclidean, to the cluster's centre
+    RUN/flags.parquet       record_id Int64, far_from_instruction Boolean, near_duplicate Boolean
+
+Knows faiss and matrices; neither texts nor models.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from scorer.clusters.embedder import EMBEDDER, MAX_TOKENS, EmbedderConfig, Matrix
+from scorer.clusters.embeddings import embed
+from scorer.data.dataset import refuse_changed
+from scorer.models.load import choose_device
+from scorer.requirements import require
+from scorer.runs.directory import CLUSTERS, EMBEDDINGS, FLAGS, Run, write_table
+from scorer.runs.progress import Progress, Silent
+from scorer.types import ScorerError
+
+SAMPLE = 256  # rows a cluster that k-means learns from, at most; all rows are then assigned
+BLOCK_ROWS = 4096
+
+
+def cluster(
+    run: Run | str | Path,
+    *,
+    clusters: int | None = None,
+    min_mean_size: int = 50,
+    embedder: str = EMBEDDER,
+    max_tokens: int = MAX_TOKENS,
+    iterations: int = 20,
+    seed: int = 42,
+    device: str = "auto",
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+    flags: bool = False,
+    far_below: float = 0.1,
+    duplicate_above: float = 0.98,
+    fresh: bool = False,
+    progress: Progress | None = None,
+) -> pl.DataFrame:
+    """Embed the records of a run, cluster them, and return what is written to RUN/clusters.parquet.
+
+    clusters: how many; None: records with text / min_mean_size, rounded down, at least 1. A record without text has a
+    null cluster. flags: write RUN/flags.parquet too. A response is far_from_instruction where the cosine of its
+    embedding and its instruction's is below `far_below` (null where either has no text); a record is a near_duplicate
+    where the cosine with one of a smaller record_id is above `duplicate_above`. fresh: discard embeddings found there.
+
+    Raises ScorerError where the run has no data or its data changed, and where there are fewer records than clusters.
+    """
+    require("cluster")
+    counts = {"clusters": clusters, "min_mean_size": min_mean_size, "max_tokens": max_tokens, "iterations": iterations}
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise ScorerError(f"{name}: {value} is below 1")
+    run, progress = run if isinstance(run, Run) else Run(run), progress or Silent()
+    run.require_disk("clustering")
+    manifest = run.manifest
+    _refuse_without_data(run, manifest)
+    if clusters is not None and clusters > manifest["records"]:
+        raise ScorerError(f"{manifest['records']:,} records can't make {clusters:,} clusters: give fewer --clusters")
+    with run.locked():
+        if fresh:
+            shutil.rmtree(run.path / EMBEDDINGS, ignore_errors=True)
+        config = EmbedderConfig(embedder, max_tokens, choose_device(device), allow_pickle, trust_remote_code)
+        parts = embed(run, "part", config, progress)
+        filled = np.concatenate([np.asarray(part).any(axis=1) for part in parts])
+        records = int(filled.sum())
+        k = clusters or max(1, records // min_mean_size)
+        progress.say(f"k-means: {records:,} records into {k:,} clusters")
+        labels, distances = kmeans(parts, filled, k, iterations=iterations, seed=seed)
+        columns = {"cluster": pl.Series(labels, dtype=pl.Int64), "distance": pl.Series(distances, dtype=pl.Float32)}
+        places = pl.Series(np.flatnonzero(filled), dtype=pl.Int64)
+        ids = pl.DataFrame({"record_id": pl.int_range(len(filled), eager=True, dtype=pl.Int64)})
+        table = ids.join(pl.DataFrame({"record_id": places, **columns}), on="record_id", how="left")
+        table = table.sort("record_id")
+        write_table(run.path / CLUSTERS, table)
+        if flags:
+            instructions, responses = (embed(run, kind, config, progress) for kind in ("instruction", "response"))
+            far = pl.concat([_far(one, two, far_below) for one, two in zip(instructions, responses, strict=True)])
+            copies = pl.Series(near_duplicates(parts, duplicate_above))
+            write_table(run.path / FLAGS, ids.with_columns(far_from_instruction=far, near_duplicate=copies))
+            progress.say(f"flags: {far.sum():,} far_from_instruction, {copies.sum():,} near_duplicate")
+    return table
+
+
+def kmeans(
+    parts: Sequence[Matrix], filled: np.ndarray[Any, Any], k: int, *, iterations: int = 20, seed: int = 42
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """The cluster (int64) and the distance to its centre (float32) of each row of `parts` where `filled` (bool).
+
+    Learnt from SAMPLE * k rows, drawn by `seed`, where there are more. Deterministic for one machine. Raises
+    ScorerError for fewer rows than clusters.
+    """
+    import faiss
+
+    rows = np.flatnonzero(filled)
+    if len(rows) < k:
+        raise ScorerError(f"{len(rows):,} records with text can't make {k:,} clusters: give fewer --clusters")
+    if len(rows) > SAMPLE * k:
+        rows = np.sort(np.random.default_rng(seed).choice(rows, SAMPLE * k, replace=False))
+    width = parts[0].shape[1]
+    sample = np.empty((len(rows), width), dtype=np.float32)
+    start = taken = 0
+    for part in parts:
+        mine = rows[(rows >= start) & (rows < start + len(part))] - start
+        sample[taken : taken + len(mine)] = part[mine]
+        start, taken = start + len(part), taken + len(mine)
+    learner = faiss.Kmeans(
+        width, k, niter=iterations, seed=seed, min_points_per_centroid=1, max_points_per_centroid=SAMPLE
+    )
+    learner.train(sample)
+    del sample
+    found = [learner.index.search(np.ascontiguousarray(part), 1) for part in parts]
+    labels = np.concatenate([places[:, 0] for _, places in found])[filled]
+    squares = np.concatenate([squares[:, 0] for squares, _ in found])[filled]
+    return labels, np.sqrt(np.maximum(squares, 0))
+
+
+def near_duplicates(parts: Sequence[Matrix], above: float) -> np.ndarray[Any, Any]:
+    """Whether a row's cosine with any row before it is over `above`: bool, exact, in blocks. Rows have unit length."""
+    import faiss
+
+    index = faiss.IndexFlatIP(parts[0].shape[1])
+    found = []
+    for part in parts:
+        for start in range(0, len(part), BLOCK_ROWS):
+            block = np.ascontiguousarray(part[start : start + BLOCK_ROWS])
+            among = np.tril(block @ block.T, -1).max(axis=1, initial=-1.0)
+            before = index.search(block, 1)[0][:, 0] if index.ntotal else among
+            found.append(np.maximum(among, before) > above)
+            index.add(block)
+    return np.concatenate(found)
+
+
+def _far(one: Matrix, two: Matrix, below: float) -> pl.Series:
+    both = pl.Series(np.logical_and(one.any(axis=1), two.any(axis=1)))
+    far = pl.Series(np.einsum("nd,nd->n", one, two) < below)
+    return pl.select(pl.when(both).then(far)).to_series()
+
+
+def _refuse_without_data(run: Run, manifest: dict[str, Any]) -> None:
+    if not manifest["inputs"]:
+        raise ScorerError(f"{run.path} was joined from tables and has no data to embed: join run directories instead")
+    refuse_changed(manifest["inputs"])

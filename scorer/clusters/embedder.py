@@ -1,0 +1,143 @@
+"""Texts -> embeddings of unit length, by any model of sentence-transformers, which is imported where one is loaded.
+
+It does not know where the texts come from, nor what is kept of the embeddings.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from scorer.models.find import ModelFiles
+from scorer.models.folders import embedder_modules
+from scorer.models.quiet import loading, quiet
+from scorer.types import ScorerError
+
+Matrix = np.ndarray[tuple[int, int], np.dtype[np.float32]]
+EMBEDDER = "all-minilm-l6-v2"
+MAX_TOKENS = 256
+BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}  # padded
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedderConfig:
+    """Which sentence-transformers model embeds, how much of a text, and what the model may do on this machine."""
+
+    embedder: str = EMBEDDER  # an embedded name, a local folder or a hub model
+    max_tokens: int = MAX_TOKENS  # of a text; or the model's own limit, if that is lower
+    device: str = "cpu"
+    allow_pickle: bool = False
+    trust_remote_code: bool = False
+
+
+class Embedder:
+    """A sentence-transformers model in float32, with its own pooling, further modules and default prompt.
+
+    Texts are sorted by their tokens: sorted by characters, as the library does it, Alpaca's are a quarter more with the
+    padding. On CPU each core runs batches of its own, which is faster than all cores on each batch; but not with code
+    that came with the model, which may keep state between calls.
+    """
+
+    def __init__(self, files: ModelFiles, config: EmbedderConfig):
+        options = {"dtype": torch.float32} | ({} if config.allow_pickle else {"use_safetensors": True})
+        with loading(files.path):
+            if not config.trust_remote_code:
+                _refuse_foreign_code(files.path)
+            from sentence_transformers import SentenceTransformer
+
+            self.model = SentenceTransformer(
+                str(files.path),
+                device=config.device,
+                local_files_only=True,
+                trust_remote_code=config.trust_remote_code,
+                model_kwargs=options,
+            )
+            _limit(self.model[0], config.max_tokens)
+            # The first call sets options of the tokenizer; calls in several threads may only find them set.
+            self.width = len(self.model.encode("a", show_progress_bar=False))
+        self.settings = {  # what changes the numbers, for the manifest
+            "prompt": self.model.prompts.get(self.model.default_prompt_name),
+            "sentence_transformers": version("sentence-transformers"),
+        }
+        self.batch_tokens = BATCH_TOKENS[config.device]
+        self.workers = torch.get_num_threads() if config.device == "cpu" and not config.trust_remote_code else 1
+        self.tokens = 0  # embedded so far, without those of the prompt
+
+    def embed(self, texts: Sequence[str]) -> Matrix:
+        """float32 [len(texts), D], each row of unit length; of an empty text, zeros."""
+        matrix = np.zeros((len(texts), self.width), dtype=np.float32)
+        with quiet():
+            lengths = self._lengths(texts)
+        self.tokens += sum(lengths)
+        batches = list(_batches(lengths, self.batch_tokens))
+        threads = torch.get_num_threads()  # a thread's own setting, in part the process's
+        pool = ThreadPoolExecutor(
+            self.workers, "scorer-embed", initializer=torch.set_num_threads, initargs=(max(1, threads // self.workers),)
+        )
+        try:
+            with quiet(), pool:
+                made = pool.map(self._encode, ([texts[i] for i in batch] for batch in batches))
+                for batch, embeddings in zip(batches, made, strict=True):
+                    matrix[batch] = embeddings
+        finally:
+            torch.set_num_threads(threads)
+        return matrix
+
+    def _lengths(self, texts: Sequence[str]) -> list[int]:
+        """The tokens of each text; 0 of an empty one. Of a model without an attention mask a guess from characters."""
+        filled = [text for text in texts if text]
+        mask = self.model.preprocess(filled).get("attention_mask") if filled else None
+        counts = iter(mask.sum(1).tolist() if mask is not None else [1 + len(text) // 4 for text in filled])
+        return [next(counts) if text else 0 for text in texts]
+
+    def _encode(self, texts: list[str]) -> Matrix:
+        rows: Matrix = self.model.encode(
+            texts, batch_size=len(texts), show_progress_bar=False, normalize_embeddings=True
+        )
+        return rows
+
+
+def _batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Places of texts, longest first, in batches whose padded size is within the budget (or of one text)."""
+    batch: list[int] = []
+    for i in sorted((i for i, length in enumerate(lengths) if length), key=lambda i: -lengths[i]):
+        if batch and (len(batch) + 1) * lengths[batch[0]] > budget:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def _limit(first: Any, most: int) -> None:
+    """Have the first module of a model take at most so many tokens of a text."""
+    from sentence_transformers.base.modules import Router
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+
+    for module in [route[0] for route in first.sub_modules.values()] if isinstance(first, Router) else [first]:
+        if isinstance(module, StaticEmbedding):  # it has no limit of its own
+            module.tokenizer.enable_truncation(most)
+        else:
+            module.max_seq_length = min(most, getattr(module, "max_seq_length", None) or most)
+
+
+def _refuse_foreign_code(folder: Path) -> None:
+    """Raise ScorerError for a module of the model's own, and for an activation that would be replaced by tanh."""
+    foreign = [kind[1:] for kind, _ in embedder_modules(folder) if kind.startswith(".")]
+    for path in sorted(folder.rglob("config.json")):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if "in_features" in config:  # of a Dense module
+            foreign.append(config.get("activation_function", "torch."))
+    if code := [name for name in foreign if not name.startswith("torch.")]:
+        raise ScorerError(
+            f"{folder} needs {code[0]}, which is no part of sentence-transformers or torch; "
+            "give --trust-remote-code if you trust the model's own code"
+        )

@@ -1,0 +1,111 @@
+"""Sentence embeddings of a run's records, on disk part by part.
+
+    RUN/embeddings/manifest.json          what they were made of, and with
+    RUN/embeddings/part-00000.npy         float32 [records of the part, D], unit length, in record order; and so on
+    RUN/embeddings/instruction-00000.npy  the same of the instruction and input alone; response-00000.npy too
+
+A part is whole or absent, and is mapped, not read, so that the embeddings are never in memory twice. A record without
+text has a row of zeros. How a text is
+embedded is scorer.clusters.embedder's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scorer.clusters.embedder import Embedder, EmbedderConfig, Matrix
+from scorer.data.records import read_records
+from scorer.models.find import ModelFiles, find_model
+from scorer.runs.directory import EMBEDDINGS, Run
+from scorer.runs.progress import Progress
+from scorer.storage.atomic import remove_temporaries, replacing
+from scorer.types import Record, ScorerError
+
+FORMAT = 2  # 1: at most the positions that the model has, rather than its max_seq_length, and no prompt
+PART_ROWS = 2000
+
+
+def _part(record: Record) -> str:
+    texts = [t for turn in record.turns for t in (*(m.content for m in turn.prompt), turn.input, turn.response)]
+    return "\n".join(text for text in texts if text.strip())
+
+
+def _instruction(record: Record) -> str:
+    texts = [t for turn in record.turns for t in (*(m.content for m in turn.prompt), turn.input)]
+    return "\n".join(text for text in texts if text.strip())
+
+
+def _response(record: Record) -> str:
+    return "\n".join(turn.response for turn in record.turns if turn.response.strip())
+
+
+TEXTS: Mapping[str, Callable[[Record], str]] = {"part": _part, "instruction": _instruction, "response": _response}
+
+
+def embed(run: Run, kind: str, config: EmbedderConfig, progress: Progress) -> list[Matrix]:
+    """The embeddings of a run's records, in parts (memory-mapped), those that are missing made first.
+
+    kind: of TEXTS: part, the instruction, input and response; or the first two, or the last. The caller holds
+    `run.locked()`. Raises ScorerError where the embeddings there are of another model or of other data, and for a model
+    that `find_model` refuses as an embedder, or that does not load.
+    """
+    files = find_model(config.embedder, embedder=True, allow_pickle=config.allow_pickle, report=progress.say)
+    manifest = run.manifest
+    scored = manifest["identity"]["config"]
+    folder = run.path / EMBEDDINGS
+    identity = _identity(manifest, files, config)
+    _refuse_other(folder, identity)
+    parts = [folder / f"{kind}-{i:05d}.npy" for i in range(-(-manifest["records"] // PART_ROWS))]
+    remove_temporaries(folder / f"{kind}-*.npy")
+    done = next((i for i, part in enumerate(parts) if not part.exists()), len(parts))
+    if done < len(parts):
+        what = "records" if kind == "part" else f"{kind}s"
+        progress.say(f"embedding the {what} with {files.name}")
+        progress.begin(manifest["records"], done * PART_ROWS)
+        model = Embedder(files, config)
+        _keep(folder, identity | model.settings)
+        paths = [entry["path"] for entry in manifest["inputs"]]
+        records = read_records(paths, columns=scored["columns"], start=done * PART_ROWS, limit=scored["limit"])
+        for part in parts[done:]:
+            chunk, tokens = list(islice(records, PART_ROWS)), model.tokens
+            matrix = model.embed([TEXTS[kind](record) for record in chunk])
+            with replacing(part) as temporary, temporary.open("wb") as file:
+                np.save(file, matrix)
+            progress.advance(len(chunk), model.tokens - tokens)
+    return [np.load(part, mmap_mode="r") for part in parts]
+
+
+def _identity(manifest: dict[str, Any], files: ModelFiles, config: EmbedderConfig) -> dict[str, Any]:
+    scored = manifest["identity"]["config"]
+    return {
+        "format": FORMAT,
+        "embedder": files.name,
+        "revision": files.revision,
+        "max_tokens": config.max_tokens,
+        "part_rows": PART_ROWS,
+        "inputs": manifest["identity"]["inputs"],
+        "limit": scored["limit"],
+        "columns": scored["columns"],
+    }
+
+
+def _refuse_other(folder: Path, identity: dict[str, Any]) -> None:
+    """Raise ScorerError where the folder's manifest is of another identity."""
+    path = folder / "manifest.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else identity
+    if changes := [name for name, value in identity.items() if before.get(name) != value]:
+        raise ScorerError(f"{folder} holds embeddings of other {', '.join(changes)}: use --fresh to discard them")
+
+
+def _keep(folder: Path, manifest: dict[str, Any]) -> None:
+    path = folder / "manifest.json"
+    if not path.exists():
+        folder.mkdir(exist_ok=True)
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")

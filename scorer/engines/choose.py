@@ -1,0 +1,155 @@
+"""Which engine scores, with which device, dtype and batches; and the opening of it.
+
+Knows which engines there are; not how they compute. An engine's module is imported where it is chosen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from scorer.config import SERVERS, ScoreConfig
+from scorer.engines import Engine
+from scorer.models.find import ModelFiles, model_settings, weight_bytes
+from scorer.models.load import choose_device, choose_dtype
+from scorer.protocols import PROTOCOLS
+from scorer.requirements import VLLM
+from scorer.types import ScorerError
+
+# What a weak model is, in 16 bits; beyond it, vLLM is worth its start.
+PACKED_BYTES = 5 << 30
+
+
+def check_engine(config: ScoreConfig) -> None:
+    """Raise ScorerError where the engine is not installed, lacks an argument, or no server that scores answers.
+
+    This is known before a model is fetched.
+    """
+    if config.engine.startswith(SERVERS):
+        from scorer.engines.vllm_client import Server
+
+        Server(config.engine).close()
+    if config.engine == "vllm" or (config.engine == "auto" and config.vllm_options()):
+        from scorer.engines.vllm import check_vllm, check_vllm_args
+
+        check_vllm()
+        check_vllm_args(config)
+
+
+def choose_engine(config: ScoreConfig, files: ModelFiles) -> tuple[str, str]:
+    """The engine that is asked for; what `auto` means for this model, and why. ScorerError where none can run it.
+
+    Before the weights are fetched only the error can be relied on: `auto` decides by their size.
+    """
+    from scorer.engines.packed import check_packable, why_not_packed
+    from scorer.engines.vllm import vllm_version
+
+    if config.engine == "packed":
+        check_packable(files)
+    if config.engine != "auto":
+        return config.engine, ""
+    if asked := config.vllm_options():
+        return "vllm", f"{', '.join(asked)} asked for it"
+    size = weight_bytes(files)
+    sized = f"{size / 1e9:.1f} GB of weights"
+    reason = why_not_packed(files)
+    installed = vllm_version()
+    if reason is None and (size <= PACKED_BYTES or installed is None):
+        return "packed", sized if size <= PACKED_BYTES else f"{sized}, and vLLM is not installed"
+    if installed is not None:
+        return "vllm", f"the packed engine can't run it: {reason}" if reason else sized
+    raise ScorerError(
+        f"the packed engine can't run {files.name}: {reason}; "
+        f"install vLLM (pip install {VLLM}), or use --engine reference"
+    )
+
+
+def engine_versions(engine: str) -> dict[str, str]:
+    """The packages that an engine's numbers depend on beside torch and transformers, and their versions."""
+    from scorer.engines.vllm import vllm_version
+
+    found = vllm_version() if engine == "vllm" else None
+    return dict([found]) if found else {}
+
+
+def served_model(url: str, files: ModelFiles) -> dict[str, Any]:
+    """What a server says of its model. Raises ScorerError where no server scores there, or one scores by another."""
+    from scorer.engines.vllm_client import Server
+
+    server = Server(url, files)
+    server.close()
+    return server.model
+
+
+def open_engine(config: ScoreConfig, files: ModelFiles) -> Engine:
+    """The engine of a configuration whose engine, dtype, device and batch_tokens have been chosen."""
+    if config.engine.startswith(SERVERS):
+        from scorer.engines.vllm_client import RemoteEngine
+
+        return RemoteEngine(config, files)
+    match config.engine:
+        case "packed":
+            from scorer.engines.packed import PackedEngine
+
+            return PackedEngine(config, files)
+        case "reference":
+            from scorer.engines.reference import ReferenceEngine
+
+            return ReferenceEngine(config, files)
+        case "vllm":
+            from scorer.engines.vllm import VllmEngine
+
+            return VllmEngine(config, files)
+        case other:
+            raise ScorerError(f"no engine '{other}'")
+
+
+BATCH_TOKENS = {  # by engine and device
+    ("packed", "cpu"): 1024,
+    ("packed", "cuda"): 65536,
+    ("vllm", "cpu"): 2048,
+    ("vllm", "cuda"): 32768,
+}
+
+
+CONTEXT_KEYS = ("max_position_embeddings", "n_positions")
+
+
+def choose(
+    config: ScoreConfig, files: ModelFiles, served: dict[str, Any] | None = None, *, elsewhere: bool = False
+) -> ScoreConfig:
+    """The configuration with all but the engine chosen that was left open. ScorerError for what the model can't do.
+
+    A server has chosen dtype, device and batches itself: `served` is what it says. elsewhere: what computes is not this
+    machine; it is taken to be alike where device or dtype is left open.
+    """
+    if served:
+        if asked := [name for name in ("device", "batch_tokens") if getattr(config, name) not in ("auto", None)]:
+            raise ScorerError(f"{asked[0]}: that is for the server to say; leave it out")
+        if config.dtype not in ("auto", served["dtype"]):
+            raise ScorerError(f"dtype: {config.engine} computes in {served['dtype']}, and not in {config.dtype}")
+    named = elsewhere and "auto" not in (config.device, config.dtype)
+    device = "auto" if served else config.device if named else choose_device(config.device)
+    protocol = PROTOCOLS[config.protocol]
+    context = _context_length(files)
+    if context is not None:
+        _check_length(config, context)
+    return replace(
+        config,
+        device=device,
+        dtype=served["dtype"] if served else choose_dtype(config.dtype, device),
+        max_length=config.max_length or min(protocol.max_length, context or protocol.max_length),
+        batch_tokens=config.batch_tokens or BATCH_TOKENS.get((config.engine, device)),
+    )
+
+
+def _check_length(config: ScoreConfig, context: int) -> None:
+    if config.max_length is not None and config.max_length > context:
+        raise ScorerError(
+            f"max_length: {config.max_length} is more than the {context} tokens that {config.model} takes"
+        )
+
+
+def _context_length(files: ModelFiles) -> int | None:
+    settings = model_settings(files)
+    return next((int(settings[key]) for key in CONTEXT_KEYS if isinstance(settings.get(key), int)), None)

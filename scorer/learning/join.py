@@ -1,0 +1,124 @@
+"""LP from scores that exist: run directories or plain tables, one before training and one after each epoch, joined.
+
+The formulas are in scorer.scores.measures; training is scorer.learning.learn's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from scorer.data.formats import first_line
+from scorer.data.reader import read_table
+from scorer.learning.learn import PROTOCOL, discard, finish, is_done, learning_manifest, refuse_other_kind
+from scorer.runs.directory import Run
+from scorer.runs.progress import Progress, Silent
+from scorer.scores.measures import SCHEMA
+from scorer.storage.paths import absolute, fetched, is_folder, place
+from scorer.types import RowStatus, ScorerError
+
+TABLE_ROWS = 100_000  # records a shard of a run that was joined from tables
+KEYS = ["record_id", "turn"]
+SAME = ("protocol", "max_length", "limit", "columns")  # what the runs of one model's epochs agree in
+
+
+def join_runs(
+    sources: Sequence[str | Path], output: str | Path, *, fresh: bool = False, progress: Progress | None = None
+) -> Run:
+    """The run directory of LP from scores that exist: before training, and after each epoch, in this order.
+
+    sources: two or more run directories, or Parquet, CSV or JSON files with `record_id` and `ppl_conditioned`
+    (other columns of the score table are taken too). The data is that of the run directories; with none of them the
+    run has scores only. Raises ScorerError where the rows are not the same, saying how many.
+    """
+    progress = progress or Silent()
+    if len(sources) < 2:
+        raise ScorerError("--runs needs the scores before training and after each epoch: two at least")
+    manifests = [Run(path).manifest for path in sources if is_folder(place(path))]
+    for manifest in manifests[1:]:
+        _refuse_other_data(manifests[0], manifest)
+    tables = [_read_table(place(path)) for path in sources]
+    for path, table in zip(sources[1:], tables[1:], strict=True):
+        _refuse_mismatch(str(sources[0]), tables[0], str(path), table)
+    digests = [_digest(place(path)) for path in sources]
+    base = manifests[0] if manifests else _table_manifest(sources, tables[0])
+    run = Run(output)
+    run.require_disk("joining")
+    with run.locked():
+        if fresh:
+            discard(run)
+        refuse_other_kind(run)
+        manifest = learning_manifest(base, base["identity"] | {"tables": digests}, "lp1" if len(tables) > 2 else "")
+        if is_done(run, manifest, progress):
+            return run
+        run.write_manifest(manifest)
+        finish(run, manifest, tables, manifests)
+    return run
+
+
+def _table_manifest(sources: Sequence[str | Path], table: pl.DataFrame) -> dict[str, Any]:
+    config = {"limit": None, "columns": None, "shard_rows": TABLE_ROWS, "protocol": PROTOCOL}
+    name = " ".join(place(path).name for path in sources)
+    return {
+        "identity": {"config": config, "model_revision": None, "inputs": []},
+        "inputs": [],
+        "model": {"name": name, "revision": None, "origin": "tables", "path": absolute(sources[0])},
+        "versions": {"python": platform.python_version()} | {n: version(n) for n in ("ifd-scorer", "polars")},
+        "device": "",
+        "records": table["record_id"].n_unique(),
+    }
+
+
+def _read_table(path: Path) -> pl.DataFrame:
+    """A run's score table, or a file's, by record_id and turn, with all columns of SCHEMA."""
+    if is_folder(path):
+        if not Run(path).complete:
+            raise ScorerError(f"{path} is unfinished: run the same `scorer score` command again to finish it")
+        return Run(path).scores().select(pl.col(name).cast(dtype) for name, dtype in SCHEMA.items()).sort(KEYS)
+    table = read_table(path)
+    try:
+        if missing := sorted({"record_id", "ppl_conditioned"} - set(table.columns)):
+            raise ScorerError(f"{path}: it has no column {' and no column '.join(missing)}")
+        ppl = pl.col("ppl_conditioned").cast(pl.Float64)
+        null, infinite = (pl.lit(status.value) for status in (RowStatus.MISSING_FIELD, RowStatus.NON_FINITE))
+        fault = pl.when(ppl.is_null()).then(null).when(~ppl.is_finite()).then(infinite).otherwise(pl.lit("ok"))
+        given = {"turn": pl.lit(0), "status": fault} | {name: pl.col(name) for name in table.columns}
+        table = table.select(given.get(name, pl.lit(None)).cast(dtype).alias(name) for name, dtype in SCHEMA.items())
+    except pl.exceptions.PolarsError as error:
+        raise ScorerError(f"{path}: its columns are not those of a score table ({first_line(error)})") from error
+    if missing_ids := table["record_id"].null_count():
+        raise ScorerError(f"{path}: {missing_ids:,} rows have no record_id")
+    return table.sort(KEYS)
+
+
+def _digest(path: Path) -> str:
+    if is_folder(path):
+        return str(Run(path).manifest["fingerprint"])
+    with fetched(path) as copy, copy.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _refuse_mismatch(first_name: str, first: pl.DataFrame, name: str, table: pl.DataFrame) -> None:
+    for label, frame in ((first_name, first), (name, table)):
+        if twice := frame.height - frame.select(KEYS).n_unique():
+            raise ScorerError(f"{label}: {twice:,} rows repeat the record_id (and turn) of another")
+    gone, new = first.join(table, on=KEYS, how="anti").height, table.join(first, on=KEYS, how="anti").height
+    if gone or new:
+        raise ScorerError(
+            f"{name}: {gone:,} of the {first.height:,} rows of {first_name} are not in it, and {new:,} of its own are "
+            "not there: give scores of the same data"
+        )
+
+
+def _refuse_other_data(first: dict[str, Any], other: dict[str, Any]) -> None:
+    one, two = first["identity"], other["identity"]
+    differing = [name for name in SAME if one["config"].get(name) != two["config"].get(name)]
+    differing += ["inputs"] if one["inputs"] != two["inputs"] else []
+    if differing:
+        raise ScorerError(f"the runs differ in {', '.join(differing)}: their perplexities can't be compared")

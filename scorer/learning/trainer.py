@@ -1,0 +1,192 @@
+"""Fine-tuning the weak model on the responses of its data, an epoch at a time, with transformers' Trainer.
+
+Knows transformers' training loop and its checkpoints; neither what is scored with them nor what LP is.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+from transformers.utils import logging
+
+from scorer.models.find import ModelFiles
+from scorer.models.folders import SMALL_FILES
+from scorer.models.load import load_causal_lm
+from scorer.storage.atomic import storage_error
+from scorer.types import EngineError, TokenSequence
+
+IGNORED = -100  # the label that transformers' loss leaves out
+STATE = "trainer_state.json"  # what Trainer writes last of a checkpoint: without it the checkpoint is not whole
+WEIGHT_INDEX = "*.index.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One training, whole: `scorer.learning.learn.Training` with everything chosen."""
+
+    schedule_epochs: int
+    learning_rate: float
+    scheduler: str
+    warmup_ratio: float
+    batch_size: int
+    device_batch: int
+    weight_decay: float
+    seed: int
+    save_steps: int
+    device: str
+
+
+def train_to(
+    epoch: int,
+    files: ModelFiles,
+    rows: Sequence[TokenSequence],
+    folder: Path,
+    plan: Plan,
+    *,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    say: Callable[[str], None],
+    advance: Callable[[int], None],
+) -> Path:
+    """The model as it is after `epoch` epochs: FOLDER/epoch-N, in the layout of its source, which `find_model` takes.
+
+    Training goes on from the last whole checkpoint in `folder`. The loss is the mean over the target tokens of each
+    effective batch. `advance` is told how many rows each step took. On CUDA with autocast to bfloat16, weights in
+    float32; on CPU all in float32. Raises EngineError where memory or disk is full.
+    """
+    model_folder = folder / f"epoch-{epoch}"
+    if model_folder.exists():
+        return model_folder
+    steps = math.ceil(len(rows) / plan.batch_size)
+    try:
+        checkpoint, step = _last_checkpoint(folder, most=epoch * steps)
+        if step < epoch * steps:
+            if checkpoint is not None and step % steps:
+                say(f"training goes on after step {step:,} of {epoch * steps:,}")
+                advance(step % steps * plan.batch_size)
+            model = load_causal_lm(
+                files,
+                dtype="float32",
+                device=plan.device,
+                attn_implementation="sdpa",
+                trust_remote_code=trust_remote_code,
+                allow_pickle=allow_pickle,
+            )
+            _train(model, rows, folder, plan, _Until(epoch, steps, len(rows), plan, advance), checkpoint)
+            checkpoint, step = _last_checkpoint(folder, most=epoch * steps)
+        if checkpoint is None or step != epoch * steps:
+            raise EngineError(f"{folder}: training ended at step {step}, not {epoch * steps}")
+        return _as_model(checkpoint, files, model_folder)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise EngineError("training does not fit in memory: give a smaller --device-batch or --max-length") from error
+    except OSError as error:
+        raise storage_error(folder, error) from error
+
+
+class _Until(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
+    """Saves every `save_steps` and at each epoch's end, and ends the training after `epoch`."""
+
+    def __init__(self, epoch: int, steps: int, rows: int, plan: Plan, advance: Callable[[int], None]):
+        self.epoch, self.steps, self.rows, self.plan, self.advance = epoch, steps, rows, plan, advance
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        at_end = state.global_step % self.steps == 0
+        self.advance(self.rows - (self.steps - 1) * self.plan.batch_size if at_end else self.plan.batch_size)
+        # The last step of an epoch is saved at the epoch's end, once: writing over a checkpoint could be cut short.
+        control.should_save = not at_end and state.global_step % self.plan.save_steps == 0
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_save = True
+        control.should_training_stop = state.global_step >= self.epoch * self.steps
+
+
+def _train(
+    model: Any, rows: Sequence[TokenSequence], folder: Path, plan: Plan, until: _Until, checkpoint: Path | None
+) -> None:
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=plan.schedule_epochs,
+        learning_rate=plan.learning_rate,
+        lr_scheduler_type=plan.scheduler,
+        warmup_steps=plan.warmup_ratio,  # below 1 it is a share of all steps
+        per_device_train_batch_size=plan.device_batch,
+        gradient_accumulation_steps=plan.batch_size // plan.device_batch,
+        weight_decay=plan.weight_decay,
+        seed=plan.seed,
+        data_seed=plan.seed,
+        bf16=plan.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False),
+        use_cpu=plan.device == "cpu",
+        save_strategy="no",  # `until` says when
+        save_total_limit=1,
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=plan.device == "cuda",
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # on several devices Trainer would multiply the batch
+    model.train().requires_grad_(True)
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=_collate, callbacks=[until])
+    trainer.remove_callback(PrinterCallback)
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _collate(rows: Sequence[TokenSequence]) -> dict[str, torch.Tensor]:
+    """input_ids, attention_mask, labels: int64 [B, T]. Only a sequence's target tokens are labels."""
+    shape = (len(rows), max(len(row.token_ids) for row in rows))
+    ids, mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    labels = torch.full(shape, IGNORED)
+    for i, row in enumerate(rows):
+        length = len(row.token_ids)
+        ids[i, :length] = torch.tensor(row.token_ids)
+        mask[i, :length] = 1
+        for span in row.targets:
+            labels[i, span.start : span.end] = ids[i, span.start : span.end]
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def _last_checkpoint(folder: Path, most: int) -> tuple[Path | None, int]:
+    """The newest whole checkpoint and its step, or none and 0. What is not whole or lies beyond `most` is removed."""
+    found: list[tuple[int, Path]] = []
+    for path in folder.glob("checkpoint-*"):
+        try:
+            step = json.loads((path / STATE).read_text(encoding="utf-8"))["global_step"]
+        except (FileNotFoundError, ValueError):
+            step = most + 1
+        if step > most:
+            shutil.rmtree(path)
+        else:
+            found.append((step, path))
+    step, checkpoint = max(found, default=(0, None))
+    return checkpoint, step
+
+
+def _as_model(checkpoint: Path, files: ModelFiles, target: Path) -> Path:
+    """Copy the checkpoint's weights, and the rest from the model's source byte by byte; whole or absent."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    for path in (*checkpoint.glob("*.safetensors"), *checkpoint.glob(WEIGHT_INDEX), checkpoint / "config.json"):
+        shutil.copyfile(path, temporary / path.name)
+    for path in (path for pattern in SMALL_FILES for path in files.path.glob(pattern)):
+        if not (temporary / path.name).exists() and not path.match(WEIGHT_INDEX):
+            shutil.copyfile(path, temporary / path.name)
+    temporary.rename(target)
+    return target

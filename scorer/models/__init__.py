@@ -1,0 +1,1 @@
+"""A model's name -> local files -> tokenizer and network."""

@@ -1,0 +1,92 @@
+"""A model's local files -> tokenizer and network; the choice of device and dtype.
+
+torch and transformers are imported where they are used. How a name becomes files is scorer.models.find's.
+"""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+from scorer.config import DEVICES, DTYPES
+from scorer.models.find import ModelFiles
+from scorer.models.folders import check_folder, check_tokenizer
+from scorer.models.quiet import loading
+from scorer.types import ScorerError, one_of
+
+
+def choose_device(device: str) -> str:
+    """`cpu` or `cuda`. auto: cuda where torch finds one. Raises ScorerError if cuda is asked for and there is none."""
+    import torch
+
+    one_of("device", device, DEVICES)
+    found = torch.cuda.is_available()
+    if device == "cuda" and not found:
+        raise ScorerError("device: torch finds no CUDA device here; use --device cpu, or install a CUDA build of torch")
+    return ("cuda" if found else "cpu") if device == "auto" else device
+
+
+def choose_dtype(dtype: str, device: str) -> str:
+    """The name of the dtype to compute in. auto: bfloat16 where `device` multiplies it in hardware, else float32.
+
+    Where it is emulated, bfloat16 is slower than float32: on a CPU the instructions themselves are asked for
+    (AVX512-BF16, AMX, or ARM's), since oneDNN calls any AVX-512 enough.
+    """
+    import torch
+
+    one_of("dtype", dtype, DTYPES)
+    if dtype != "auto":
+        return dtype
+    if device == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif platform.machine().lower() in ("arm64", "aarch64"):
+        onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        fast = onednn and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    else:
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bfloat16" if fast else "float32"
+
+
+def load_tokenizer(files: ModelFiles, *, trust_remote_code: bool = False) -> Any:
+    """The model's tokenizer (transformers). Raises ScorerError if it has none, or one that does not load."""
+    check_tokenizer(files.path)
+    with loading(files.path):
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(files.path, trust_remote_code=trust_remote_code, local_files_only=True)
+
+
+def load_causal_lm(
+    files: ModelFiles,
+    *,
+    dtype: str,
+    device: str,
+    attn_implementation: str,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+) -> Any:
+    """The causal language model (transformers) in `dtype` on `device`, in eval mode and without gradients.
+
+    Raises ScorerError if it does not load, or if its weights do not fill the whole network: transformers would fill in
+    random ones.
+    """
+    check_folder(files.path, allow_pickle)
+    with loading(files.path):
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        model, info = AutoModelForCausalLM.from_pretrained(
+            files.path,
+            dtype=getattr(torch, dtype),
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+            local_files_only=True,
+            use_safetensors=any(files.path.glob("model*.safetensors")),
+            output_loading_info=True,
+        )
+        if missing := sorted(info["missing_keys"]):
+            raise ScorerError(
+                f"{files.path}: {len(missing)} tensors are missing, {missing[0]} the first: "
+                f"not a causal language model ({type(model).__name__}), or not all of its files"
+            )
+        return model.to(device).eval().requires_grad_(False)

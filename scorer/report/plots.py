@@ -1,0 +1,216 @@
+"""Arrays -> pictures, and pictures -> inline SVG or files. Knows matplotlib; neither runs nor pages.
+
+Everything here is called inside `style()`. What has many points is counted into cells and drawn as an image, so that a
+picture's size does not grow with the number of records.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from scorer.storage.atomic import replacing
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Floats = npt.NDArray[np.float64]
+
+INK = "#23272f"  # becomes the page's own text colour
+COLOURS = ("#3d85c6", "#e07b27", "#2fa070", "#a06cd5", "#d1495b", "#8a8f98")  # readable on white and on black
+POINTS = 3_000  # more are counted into cells
+BINS = 60  # at most; of few records no more than twice the root of their number
+TAILS = (0.001, 0.999)  # quantiles between which a distribution is drawn
+STYLE: dict[str, Any] = {
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.linewidth": 0.7,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "figure.constrained_layout.use": True,
+    "figure.figsize": (5.6, 3.5),
+    "font.size": 9.5,
+    "legend.frameon": False,
+    "savefig.dpi": 150,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "scorer",  # the same scores give the same bytes
+    "text.color": INK,
+    "text.parse_math": False,  # names of runs and columns are not formulas
+    "xtick.color": INK,
+    "ytick.color": INK,
+}
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """The settings of every picture."""
+    from matplotlib import rc_context
+
+    with rc_context(STYLE):  # type: ignore[arg-type]
+        yield
+
+
+def distributions(series: Mapping[str, Floats], name: str, *, log: bool, mark: float | None = None) -> Figure:
+    """Histograms of [n] values each, by label, as shares of their own number; `mark` is a line at a value."""
+    figure, axes = _axes(name, "share of records")
+    ends = np.quantile(np.concatenate(list(series.values())), TAILS)
+    edges = _edges(ends, log, min(BINS, 2 * math.ceil(math.sqrt(max(map(len, series.values()))))))
+    for i, (label, values) in enumerate(series.items()):
+        share = np.histogram(values, edges)[0] / max(len(values), 1)
+        colour = COLOURS[i % len(COLOURS)]
+        axes.stairs(share, edges, fill=True, color=colour, alpha=0.45 if len(series) == 1 else 0.16)
+        axes.stairs(share, edges, color=colour, linewidth=1.4, label=label)
+    if mark is not None and edges[0] < mark < edges[-1]:
+        axes.axvline(mark, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
+    if log:
+        _log(axes, "x")
+    axes.set_ylim(bottom=0)
+    _legend(axes, len(series))
+    return figure
+
+
+def cloud(
+    x: Floats, y: Floats, names: tuple[str, str], *, log: tuple[bool, bool], medians: bool = False, equal: bool = False
+) -> Figure:
+    """Two values of [n] records against each other. medians: of y along x; equal: the line where both are the same."""
+    figure, axes = _axes(*names)
+    edges = [_edges(np.asarray(np.quantile(v, TAILS), np.float64), of) for v, of in zip((x, y), log, strict=True)]
+    if len(x) <= POINTS:
+        alpha = 0.75 if len(x) < 300 else 0.35
+        axes.scatter(x, y, s=9, color=COLOURS[0], alpha=alpha, linewidths=0, rasterized=True)
+    else:
+        from matplotlib.colors import LinearSegmentedColormap, LogNorm, to_rgb
+
+        # From nearly clear to opaque: it reads on a light and on a dark page.
+        shades = LinearSegmentedColormap.from_list("ink", [(*to_rgb(COLOURS[0]), 0.12), (*to_rgb(COLOURS[0]), 1.0)])
+        counts = np.histogram2d(x, y, edges)[0].T
+        mesh = axes.pcolormesh(
+            *edges, np.where(counts > 0, counts, np.nan), cmap=shades, norm=LogNorm(), rasterized=True
+        )
+        bar = figure.colorbar(mesh, ax=axes, label="records", pad=0.02, fraction=0.05)
+        bar.outline.set_visible(False)
+        _plain(bar.ax, "y")
+    for axis, of in zip("xy", log, strict=True):
+        if of:
+            _log(axes, axis)
+    if medians:
+        middle = _medians(x, y, edges[0])
+        if len(middle[0]) > 1:
+            axes.plot(*middle, color=COLOURS[1], linewidth=1.8, label="median")
+            _legend(axes, 2)
+    if equal:
+        low, high = max(edges[0][0], edges[1][0]), min(edges[0][-1], edges[1][-1])
+        if low < high:
+            axes.plot([low, high], [low, high], color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
+    return figure
+
+
+def curves(
+    x: Sequence[float], series: Mapping[str, Sequence[tuple[float, float, float]]], names: tuple[str, str]
+) -> Figure:
+    """Lines through (value, low, high) at each x, in percent, by label; NaN where there is no interval."""
+    figure, axes = _axes(*names)
+    for i, (label, rows) in enumerate(series.items()):
+        value, low, high = np.array(rows, dtype=np.float64).T
+        colour = COLOURS[i // 2 % len(COLOURS)]  # two lines of each pair: overlap, and IoU dashed
+        axes.plot(x, value, color=colour, marker="o", markersize=3, linestyle="--" if i % 2 else "-", label=label)
+        if np.isfinite(low).any():
+            axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+    axes.plot(x, [at / 100 for at in x], color=INK, linewidth=0.8, linestyle=":", label="overlap by chance")
+    axes.set_ylim(0, 1)
+    axes.set_xlim(0, None)
+    _legend(axes, len(series) + 1)
+    return figure
+
+
+def group_sizes(sizes: Floats, taken: Mapping[str, Floats]) -> Figure:
+    """Sizes of [k] groups, the largest first, and by label how many were taken of each."""
+    figure, axes = _axes("cluster, by size", "records")
+    edges = np.arange(len(sizes) + 1) + 0.5
+    many = len(sizes) > POINTS
+    axes.stairs(sizes, edges, fill=True, color=COLOURS[5], alpha=0.35, label="in the cluster", rasterized=many)
+    for i, (label, counts) in enumerate(taken.items()):
+        middle = np.arange(len(sizes)) + 1
+        axes.scatter(middle, counts, s=9, color=COLOURS[i], linewidths=0, label=label, rasterized=many)
+    axes.set_yscale("symlog", linthresh=1)
+    _plain(axes, "y")
+    axes.set_ylim(-0.2, None)
+    _legend(axes, 2)
+    return figure
+
+
+def inline(figure: Figure, name: str, text: str) -> str:
+    """The picture as an <svg> element that takes the page's text colour; `text` (escaped) is read to who can't see."""
+    svg = _render(figure, "svg", transparent=True).decode()
+    svg = svg[svg.index("<svg") :].strip().replace(INK, "currentColor")
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)  # one page has many pictures
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{text}" ', 1)
+
+
+def save(figure: Figure, folder: Path, name: str) -> None:
+    """Write FOLDER/NAME.svg and FOLDER/NAME.png, on white."""
+    for suffix in ("svg", "png"):
+        with replacing(folder / f"{name}.{suffix}") as temporary:
+            temporary.write_bytes(_render(figure, suffix, facecolor="white"))
+
+
+def _axes(x: str, y: str) -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    axes = figure.add_subplot(xlabel=x, ylabel=y)
+    return figure, axes
+
+
+def _legend(axes: Axes, entries: int) -> None:
+    if entries > 1:
+        axes.legend(fontsize=8.5)
+
+
+def _log(axes: Axes, axis: str) -> None:
+    """A log scale labelled with plain numbers, the more of them the less it spans."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    getattr(axes, f"set_{axis}scale")("log")
+    scale = getattr(axes, f"{axis}axis")
+    low, high = getattr(axes, f"get_{axis}lim")()
+    subs = (1, 1.5, 2, 3, 4, 5, 7) if high / low < 15 else (1, 2, 5) if high / low < 200 else (1,)
+    scale.set_major_locator(LogLocator(subs=subs))
+    scale.set_minor_formatter(NullFormatter())
+    _plain(axes, axis)
+
+
+def _plain(axes: Axes, axis: str) -> None:
+    from matplotlib.ticker import FuncFormatter
+
+    getattr(axes, f"{axis}axis").set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+
+
+def _edges(ends: Floats, log: bool, bins: int = BINS) -> Floats:
+    low, high = float(ends[0]), float(ends[1])
+    if low == high:
+        low, high = (low / 2, high * 2) if log else (low - 0.5, high + 0.5)
+    return np.geomspace(low, high, bins + 1) if log else np.linspace(low, high, bins + 1)
+
+
+def _medians(x: Floats, y: Floats, edges: Floats) -> tuple[Floats, Floats]:
+    """The medians of x and y in every third cell of x that has enough of them to say something."""
+    cells = np.searchsorted(edges[::3], x)
+    held = [cells == i for i in range(1, len(edges[::3])) if (cells == i).sum() >= 10]
+    return np.array([np.median(x[of]) for of in held]), np.array([np.median(y[of]) for of in held])
+
+
+def _render(figure: Figure, suffix: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    metadata = {"Date": None, "Creator": None} if suffix == "svg" else {"Software": None}
+    figure.savefig(buffer, format=suffix, metadata=metadata, **options)
+    return buffer.getvalue()

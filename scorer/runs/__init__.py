@@ -1,0 +1,1 @@
+"""A run: its directory, its shards, and who scores them."""

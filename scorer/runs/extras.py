@@ -1,0 +1,74 @@
+"""What stands beside a run's scores: its clusters, embeddings and flags, and the columns of its data, by record id.
+
+    RUN/clusters.parquet                record_id Int64, cluster Int64
+    RUN/embeddings/part-00000.npy ...   float32 [n, d], rows of length 1, in the order of record_id
+    RUN/flags.parquet                   record_id Int64, Boolean columns
+
+Reads only: it does not know how they are made, nor what they are for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from scorer.data.formats import first_line
+from scorer.runs.directory import CLUSTERS, EMBEDDINGS, Run
+from scorer.storage.paths import exists, fetched
+from scorer.types import ScorerError
+
+
+def has_clusters(run: Run) -> bool:
+    """Whether the run was clustered."""
+    return exists(run.path / CLUSTERS)
+
+
+def clusters(run: Run) -> pl.DataFrame:
+    """record_id Int64, group Int64. Raises ScorerError where the run was not clustered."""
+    return _table(run, CLUSTERS, ["cluster"]).rename({"cluster": "group"})
+
+
+def embedding_parts(run: Run) -> list[Any]:
+    """The embeddings of all records, float32 [n, d] a part, mapped into memory.
+
+    Raises ScorerError where the run has none, or not one of every record.
+    """
+    run.require_disk("choosing by embeddings")
+    parts: list[Any] = []
+    while (path := run.path / EMBEDDINGS / f"part-{len(parts):05d}.npy").exists():
+        try:
+            parts.append(np.load(path, mmap_mode="r"))
+        except (OSError, ValueError) as error:
+            raise ScorerError(f"{path} can't be read: run `scorer cluster {run.path}` again ({error})") from error
+    count, records = sum(map(len, parts)), run.manifest["records"]
+    if not parts or count != records:
+        held = f"holds {count:,} of {records:,}" if parts else "has no"
+        raise ScorerError(f"{run.path} {held} embeddings: run `scorer cluster {run.path}` first")
+    return parts
+
+
+def embeddings(parts: Sequence[Any], ids: pl.Series) -> npt.NDArray[np.float32]:
+    """The embeddings [len(ids), d] of the records `ids` (ascending); no others are held in memory."""
+    ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
+    wanted = ids.to_numpy()
+    bounds = np.searchsorted(wanted, np.concatenate([[0], ends]))
+    rows = [
+        part[wanted[a:b] - (end - len(part))] for part, a, b, end in zip(parts, bounds, bounds[1:], ends, strict=False)
+    ]
+    return np.ascontiguousarray(np.concatenate(rows), dtype=np.float32)
+
+
+def _table(run: Run, name: str, columns: list[str], option: str = "") -> pl.DataFrame:
+    path, command = run.path / name, f"`scorer cluster {run.path}{option}`"
+    if not exists(path):
+        raise ScorerError(f"{path}: no such file; make it with {command}")
+    try:
+        with fetched(path) as file:
+            return pl.read_parquet(file, glob=False, hive_partitioning=False).select("record_id", *columns)
+    except (pl.exceptions.PolarsError, OSError) as error:
+        why = first_line(error)
+        raise ScorerError(f"{path} can't be read; run {command} again ({why})") from error

@@ -1,0 +1,303 @@
+"""The same run on Ray: readers, and workers that each hold an engine and write the shards that they score.
+
+Ray Data moves the records, holds the reader back while the workers are busy, and starts again what dies; a shard that
+dies with its worker is missing on disk at the end, and what is missing is asked of Ray again. Knows Ray; nothing of
+what its workers do.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import math
+import os
+import queue
+import re
+import socket
+import warnings
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from scorer.background import Background
+from scorer.config import ScoreConfig
+from scorer.models.find import ModelFiles
+from scorer.runs.directory import Run
+from scorer.runs.progress import Progress
+from scorer.runs.ray_worker import SHARDS, Reader, Worker, versions
+from scorer.storage.paths import absolute
+from scorer.types import EngineError, ScorerError
+
+SETTINGS = {  # of Ray, by environment, before it is imported
+    "RAY_USAGE_STATS_ENABLED": "0",  # no telemetry
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_worker_niceness": "0",  # of a Ray of our own: its workers get as much of a shared machine as a run without it
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # after the end of a run: what still asks Ray would start it again
+}
+CONNECT_SECONDS = 25
+# By itself Ray would try for minutes: 20 times, each after 10 seconds more of its own.
+CONNECT = {"RAY_NUM_REDIS_GET_RETRIES": "1", "RAY_py_gcs_connect_timeout_s": "15"}
+SILENCE_SECONDS = 60  # without a shard, until the user is told what there is; twice as long each time
+BARREN_PASSES = 3  # in a row, each without a shard, until the run ends: one may end by a single death at its beginning
+GONE_SECONDS = 600  # without any node that a worker fits on, until the run ends
+# A reader asks for no CPU of Ray: it would wait for ever where workers have taken all, and after the death of a node
+# they do, whatever was left to it before: they start again on the nodes that are left.
+READER_CPUS = 0
+WORKERS_A_READER = 2  # of a weak model on a large GPU: bench/SCALING.md has the rows/s of both
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """Where a run is spread to, and how: `local` starts a Ray of this machine, else the address of one that runs.
+
+    workers: engines; None: as many as there are GPUs for, and one where there is none. gpus_per_worker: shares are
+    allowed; None: on GPUs as many as the model is spread over. cpus_per_worker: None: 1 beside a GPU, else an even
+    share of all CPUs.
+    """
+
+    address: str = "local"
+    workers: int | None = None
+    gpus_per_worker: float | None = None
+    cpus_per_worker: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("workers", "gpus_per_worker", "cpus_per_worker"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ScorerError(f"{name}: {value} is not above 0")
+        if self.gpus_per_worker is not None and self.gpus_per_worker > 1 and self.gpus_per_worker % 1:
+            raise ScorerError(f"gpus_per_worker: {self.gpus_per_worker} is neither a share of one GPU nor whole GPUs")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is asked of Ray."""
+
+    workers: int
+    gpus: float
+    cpus: float
+
+    def fits(self, nodes: Sequence[Mapping[str, float]]) -> bool:
+        """Whether `nodes` have a place for each worker."""
+        return sum(self._places(node) for node in nodes) >= self.workers
+
+    def _places(self, node: Mapping[str, float]) -> int:
+        needs = ((self.cpus, node.get("CPU", 0.0)), (self.gpus, node.get("GPU", 0.0)))
+        return min(math.floor(has / each + 1e-6) for each, has in needs if each)  # 1e-6: 0.3 / 0.1 is less than 3
+
+
+def plan(cluster: Cluster, nodes: Sequence[Mapping[str, float]]) -> Plan:
+    """How many workers, of what size, on a cluster of `nodes` that each have so much CPU and GPU.
+
+    Raises ScorerError where no worker, or not all of them, would ever have a place: Ray would wait for ever.
+    """
+    gpus = cluster.gpus_per_worker or 0.0
+    room = sum(math.floor(node.get("GPU", 0.0) / gpus + 1e-6) for node in nodes) if gpus else 1
+    workers = cluster.workers or max(room, 1)
+    shares = {math.floor(node.get("CPU", 0.0) / n * 100) / 100 for node in nodes for n in range(1, workers + 1)}
+    even = sorted({min(share, 1.0) if gpus else share for share in shares} - {0.0}, reverse=True)
+    for cpus in [cluster.cpus_per_worker] if cluster.cpus_per_worker else even:
+        if (found := Plan(workers, gpus, cpus)).fits(nodes):
+            return found
+    size = f"{gpus:g} GPUs and " + (
+        f"{cluster.cpus_per_worker:g} CPUs" if cluster.cpus_per_worker else "a part of a CPU"
+    )
+    raise ScorerError(f"{workers} workers of {size} each do not fit: {_has(nodes)}")
+
+
+def _has(nodes: Sequence[Mapping[str, float]]) -> str:
+    """The cluster in words."""
+    alike = Counter((node.get("GPU", 0.0), node.get("CPU", 0.0)) for node in nodes)
+    gpus, cpus = (sum(each[which] * count for each, count in alike.items()) for which in (0, 1))
+    words = ", ".join(f"{count} of {gpu:g} and {cpu:g}" for (gpu, cpu), count in sorted(alike.items(), reverse=True))
+    return f"the cluster has {gpus:g} GPUs and {cpus:g} CPUs" + (f" (nodes: {words})" if len(nodes) > 1 else "")
+
+
+def score_on_ray(
+    run: Run,
+    config: ScoreConfig,
+    files: ModelFiles,
+    paths: list[str],
+    missing: list[int],
+    cluster: Cluster,
+    *,
+    strict: bool,
+    progress: Progress,
+    wrote: Callable[[int, float, str], None],
+) -> None:
+    """Score the shards numbered `missing`. `wrote` is told the tokens and seconds of each on disk, and by whom.
+
+    Raises ScorerError where the cluster can't be reached or is too small, EngineError where it fails.
+    """
+    # Names as every worker understands them, whatever its working directory.
+    paths = [absolute(path) for path in paths]
+    if files.origin == "directory":
+        config = replace(config, model=str(files.path))
+    elif files.origin == "hub":
+        config = replace(config, revision=files.revision)
+    if cluster.gpus_per_worker is None and config.device == "cuda":
+        cluster = replace(cluster, gpus_per_worker=config.tensor_parallel_size or 1)
+    with connected(cluster.address) as ray:
+        size = plan(cluster, _nodes(ray))
+        progress.say(f"Ray: {size.workers} workers of {size.cpus:g} CPUs and {size.gpus:g} GPUs")
+        free = ray.available_resources()
+        if size.workers * size.cpus > free.get("CPU", 0.0) or size.workers * size.gpus > free.get("GPU", 0.0):
+            progress.say(f"Ray: others hold a part of it now, and workers wait for that: {_free(ray)}")
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.print_on_execution_start = False
+        # A shard is a block of its own, which any worker may take: Ray would gather 128 MiB of them for one.
+        context.target_min_block_size = context.target_max_block_size = 1
+        manifest = run.manifest
+        reader = Reader(config, paths, [i["size"] for i in manifest["inputs"]], manifest.get("input_records", ()))
+        worker = (config, absolute(run.path), strict, size.cpus, versions(config.engine, files))
+        barren = 0
+        while missing:
+            # A pass goes on without the shards that died with their workers, but not for ever: where every worker dies,
+            # Ray would start them again and again.
+            context.max_errored_blocks = min(4 * size.workers, len(missing) - 1)
+            fault = ""
+            try:
+                with closing(_heard(ray, _dataset(ray, missing, reader, worker, size), size, progress)) as rows:
+                    for row in rows:
+                        if row["error"]:
+                            kind = EngineError if row["exit_code"] == EngineError.exit_code else ScorerError
+                            raise kind(row["error"])
+                        progress.advance(row["records"], row["tokens"])
+                        wrote(row["tokens"], row["seconds"], row["by"])
+            except ray.exceptions.RayError as error:
+                fault = _cause(str(error))
+            # A pass that broke off is a cycle of references that holds its workers, and they what the next one needs.
+            gc.collect()
+            before, missing = missing, run.missing()
+            barren = barren + 1 if len(missing) == len(before) else 0
+            if barren == BARREN_PASSES:
+                raise EngineError(
+                    f"Ray: no worker lived to score shard {missing[0]} or a later one, for want of memory perhaps; the "
+                    f"last fault was: {fault}"
+                )
+            if missing:
+                progress.say(f"Ray: workers died; going on with the {len(missing)} shards that are not done")
+
+
+def _dataset(ray: Any, missing: list[int], reader: Reader, worker: tuple[Any, ...], size: Plan) -> Any:
+    """Rows that say what became of each missing shard."""
+    workers = min(size.workers, len(missing))
+    readers = math.ceil(workers / WORKERS_A_READER)
+    length = math.ceil(len(missing) / readers)
+    stretches = [{"shards": missing[begin : begin + length]} for begin in range(0, len(missing), length)]
+    with warnings.catch_warnings():  # of the last two options, which have no other place yet
+        warnings.simplefilter("ignore", ray.util.annotations.RayDeprecationWarning)
+        read = ray.data.from_items(stretches, override_num_blocks=len(stretches)).map_batches(
+            reader, batch_size=1, num_cpus=READER_CPUS
+        )
+        return read.map_batches(
+            Worker,
+            fn_constructor_args=worker,
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(
+                size=workers, max_tasks_in_flight_per_actor=SHARDS, enable_true_multi_threading=True
+            ),
+            max_concurrency=SHARDS,
+            num_cpus=size.cpus,
+            num_gpus=size.gpus or None,
+            # A worker starts again where there is room. Its shards do not wait for it, as they would by default: there
+            # may be no room any more, and the others go on.
+            max_restarts=-1,
+            max_task_retries=0,
+        )
+
+
+def _cause(text: str) -> str:
+    """Of what Ray says of a fault, the exception that it began with: tracebacks of others are around it."""
+    found = re.search(r"^(?:\w+\.)*\w*(?:Error|Exception): .*", text, re.MULTILINE)
+    return " ".join((found[0] if found else text).split())[:300]
+
+
+def _nodes(ray: Any) -> list[dict[str, float]]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _free(ray: Any) -> str:
+    free = ray.available_resources()
+    return f"{free.get('GPU', 0.0):g} GPUs and {free.get('CPU', 0.0):g} CPUs are free, {_has(_nodes(ray))}"
+
+
+def _heard(ray: Any, dataset: Any, size: Plan, progress: Progress) -> Generator[dict[str, Any], None, None]:
+    """The rows of `dataset` as they come. Tells the user of silence; EngineError where no node is left to end it."""
+    rows: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def listen() -> None:
+        try:
+            for row in dataset.iter_rows():
+                rows.put(row)
+            rows.put(None)
+        except Exception as error:  # noqa: BLE001 (raised where it is heard)
+            rows.put(error)
+
+    listener = Background(listen)
+    quiet = gone = 0  # times that nothing came; and that no node had a place for a worker
+    try:
+        while True:
+            try:
+                row = rows.get(timeout=SILENCE_SECONDS)
+            except queue.Empty:
+                quiet += 1
+                gone = 0 if replace(size, workers=1).fits(_nodes(ray)) else gone + 1
+                if gone * SILENCE_SECONDS >= GONE_SECONDS:
+                    raise EngineError(
+                        f"Ray: no node is left for a worker: {_free(ray)}; the same command resumes"
+                    ) from None
+                if quiet.bit_count() == 1:  # after 1, 2, 4, 8 minutes
+                    progress.say(f"Ray: no shard for {quiet * SILENCE_SECONDS} s: {_free(ray)}")
+                continue
+            if row is None:
+                return
+            if isinstance(row, Exception):
+                raise row
+            quiet = gone = 0
+            yield row
+    finally:
+        # Ray Data stops with it, as at a Ctrl-C. What is left when Ray shuts down would end this process, with an exit
+        # code of Ray's own.
+        listener.give_up()
+
+
+@contextmanager
+def connected(address: str) -> Iterator[Any]:
+    """Ray, of this machine or at `address`. Raises ScorerError where there is none, or one of another version."""
+    where = (os.environ.get("RAY_ADDRESS") or address) if address == "auto" else address
+    named = f"--ray {address}" + (f" (RAY_ADDRESS is {where})" if where != address else "")
+    if where.startswith("ray://"):
+        raise ScorerError(
+            f"{named}: Ray Data does not run through Ray's client; run scorer on a node of the cluster, with "
+            "--ray auto, or submit it there as a Ray job"
+        )
+    host, _, port = where.rpartition(":")
+    if host and port.isdecimal():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+        except (OSError, OverflowError, UnicodeError) as error:
+            raise ScorerError(f"{named}: no Ray there ({error})") from error
+    for name, value in (SETTINGS if where == "local" else SETTINGS | CONNECT).items():
+        os.environ.setdefault(name, value)
+    import ray
+    import ray.data
+
+    try:
+        ray.init(
+            address=where,
+            ignore_reinit_error=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            include_dashboard=False if where == "local" else None,  # a cluster has its own, or none
+        )
+    except (ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
+        raise ScorerError(f"{named}: {' '.join(str(error).split())[:300]}") from error
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it would say of each lost shard, with a traceback
+    try:
+        yield ray
+    finally:
+        ray.shutdown()

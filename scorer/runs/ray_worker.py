@@ -1,0 +1,122 @@
+"""What runs inside of Ray: a reader of records, and the worker that holds an engine and writes shards.
+
+Knows shards and where they are written; nothing of Ray, but that it calls a worker from SHARDS threads.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import pickle
+import platform
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import polars as pl
+
+from scorer.config import SERVERS, ScoreConfig
+from scorer.data.dataset import input_size
+from scorer.engines.choose import engine_versions
+from scorer.models.find import ModelFiles, find_model
+from scorer.runs.directory import Run
+from scorer.runs.progress import Silent
+from scorer.runs.shards import Shard, ShardScorer, read_shards
+from scorer.types import ScorerError
+
+SHARDS = 3  # that a worker has in hand: one is tokenised, one scored and one written
+PACKAGES = ("ifd-scorer", "torch", "transformers")  # whose versions a score depends on, beside the engine's
+
+
+def versions(engine: str, files: ModelFiles) -> dict[str, str]:
+    """Of this process: what a score depends on. Another build (+cpu, +cu128) is no other version."""
+    found = engine_versions(engine)
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "none"
+    return {name: text.partition("+")[0] for name, text in found.items()} | {"model": str(files.revision)}
+
+
+class Reader:
+    """The records of a stretch of shards, a shard a row: Ray asks for the next as its workers take them."""
+
+    def __init__(self, config: ScoreConfig, paths: list[str], sizes: Sequence[int], counts: Sequence[int]):
+        self.config, self.paths, self.sizes, self.counts = config, paths, sizes, counts
+
+    def __call__(self, batch: Mapping[str, Any]) -> Iterator[dict[str, list[Any]]]:
+        (stretch,) = batch["shards"]
+        try:
+            for path, size in zip(self.paths, self.sizes, strict=True):
+                if (found := input_size(path)) != size:  # a node's own copy
+                    where = f"{path} on {platform.node()}"
+                    raise ScorerError(f"{where}: it has {found:,} bytes, and {size:,} where the run began")
+            for index, records in read_shards(self.paths, self.config, list(map(int, stretch)), self.counts):
+                yield {"index": [index], "records": [pickle.dumps(records)]}
+        except ScorerError as error:  # which a worker hands on: Ray would count it as one more lost shard
+            yield {"index": [-1], "records": [pickle.dumps(error)]}
+
+
+class Worker:
+    """One engine. What it raises for the user comes back as a row: Ray would take it for a fault of its own."""
+
+    def __init__(self, config: ScoreConfig, run: str, strict: bool, cpus: float, driver: Mapping[str, str]):
+        self.config, self.run, self.strict, self.cpus, self.driver = config, Run(run), strict, cpus, driver
+        self.name = f"{platform.node()}, process {os.getpid()}"
+        self.scorer: ShardScorer | None = None
+        # Ray calls from SHARDS threads. The tokenizer sees one, and the engine another, always the same.
+        self.tokenising, self.scoring = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
+        (index,), (payload,) = batch["index"], batch["records"]
+        records = pickle.loads(payload)  # what our own reader wrote
+        tokens, seconds, error = 0, 0.0, None
+        try:
+            if isinstance(records, ScorerError):
+                raise records
+            scorer = self.scorer or self.scoring.submit(self._open).result()
+            shard = self.tokenising.submit(scorer.data.encode, records).result()
+            seconds, table = self.scoring.submit(_score, scorer, shard).result()
+            self.run.write_shard(int(index), table)
+            tokens = shard.tokens
+        except ScorerError as fault:
+            error = fault
+        return {
+            "records": [len(records) if error is None else 0],
+            "tokens": [tokens],
+            "seconds": [seconds],
+            "by": [self.name],
+            "error": [str(error) if error else ""],
+            "exit_code": [error.exit_code if error else 0],
+        }
+
+    def _open(self) -> ShardScorer:
+        """At the first shard: a worker that is killed while it is made would be made again for ever."""
+        if self.scorer is None:
+            import torch
+
+            config = self.config
+            remote = config.engine.startswith(SERVERS)
+            files = find_model(
+                config.model, revision=config.revision, allow_pickle=config.allow_pickle, weights=not remote
+            )
+            own = versions(config.engine, files)
+            different = [
+                f"{name} {own.get(name, 'none')}, not {v}" for name, v in self.driver.items() if own.get(name) != v
+            ]
+            if different:
+                raise ScorerError(
+                    f"{self.name}: it has {' and '.join(different)} as where the run began; install the same there"
+                )
+            torch.set_num_threads(max(math.ceil(self.cpus), 1))
+            self.scorer = ShardScorer(config, files, strict=self.strict)
+        return self.scorer
+
+
+def _score(scorer: ShardScorer, shard: Shard) -> tuple[float, pl.DataFrame]:
+    clock = time.monotonic()
+    table = scorer.score(shard, Silent())
+    return time.monotonic() - clock, table

@@ -1,0 +1,1 @@
+"""Ranking records, and writing those that are kept."""

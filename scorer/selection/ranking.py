@@ -1,0 +1,258 @@
+"""The score table -> which records to keep, in what order, and why each of the others was dropped.
+
+Pure Polars: it knows column names and numbers, and nothing of files, models, or what a measure, a group or a flag
+means. The one measure that it knows by name is `ifd`, which has an upper limit. scorer.scores.shares deals out sizes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from random import Random
+
+import polars as pl
+
+from scorer.scores.aggregate import AGGREGATES, measures_of, per_record
+from scorer.scores.shares import ROUNDINGS, _checked_keep, exact_quotas, largest_remainder, paper_quotas, split_bounds
+from scorer.types import ScorerError, one_of
+
+ORDERS = ("input", "rank")
+BUCKETS = ("low", "mid", "high")  # thirds of the values, ascending
+
+
+@dataclass(frozen=True, slots=True)
+class SelectConfig:
+    """Which records to keep. `keep` is what `parse_keep` gives.
+
+    by: the numeric column to rank by; the highest values are kept, or with `lowest` the lowest.
+    max_ifd: records whose ifd is not below it are dropped (Superfiltering, arXiv 2402.00530, keeps those below 1); None
+        is no limit. A table without any ifd (of a protocol with no alone view) has nothing to limit.
+    random: keep a sample, drawn by `seed` from the records that a ranking by `by` would have ranked.
+    aggregate: how the scored turns of a record become one value, per column.
+    order: of the kept records: as they came, or best first.
+    per, per_cluster: share `keep` out over the groups that the values of a column of the data make, or the clusters.
+    rounding: exact gives each group its share of `keep` by largest remainder, and passes on what a group can't fill;
+        paper gives each ceil(its size / round(1 / share)), numpy.array_split's first part (arXiv 2402.10430).
+    bucket: rank only a third of the values, per group (arXiv 2402.10430); the first of uneven thirds is the larger.
+    drop_flagged: names of flags; records that bear one are dropped.
+    pool: keep so many by rank first, and `keep` of those by diversity (Superfiltering.D, arXiv 2402.00530).
+    """
+
+    keep: int | Fraction
+    by: str = "ifd"
+    lowest: bool = False
+    max_ifd: float | None = 1.0
+    random: bool = False
+    seed: int = 42
+    aggregate: str = "mean"
+    order: str = "input"
+    per: str | None = None
+    per_cluster: bool = False
+    rounding: str = "exact"
+    bucket: str | None = None
+    drop_flagged: tuple[str, ...] = ()
+    pool: int | Fraction | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.keep, int | Fraction):
+            raise ScorerError(f"keep: {self.keep!r} is not yet a share or a number; give parse_keep({self.keep!r})")
+        _checked_keep(self.keep, self.keep)
+        one_of("aggregate", self.aggregate, AGGREGATES)
+        one_of("order", self.order, ORDERS)
+        one_of("rounding", self.rounding, ROUNDINGS)
+        if self.bucket is not None:
+            one_of("bucket", self.bucket, BUCKETS)
+        if self.pool is not None:
+            _checked_keep(self.pool, self.pool)
+        if self.per is not None and self.per_cluster:
+            raise ScorerError("per: records are grouped by a column or by cluster, not by both")
+        if self.rounding == "paper" and not isinstance(self.first, Fraction):
+            raise ScorerError(
+                f"rounding: the paper's needs a share such as 10%, not a number of records ({self.first})"
+            )
+        if isinstance(self.drop_flagged, str):
+            raise ScorerError(f"drop_flagged: {self.drop_flagged!r} is no tuple of names")
+        for name in ("lowest", "random", "per_cluster"):
+            if not isinstance(getattr(self, name), bool):
+                raise ScorerError(f"{name}: {getattr(self, name)!r} is not True or False")
+        limit = self.max_ifd
+        if limit is not None and (
+            not isinstance(limit, int | float) or isinstance(limit, bool) or not 0 < limit < math.inf
+        ):
+            raise ScorerError(f"max_ifd: {limit!r} is not a number above 0 (or None, for no limit)")
+        # random.Random takes -1 for 1, so that two seeds would draw one sample.
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
+            raise ScorerError(f"seed: {self.seed!r} is not a whole number of at least 0")
+
+    @property
+    def first(self) -> int | Fraction:
+        """How many records are kept by rank."""
+        return self.keep if self.pool is None else self.pool
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """What was kept and what was not: each record of the table is in one of the two frames, once.
+
+    kept: record_id Int64, rank Int64 (1 is best, or drawn first, or most diverse), and every measure of the table,
+        aggregated over the record's scored turns; in the order asked for.
+    rejected: record_id Int64, reason String, by record_id. The reason is the status of a record of which no turn is
+        scored; or null_score (`by`, or an ifd that has a limit, is null or not finite), the name of the first of
+        `drop_flagged` that it bears, ifd_too_high, other_bucket, below_cut, or not_diverse.
+    requested: how many records were asked for; there are fewer in `kept` where fewer could be ranked.
+    total: how many records the table has, failed ones included.
+    """
+
+    kept: pl.DataFrame
+    rejected: pl.DataFrame
+    requested: int
+    total: int
+
+
+Spread = Callable[[pl.Series, int], Sequence[int]]
+
+
+def choose(
+    scores: pl.DataFrame,
+    config: SelectConfig,
+    *,
+    groups: pl.DataFrame | None = None,
+    flags: pl.DataFrame | None = None,
+    spread: Spread | None = None,
+) -> Selection:
+    """Select from a score table: record_id Int64, turn Int32, status String (RowStatus values), and numeric measures.
+
+    One row is one turn; a record that failed as a whole has one row. A record can be kept if any of its turns is
+    scored. A null or NaN is left out of a record's mean, min and max. A share of the records is rounded to the nearest
+    number, halves up; equal values rank by record_id. The order of the rows does not matter.
+
+    groups: record_id and `group`, any sortable dtype; records that it lacks make a group of their own, as null does.
+        Needed for `per` and `per_cluster`. A group's size is that of all its records, failed ones included.
+    flags: record_id and Boolean columns, of which `drop_flagged` names some; null is not flagged.
+    spread: given the record_ids of the pool, ascending, and a number, positions of so many diverse ones, best first.
+
+    Raises ScorerError where `config.by` is no measure of the table, a key column is absent, or a turn stands twice.
+    """
+    one_of("by", config.by, measures_of(scores.schema))
+    records = per_record(scores, config.aggregate)
+    measures = measures_of(records.schema)
+    limited = config.max_ifd is not None and "ifd" in measures and records["ifd"].count() > 0
+    reason = _reasons(records, config, limited, flags)
+    total = records.height
+    group, sizes = _grouped(records["record_id"], groups if config.per or config.per_cluster else None)
+    pool = pl.DataFrame({"position": pl.int_range(total, dtype=pl.UInt32, eager=True), "group": group})
+    pool = pool.with_columns(value=records[config.by]).filter(reason.is_null())
+
+    fate = pl.zeros(total, pl.UInt8, eager=True)  # of those in the pool, an index into FATES
+    if config.bucket is not None:
+        fate = fate.scatter(pool["position"], FATES.index("other_bucket"))
+        pool = _bucket(pool, config.bucket, _counts(pool["group"], len(sizes)))
+        fate = fate.scatter(pool["position"], FATES.index("below_cut"))
+    asked = _quotas(config, total, sizes)
+    room = _counts(pool["group"], len(sizes))
+    quotas = exact_quotas(sum(asked), sizes, room) if config.rounding == "exact" else list(map(min, asked, room))
+    positions = _drawn(pool, quotas, config.seed) if config.random else _ranked(pool, quotas, config.lowest)
+
+    requested = sum(asked)
+    if config.pool is not None:
+        if spread is None:
+            raise ScorerError("pool: diversity needs embeddings")
+        requested = _count(config.keep, total)
+        if requested > sum(asked):
+            raise ScorerError(f"diverse: {requested:,} records can't be kept of the {sum(asked):,} that rank first")
+        fate = fate.scatter(positions, FATES.index("not_diverse"))
+        positions = positions.sort()
+        picked = spread(records["record_id"].gather(positions), min(requested, len(positions)))
+        positions = positions.gather(pl.Series(picked, dtype=pl.UInt32))
+    fate = fate.scatter(positions, FATES.index("kept"))
+
+    kept = records[positions].with_row_index("rank", offset=1)
+    kept = kept.select("record_id", pl.col("rank").cast(pl.Int64), *measures)
+    rest = records.select("record_id", reason=reason.fill_null(pl.Series(FATES).gather(fate)))
+    rejected = rest.filter(reason.is_not_null() | (fate != FATES.index("kept")))
+    return Selection(kept.sort("record_id") if config.order == "input" else kept, rejected, requested, total)
+
+
+FATES = ("below_cut", "other_bucket", "not_diverse", "kept")
+
+
+def _reasons(records: pl.DataFrame, config: SelectConfig, limited: bool, flags: pl.DataFrame | None) -> pl.Series:
+    """Why a record can't be ranked; null where it can."""
+    unusable = pl.col(config.by).is_null() | pl.col(config.by).is_infinite()
+    if limited:
+        unusable |= pl.col("ifd").is_null()
+    reasons = ["reason", pl.when(unusable).then(pl.lit("null_score"))]
+    table = records.select("record_id", "reason", config.by, *(["ifd"] if limited and config.by != "ifd" else []))
+    if config.drop_flagged:
+        if flags is None or not set(config.drop_flagged) <= set(flags.columns):
+            raise ScorerError(f"drop_flagged: the flags {', '.join(config.drop_flagged)} are not all there")
+        borne = flags.select("record_id", *(pl.col(name).alias(f"flag {name}") for name in config.drop_flagged))
+        table = table.join(borne, on="record_id", how="left", maintain_order="left")
+        reasons += [pl.when(f"flag {name}").then(pl.lit(name)) for name in config.drop_flagged]
+    if limited:
+        reasons.append(pl.when(pl.col("ifd") >= config.max_ifd).then(pl.lit("ifd_too_high")))
+    return table.select(pl.coalesce(reasons)).to_series()
+
+
+def _grouped(ids: pl.Series, groups: pl.DataFrame | None) -> tuple[pl.Series, list[int]]:
+    """The number of each record's group, by the order of the groups' keys (null last), and the groups' sizes."""
+    if groups is None:
+        return pl.zeros(len(ids), pl.UInt32, eager=True), [len(ids)] if len(ids) else []
+    keys = ids.to_frame("record_id").join(groups, on="record_id", how="left", maintain_order="left").select("group")
+    if keys.height != len(ids):
+        raise ScorerError("a record stands in two groups")
+    numbers = keys.unique().sort("group", nulls_last=True).with_row_index("number")
+    joined = keys.join(numbers, on="group", how="left", maintain_order="left", nulls_equal=True)
+    return joined["number"], _counts(joined["number"], numbers.height)
+
+
+def _counts(group: pl.Series, groups: int) -> list[int]:
+    counts = [0] * groups
+    for number, count in group.value_counts().iter_rows():
+        counts[number] = count
+    return counts
+
+
+def _count(keep: int | Fraction, total: int) -> int:
+    return keep if isinstance(keep, int) else math.floor(keep * total + Fraction(1, 2))
+
+
+def _quotas(config: SelectConfig, total: int, sizes: list[int]) -> list[int]:
+    if isinstance(config.first, Fraction) and config.rounding == "paper":
+        return paper_quotas(config.first, sizes)
+    return largest_remainder(_count(config.first, total), sizes) if sizes else [_count(config.first, total)]
+
+
+def _bucket(pool: pl.DataFrame, bucket: str, counts: list[int]) -> pl.DataFrame:
+    """The rows of the pool in the third `bucket` of their group's values; equal values go by position."""
+    part = BUCKETS.index(bucket)
+    bounds = [[0, *split_bounds(count, len(BUCKETS))] for count in counts]
+    start, end = (pl.Series([b[i] for b in bounds], dtype=pl.UInt32) for i in (part, part + 1))
+    ascending = pool.sort("value", maintain_order=True)
+    place, group = _places(ascending["group"], len(counts)), ascending["group"]
+    return ascending.filter((place >= start.gather(group)) & (place < end.gather(group))).sort("position")
+
+
+def _ranked(pool: pl.DataFrame, quotas: list[int], lowest: bool) -> pl.Series:
+    """Positions, best first, of the best of each group; equal values go by position."""
+    ranking = pool.sort("value", descending=not lowest, maintain_order=True)
+    place = _places(ranking["group"], len(quotas))
+    return ranking.filter(place < pl.Series(quotas, dtype=pl.UInt32).gather(ranking["group"]))["position"]
+
+
+def _drawn(pool: pl.DataFrame, quotas: list[int], seed: int) -> pl.Series:
+    """Positions in the order of drawing, group after group."""
+    draw, begin, drawn = Random(seed), 0, []
+    for quota, count in zip(quotas, _counts(pool["group"], len(quotas)), strict=True):
+        drawn += [begin + i for i in draw.sample(range(count), quota)]
+        begin += count
+    return pool.sort("group", maintain_order=True)["position"].gather(pl.Series(drawn, dtype=pl.UInt32))
+
+
+def _places(group: pl.Series, groups: int) -> pl.Series:
+    """How many rows of the same group stand before each row."""
+    if groups < 2:
+        return pl.int_range(len(group), dtype=pl.UInt32, eager=True)
+    return group.to_frame().select(pl.int_range(pl.len(), dtype=pl.UInt32).over("group")).to_series()

@@ -1,0 +1,262 @@
+"""Bytes to raw values, in every kind of file, and what a user is told of a file that cannot be read."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+import zstandard
+
+from scorer.data.dataset import InputFile, count_records, inspect_input
+from scorer.data.reader import read_raw
+from scorer.data.writer import RecordWriter
+from scorer.types import RowStatus, ScorerError
+
+JSON_NAMES = [f"data{kind}{packed}" for kind in (".json", ".jsonl", ".ndjson") for packed in ("", ".gz", ".zst")]
+NAMES = [*JSON_NAMES, "data.parquet"]
+ROWS = [{"instruction": f"q{i}", "input": None, "output": "é🙂\x00 ‏ש" * i, "tags": [i]} for i in range(10)]
+
+
+def write(path: Path, rows: Iterable[Any]) -> Path:
+    with RecordWriter(path) as writer:
+        for row in rows:
+            writer.write(row)
+    return path
+
+
+def values(*paths: Path, start: int = 0, limit: int | None = None) -> list[Any]:
+    return [raw.value for raw in read_raw(paths, start=start, limit=limit)]
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(ScorerError) as caught:
+        list(read_raw([path]))
+    text = str(caught.value)
+    assert str(path) in text
+    assert "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_start_and_limit_count_over_all_files(tmp_path: Path, name: str) -> None:
+    paths = [
+        write(tmp_path / "a.jsonl", ROWS[:3]),
+        write(tmp_path / name, ROWS[3:6]),
+        write(tmp_path / "c.json", ROWS[6:]),
+    ]
+    assert sum(map(count_records, paths)) == 10
+    for start in range(12):
+        for limit in (None, 1, 3, 5, 6, 10, 20):
+            found = list(read_raw(paths, start=start, limit=limit))
+            ids = list(range(start, min(10, 10 if limit is None else limit)))
+            assert [raw.record_id for raw in found] == ids
+            assert [raw.value for raw in found] == [ROWS[i] for i in ids]
+    assert [raw.source for raw in read_raw(paths, start=5, limit=7)][1] == f"{tmp_path}/c.json[0]"
+
+
+def test_skipped_rows_of_parquet_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "d.parquet"
+    pl.DataFrame({"n": range(1000)}).write_parquet(path, row_group_size=300)
+    monkeypatch.setattr("scorer.data.reader.PARQUET_BATCH_ROWS", 70)
+    assert [row["n"] for row in values(path, start=137, limit=913)] == list(range(137, 913))
+
+
+def test_lines_are_numbered_from_one_and_blank_ones_are_no_records(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf\n{"a": 1}\r\n  \r\n{"a": NaN\n{"a": "\xff"}\n[1]\n{"a": Infinity}')
+    found = list(read_raw([path]))
+    assert [raw.source for raw in found] == [f"{path}:{line}" for line in (2, 4, 5, 6, 7)]
+    assert [raw.value for raw in found] == [{"a": 1}, '{"a": NaN', '{"a": "\\xff"}', [1], {"a": float("inf")}]
+    bad = RowStatus.BAD_JSON
+    assert [raw.status for raw in found] == [RowStatus.OK, bad, bad, RowStatus.OK, RowStatus.OK]
+
+
+def test_deep_json_and_endless_integers_are_bad_rows(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"a": 1}\n' + "[" * 100_000 + "\n" + '{"a": ' + "1" * 5000 + "}\n")
+    assert [raw.status for raw in read_raw([path])] == [RowStatus.OK, RowStatus.BAD_JSON, RowStatus.BAD_JSON]
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+@pytest.mark.parametrize(
+    "text",
+    ['[{"a": 1}, {"a": 2}]', ' \n[\n {"a": 1},\n {"a": 2}\n]\n', '[{"a": 1},\n{"a": 2}]', '{"a": 1}\n{"a": 2}\n'],
+)
+def test_content_tells_arrays_from_lines(tmp_path: Path, suffix: str, text: str) -> None:
+    path = tmp_path / f"d.{suffix}"
+    for bom in (b"", b"\xef\xbb\xbf"):
+        path.write_bytes(bom + text.encode())
+        assert values(path) == [{"a": 1}, {"a": 2}]
+
+
+def test_json_object_where_an_array_is_expected(tmp_path: Path) -> None:
+    path = tmp_path / "d.json"
+    for text in ('{"data": [1, 2]}', '{\n "data": [1, 2]\n}'):
+        path.write_text(text)
+        assert "a JSON object where an array is expected" in refusal(path)
+    path.write_text("hello")
+    assert "where an array is expected" in refusal(path)
+
+
+def test_invalid_array_names_line_and_column(tmp_path: Path) -> None:
+    path = tmp_path / "d.json"
+    path.write_text('[\n{"a": 1},\n{"a": }\n]')
+    assert "line 3, column 7" in refusal(path)
+    path.write_bytes(b'[\n"\xff"]')
+    assert "not UTF-8 at line 2" in refusal(path)
+    path.write_text("[" * 100_000)
+    assert "cannot be read" in refusal(path)
+
+
+@pytest.mark.parametrize("name", JSON_NAMES)
+def test_files_without_records(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path / name, [])
+    assert "hold no records" in refusal(path)
+    path.write_bytes(b"")
+    assert "hold no records" in refusal(path)
+    assert count_records(path) == 0
+    full = write(tmp_path / "full.jsonl", ROWS)
+    assert values(path, full) == ROWS
+    assert values(full, path, start=10) == []
+
+
+def test_empty_table_and_no_inputs(tmp_path: Path) -> None:
+    assert "hold no records" in refusal(write(tmp_path / "d.parquet", []))
+    with pytest.raises(ScorerError, match="hold no records"):
+        list(read_raw([]))
+
+
+@pytest.mark.parametrize("name", ["d.jsonl.gz", "d.json.gz", "d.jsonl.zst", "d.json.zst", "d.parquet"])
+def test_truncated_and_damaged_files(tmp_path: Path, name: str) -> None:
+    rows = [{"a": hashlib.sha256(str(i).encode()).hexdigest()} for i in range(5000)]
+    path = write(tmp_path / name, rows)
+    whole = path.read_bytes()
+    holed = whole[:1000] + b"\xff" * 2000 + whole[3000:]
+    if name == "d.parquet":  # its pages carry no checksum; its footer can be checked
+        holed = whole[:-100] + b"\xff" * 92 + whole[-8:]
+    for data in (whole[:-1], whole[: len(whole) // 2], whole[:30], b"not it", holed):
+        path.write_bytes(data)
+        assert "truncated or damaged" in refusal(path)
+
+
+def test_compressed_files_of_several_parts(tmp_path: Path) -> None:
+    one, two = b'{"a": 1}\n', b'{"a": 2}\n' * 50_000
+    (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(one) + gzip.compress(two))
+    pack = zstandard.ZstdCompressor().compress
+    skippable = b"\x50\x2a\x4d\x18\x04\x00\x00\x00abcd"  # as pzstd writes in front of every frame
+    (tmp_path / "d.jsonl.zst").write_bytes(skippable + pack(one) + pack(two))
+    for name in ("d.jsonl.gz", "d.jsonl.zst"):
+        assert sum(row["a"] for row in values(tmp_path / name)) == 100_001
+
+
+def test_paths_that_are_no_data(tmp_path: Path) -> None:
+    assert "no such file" in refusal(tmp_path / "missing.json")
+    assert "is a folder" in refusal(tmp_path)
+    assert "File name too long" in refusal(tmp_path / f"{'long' * 80}.json")
+    other = tmp_path / "data.csv"
+    other.write_text("a,b")
+    assert ".jsonl.zst" in refusal(other)
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    assert "not a regular file" in refusal(tmp_path / "pipe.jsonl")
+    with pytest.raises(ScorerError, match="no such file"):
+        inspect_input(tmp_path / "missing.json")
+    # found before anything is read
+    with pytest.raises(ScorerError, match="no such file"):
+        next(read_raw([write(tmp_path / "a.jsonl", ROWS), tmp_path / "missing.json"]))
+
+
+@pytest.mark.parametrize("name", [b"d\xff.jsonl", b"f\xff/d.jsonl"])
+def test_names_that_are_not_utf8_are_to_be_renamed(tmp_path: Path, name: bytes) -> None:
+    path = tmp_path / os.fsdecode(name)
+    try:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text('{"a": 1}\n')
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    shown = f"{tmp_path}/{name.decode('utf-8', 'backslashreplace')}"
+    for read in (inspect_input, lambda path: count_records(path)):
+        with pytest.raises(ScorerError, match="rename it") as caught:
+            read(path)
+        assert str(caught.value).encode().startswith(shown.encode())
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("name", ["d.jsonl", "d.json", "d.jsonl.gz"])
+def test_utf16_is_to_be_converted(tmp_path: Path, name: str, encoding: str) -> None:
+    data = '\ufeff[\n{"a": 1}\n]\n'.encode(encoding)
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    assert "convert it to UTF-8" in refusal(tmp_path / name)
+    with pytest.raises(ScorerError, match="UTF-16"):
+        count_records(tmp_path / name)
+
+
+def test_a_line_that_is_json_keeps_its_text(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"a":1e999,"a":2} \r\n{"a": "\xff"}\n[')
+    assert [raw.text for raw in read_raw([path])] == ['{"a":1e999,"a":2} ', None, None]
+
+
+def test_inspect_input_describes_the_bytes_on_disk(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl.gz"
+    path.write_bytes(b"abc")
+    digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, example B.1
+    assert inspect_input(path) == InputFile(str(path), 3, digest)
+
+
+PEAK = """
+import resource, sys
+from scorer.data.records import read_records
+rows = sum(len(record.turns) for record in read_records([sys.argv[1]]))
+print(rows, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
+"""
+
+
+def peak(path: Path) -> tuple[int, int]:
+    done = subprocess.run([sys.executable, "-c", PEAK, str(path)], capture_output=True, text=True, check=True)
+    rows, mib = map(int, done.stdout.split())
+    return rows, mib
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
+    number = pl.int_range(60_000)
+    rows = pl.select(
+        instruction=pl.format("Say {} in words.", number),
+        output=number.hash(1).cast(pl.String).repeat_by(100).list.join(" "),
+    )  # 120 MB of text
+    rows.write_parquet(tmp_path / "d.parquet", row_group_size=60_000)
+    rows.write_ndjson(tmp_path / "d.jsonl")
+    rows.head(2000).write_parquet(tmp_path / "small.parquet")
+    _, small = peak(tmp_path / "small.parquet")
+    for name in ("d.parquet", "d.jsonl"):
+        count, mib = peak(tmp_path / name)
+        assert count == 60_000
+        assert mib - small < 80, (name, small, mib)
+
+
+def test_a_file_whose_rows_are_all_skipped_is_not_opened(write_jsonl: Callable[..., Path]) -> None:
+    first, second = write_jsonl([{"n": 0}, {"n": 1}], "a.jsonl"), write_jsonl([{"n": 2}, {"n": 3}], "b.jsonl")
+    first.write_bytes(b"\xff\xfe")  # UTF-16, which is refused wherever it is read
+    rows = read_raw([first, second], start=3, counts=[2, 2])
+    assert [(row.record_id, row.value) for row in rows] == [(3, {"n": 3})]
+    with pytest.raises(ScorerError, match="UTF-16"):
+        list(read_raw([first, second], start=1, counts=[2, 2]))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_file_of_another_length_moves_no_ids(write_jsonl: Callable[..., Path], count: int) -> None:
+    first, second = write_jsonl([{"n": i} for i in range(count)], "a.jsonl"), write_jsonl([{"n": 9}], "b.jsonl")
+    rows = read_raw([first, second], counts=[2, 1])
+    seen: list[int] = []
+    with pytest.raises(ScorerError, match=r"a\.jsonl: changed while it was read"):
+        seen.extend(row.value["n"] for row in rows)
+    assert seen == [0, 1][:count]
+    assert [row.value["n"] for row in read_raw([first, second], counts=[count, 1])][-1] == 9
+    assert len(list(read_raw([first, second], counts=[count, 1], limit=1))) == 1

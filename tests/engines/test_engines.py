@@ -1,0 +1,238 @@
+"""The packed engine against the reference, and the reference against the loss that the model itself computes."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from scorer.config import ScoreConfig
+from scorer.engines import Engine
+from scorer.engines.choose import open_engine
+from scorer.engines.packing import laid_tokens, plan_batches
+from scorer.models.find import ModelFiles, find_model
+from scorer.models.load import load_causal_lm
+from scorer.types import RowStatus, ScorerError, Span, SpanNLL, TokenSequence, View
+from tests.conftest import CONFIGS, LLAMA, byte_tokenizer
+
+Tiny = Callable[[str], ModelFiles]
+Key = tuple[int, int, View]
+
+ENGINES = ("packed", "reference")
+
+
+def config(engine: str, batch_tokens: int = 512, dtype: str = "float32") -> ScoreConfig:
+    return ScoreConfig(engine=engine, dtype=dtype, device="cpu", batch_tokens=batch_tokens)
+
+
+def scored(engine: Engine, sequences: list[TokenSequence]) -> dict[Key, SpanNLL]:
+    spans = [span for batch in engine.score(sequences) for span in batch]
+    found = {(s.record_id, s.turn, s.view): s for s in spans}
+    assert len(found) == len(spans), "a span came twice"
+    return found
+
+
+def samples(lengths: list[tuple[int, int]], seed: int = 0) -> list[TokenSequence]:
+    """Both views of records of the given prompt and response lengths, with random tokens."""
+    rng = random.Random(seed)
+    sequences = []
+    for record_id, (prompt, response) in enumerate(lengths):
+        ids = [rng.randrange(257) for _ in range(prompt + response)]
+        sequences.append(TokenSequence(record_id, View.CONDITIONED, ids, (Span(0, prompt, prompt + response),)))
+        if response > 1:
+            sequences.append(TokenSequence(record_id, View.ALONE, ids[prompt:], (Span(0, 1, response),)))
+    return sequences
+
+
+def assert_equal(ours: dict[Key, SpanNLL], oracle: dict[Key, SpanNLL], relative: float) -> None:
+    assert ours.keys() == oracle.keys()
+    for key, expected in oracle.items():
+        assert ours[key].tokens == expected.tokens
+        assert ours[key].nll_sum == pytest.approx(expected.nll_sum, rel=relative)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_reference_gives_the_models_own_loss(tiny: Tiny, family: str) -> None:
+    files = tiny(family)
+    model = load_causal_lm(files, dtype="float32", device="cpu", attn_implementation="eager")
+    ids = torch.arange(40)[None] * 5 % 257
+    labels = ids.clone()
+    labels[0, :13] = -100
+    expected = float(model(ids, labels=labels).loss)
+    sequence = TokenSequence(7, View.CONDITIONED, ids[0].tolist(), (Span(0, 13, 40),))
+    span = scored(open_engine(config("reference"), files), [sequence])[7, 0, View.CONDITIONED]
+    assert span.tokens == 27
+    assert span.nll_sum == pytest.approx(27 * expected, rel=1e-5)
+
+
+def open_on_two_cores(batch_tokens: int, files: ModelFiles) -> Engine:
+    """The packed engine, which computes two batches at a time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        return open_engine(config("packed", batch_tokens), files)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The packed engine leaves torch the threads that it was opened with."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("family", list(CONFIGS))
+def test_packed_equals_reference(tiny: Tiny, family: str) -> None:
+    lengths = [(1, 1), (1, 2), (900, 100), (30, 60), (31, 58), (3, 200), (5, 1), (64, 64), (64, 64), (2, 400)]
+    sequences = samples(lengths)
+    oracle = scored(open_engine(config("reference"), tiny(family)), sequences)
+    assert len(oracle) == 18
+    for batch_tokens in (1, 100, 100_000):
+        assert_equal(scored(open_on_two_cores(batch_tokens, tiny(family)), sequences), oracle, 1e-5)
+
+
+@pytest.fixture(scope="module")
+def engines(tiny: Tiny) -> tuple[Engine, Engine]:
+    return open_on_two_cores(300, tiny("llama")), open_engine(config("reference"), tiny("llama"))
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(lengths=st.lists(st.tuples(st.integers(1, 150), st.integers(1, 150)), min_size=1, max_size=12), data=st.data())
+def test_order_and_neighbours_do_not_matter(
+    engines: tuple[Engine, Engine], lengths: list[tuple[int, int]], data: st.DataObject
+) -> None:
+    packed, reference = engines
+    sequences = samples(lengths, seed=len(lengths))
+    some = data.draw(st.permutations(sequences))[: data.draw(st.integers(1, len(sequences)))]
+    oracle = {key: span for sequence in some for key, span in scored(reference, [sequence]).items()}
+    assert_equal(scored(packed, some), oracle, 1e-5)
+
+
+def test_all_turns_of_a_conversation_come_from_one_sequence(tiny: Tiny) -> None:
+    ids = [i * 7 % 257 for i in range(300)]
+    targets = (Span(0, 20, 50), Span(2, 80, 81), Span(3, 200, 300))
+    whole = [TokenSequence(0, View.CONDITIONED, ids, targets)]
+    apart = [TokenSequence(0, View.CONDITIONED, ids[: t.end], (t,)) for t in targets]
+    engine = open_engine(config("packed"), tiny("gpt2"))
+    oracle = {key: span for sequence in apart for key, span in scored(engine, [sequence]).items()}
+    assert_equal(scored(engine, whole), oracle, 1e-5)
+
+
+def test_bfloat16_stays_near_float32(tiny: Tiny) -> None:
+    sequences = samples([(20, 80)] * 6 + [(200, 500)])
+    oracle = scored(open_engine(config("reference"), tiny("llama")), sequences)
+    ours = scored(open_engine(config("packed", dtype="bfloat16"), tiny("llama")), sequences)
+    assert_equal(ours, oracle, 0.03)
+
+
+def test_batches_keep_records_whole_and_budgets() -> None:
+    sequences = samples([(10, 20), (300, 200), (5, 6), (40, 2), (50, 60)])
+    batches = plan_batches(sequences, 250)
+    assert [sorted({s.record_id for s in batch}) for batch in batches] == [[1], [0, 4], [2, 3]]
+    assert [sum(map(laid_tokens, batch)) for batch in batches][1:] == [109 + 59 + 29 + 19, 10 + 5 + 41 + 1]
+    assert sum(len(batch) for batch in batches) == len(sequences)
+
+
+def test_the_last_batches_are_small_so_that_workers_end_together() -> None:
+    sequences = samples([(1, 50)] * 100)  # 99 laid tokens a record
+    sizes = [sum(map(laid_tokens, batch)) for batch in plan_batches(sequences, 1000, workers=2)]
+    assert sizes[:5] == [990] * 5
+    assert sizes == sorted(sizes, reverse=True)
+    assert max(sizes[-2:]) <= 250
+    assert sum(sizes) == 9900
+
+
+def test_infinite_and_undefined_sums_are_a_status(tiny: Tiny, tmp_path: Path) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(tiny("gpt2").path, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["transformer.ln_f.weight"][0] = math.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    for name in ENGINES:
+        spans = scored(open_engine(config(name), find_model(str(folder))), samples([(3, 9)]))
+        assert {(s.status, s.nll_sum) for s in spans.values()} == {(RowStatus.NON_FINITE, None)}
+
+
+@pytest.mark.parametrize("length", [40, 400])
+def test_an_undefined_sum_is_no_neighbours(tiny: Tiny, tmp_path: Path, length: int) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(tiny("llama").path, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.embed_tokens.weight"][200] = math.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    sequences = []
+    for record_id in range(3):  # each shorter than the one before, and beside it in a batch
+        ids = [(7 * record_id + place) % 200 for place in range(length - record_id)]
+        sequences.append(TokenSequence(record_id, View.CONDITIONED, ids, (Span(0, 5, len(ids)),)))
+    sequences[2].token_ids[0] = 200
+    packed, oracle = (scored(open_engine(config(n, 2048), find_model(str(folder))), sequences) for n in ENGINES)
+    for spans in (packed, oracle):
+        assert spans.pop((2, 0, View.CONDITIONED)).status == RowStatus.NON_FINITE
+    assert_equal(packed, oracle, 1e-5)
+
+
+@pytest.mark.parametrize("changes", [{"model_type": "gpt_neox"}, {"use_sliding_window": True}])
+def test_what_cannot_be_packed_is_refused(tiny: Tiny, tmp_path: Path, changes: dict[str, object]) -> None:
+    folder = tmp_path / "other"
+    shutil.copytree(tiny("qwen2").path, folder)
+    settings = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ScorerError, match="--engine reference"):
+        open_engine(config("packed"), replace(tiny("qwen2"), path=folder))
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+from scorer.config import ScoreConfig
+from scorer.engines.choose import open_engine
+from scorer.models.find import find_model
+from tests.engines.test_engines import config, samples, scored
+
+engine = open_engine(config("packed", 1 << 30), find_model(sys.argv[1]))
+usual = scored(engine, samples([(10, 10)] * 8))
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (500 << 20),) * 2)
+spans = scored(engine, samples([(1000, 1000)] * 20 + [(100_000, 1000), (10, 10)]))
+for (record_id, _, view), span in spans.items():
+    print(record_id, view, span.status, span.nll_sum)
+"""
+
+
+@pytest.mark.slow
+def test_out_of_memory_splits_the_batch_down_to_the_row_that_does_not_fit(tmp_path: Path) -> None:
+    """A process with 500 MiB to spare, one batch of 20 sequences that need a gigabyte, and one that never fits."""
+    folder = tmp_path / "wide"
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**LLAMA | {"hidden_size": 768, "num_hidden_layers": 1})).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    done = subprocess.run([sys.executable, "-c", LIMITED, folder], capture_output=True, text=True, check=True)
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert len(lines) == 44
+    assert {(record, view) for record, view, status, _ in lines if status != "ok"} == {("20", "conditioned")}
+    oracle = scored(open_engine(config("packed", 2000), find_model(str(folder))), samples([(1000, 1000)] * 3))
+    for record, view, _, nll in lines:
+        if int(record) < 3:
+            assert float(nll) == pytest.approx(oracle[int(record), 0, View(view)].nll_sum, rel=1e-5)
+
+
+@pytest.mark.parametrize("engine", ["packed", "reference"])
+def test_a_tokenizer_of_another_model_is_refused(tiny: Tiny, engine: str) -> None:
+    sequence = TokenSequence(0, View.CONDITIONED, [1, 257, 3], (Span(0, 1, 3),))
+    with pytest.raises(ScorerError, match="token 257, and the model knows 257"):
+        scored(open_engine(config(engine), tiny("gpt2")), [sequence])

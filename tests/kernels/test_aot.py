@@ -1,0 +1,157 @@
+"""The Triton kernels, compiled without a GPU as the launchers call them, for each chip and configuration of the table.
+
+A process of its own for each chip: the kernels of this one are interpreted. What runs there is below the tests.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.slow
+KERNELS = Path(__file__).parents[2] / "kernels"
+SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+
+pytest.importorskip("triton")
+
+
+@cache
+def start(chip: int, directory: str) -> subprocess.Popen[str]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": directory, "PYTHONPATH": str(KERNELS), "TRITON_DUMP_PTXAS_LOG": "1"}
+    command = [sys.executable, __file__, str(chip)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
+    """What each chip's process reports: a dictionary for each kernel that a launch compiled."""
+    processes = {chip: start(chip, str(tmp_path_factory.mktemp(f"sm_{chip}"))) for chip in SHARED_BYTES}
+    reports = {}
+    for chip, process in processes.items():
+        out, err = process.communicate(timeout=900)
+        assert process.returncode == 0, err
+        reports[chip] = json.loads(out.splitlines()[-1])
+    return reports
+
+
+@pytest.mark.parametrize("chip", SHARED_BYTES)
+def test_every_launch_compiles_within_the_chip(chip: int, compiled: dict[int, list[dict[str, Any]]]) -> None:
+    names = [kernel["name"] for kernel in compiled[chip]]
+    assert set(names) == {"head_kernel", "finish_kernel", "merge_kernel", "segment_kernel", "ifd_kernel"}
+    assert names.count("head_kernel") >= 4
+    for kernel in compiled[chip]:
+        assert kernel["cubin_bytes"] > 0
+        assert kernel["shared"] <= SHARED_BYTES[chip], kernel
+
+
+def test_hopper_multiplies_in_wgmma_without_spills_or_serialisation(
+    compiled: dict[int, list[dict[str, Any]]],
+) -> None:
+    halves = [
+        kernel for kernel in compiled[90] if kernel["name"] == "head_kernel" and kernel["case"].startswith("half")
+    ]
+    assert len(halves) >= 3
+    for kernel in halves:
+        assert kernel["wgmma"], kernel
+        assert "serialized" not in kernel["log"], kernel
+        if "options" not in kernel["case"]:
+            assert "0 bytes spill stores, 0 bytes spill loads" in kernel["log"], kernel
+
+
+def test_one_kernel_serves_every_batch(compiled: dict[int, list[dict[str, Any]]]) -> None:
+    for chip in SHARED_BYTES:
+        assert not [kernel for kernel in compiled[chip] if kernel["case"] == "other batch"]
+
+
+def report(chip: int) -> None:
+    """Calls the launchers with a driver that has a chip to compile for, and none to launch on."""
+    import contextlib
+    import io
+
+    import scorer_kernels as sk
+    import torch
+    import triton
+    from scorer_kernels import linear, segments, table
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.driver import CudaDriver
+
+    class CompileOnly(CudaDriver):  # type: ignore[misc]
+        def __init__(self) -> None:  # none of CUDA is loaded
+            self.get_current_device = lambda: 0
+            self.get_current_stream = lambda device: 0
+
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", chip, 32)
+
+    kernels: list[dict[str, Any]] = []
+    seen: set[str] = set()
+    case = ""
+    run = triton.JITFunction.run
+
+    def compile_only(self: Any, *args: Any, **kwargs: Any) -> None:
+        log = io.StringIO()
+        with contextlib.redirect_stdout(log):
+            kernel = run(self, *args, **(kwargs | {"warmup": True}))
+        if kernel.hash in seen:
+            return
+        seen.add(kernel.hash)
+        kernels.append(
+            {
+                "name": kernel.metadata.name,
+                "case": case,
+                "shared": kernel.metadata.shared,
+                "cubin_bytes": len(kernel.asm["cubin"]),
+                "wgmma": "wgmma.mma_async" in kernel.asm["ptx"],
+                "log": log.getvalue(),
+            }
+        )
+
+    triton.runtime.driver.set_active(CompileOnly())
+    triton.JITFunction.run = compile_only
+    for launcher in (linear, segments):
+        vars(launcher)["on_device"] = lambda tensor: contextlib.nullcontext()
+
+    def head(dtype: torch.dtype, rows: int, depth: int, words: int, config: table.Config, **options: Any) -> None:
+        hidden, weight = torch.zeros(rows, depth, dtype=dtype), torch.zeros(words, depth, dtype=dtype)
+        sk.linear_nll(hidden, weight, torch.zeros(rows, dtype=torch.int64), config=config, **options)
+
+    capability = (chip // 10, chip % 10)
+    for row in table.TABLE:
+        if row.capability == capability:
+            half = (torch.bfloat16, torch.float16) if chip == 90 else (torch.bfloat16,)
+            dtypes = half if row.itemsize == 2 else (torch.float32,)
+            for dtype in dtypes:
+                kind = "half" if row.itemsize == 2 else "single"
+                case = f"{kind} plain"
+                head(dtype, 300, 768, 1000, row.config)
+            case = f"{kind} options"
+            head(dtypes[0], 300, 768, 1000, row.config, bias=torch.zeros(1000), scale=0.5, softcap=30.0)
+            case = "other batch"
+            head(dtypes[0], 1, 768, 7, row.config)
+            head(dtypes[0], 64, 768, 1024, row.config)
+    if chip == min(SHARED_BYTES):  # the fallback is for the least shared memory
+        case = "fallback"
+        head(torch.bfloat16, 300, 100, 1000, table.FALLBACK[2])
+        head(torch.float32, 300, 100, 1000, table.FALLBACK[4])
+    if chip == 90:
+        for config in table.CANDIDATES:
+            case = "half candidate"
+            head(torch.bfloat16, 300, 768, 1000, config)
+    case = "rest"
+    sk.linear_nll_partials(torch.zeros(5, 64), torch.zeros(9, 64), torch.zeros(5, dtype=torch.int64), vocab_start=9)
+    sk.merge_partials(torch.zeros(2, 3, 5))
+    sk.segment_nll(torch.zeros(5), torch.tensor([0, 2, 5]))
+    sk.sample_ifd(torch.zeros(5), torch.tensor([[0, 2]]), torch.tensor([[2, 5]]))
+    print(json.dumps(kernels))
+
+
+if __name__ == "__main__":
+    report(int(sys.argv[1]))

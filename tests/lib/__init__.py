@@ -1,0 +1,1 @@
+"""What the tests share: commands, processes, environments and run directories."""

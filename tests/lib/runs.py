@@ -1,0 +1,43 @@
+"""Finished run directories with the scores that a test wants; everything in them is as `scorer score` writes it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from scorer.data.dataset import inspect_input
+from scorer.runs.directory import Run
+from scorer.scores.measures import SCHEMA
+
+
+def make_run(path: Path, rows: list[dict[str, Any]], **columns: list[Any]) -> Run:
+    """The run `path` of the records `rows` (written to PATH.jsonl), one turn each; columns of the score table by name.
+
+    `status` is ok unless given; what SCHEMA has not is added.
+    """
+    data = path.with_suffix(".jsonl")
+    data.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    given = {"record_id": range(len(rows)), "turn": [0] * len(rows), "status": ["ok"] * len(rows)} | columns
+    schema = SCHEMA | {name: pl.Float64 for name in columns if name not in SCHEMA}
+    empty = [None] * len(rows)
+    table = pl.DataFrame({name: given.get(name, empty) for name in schema}, schema=schema)
+    entry = inspect_input(data)
+    run = Run(path)
+    with run.locked():
+        run.write_shard(0, table)
+        run.write_manifest(
+            {
+                "state": "complete",
+                "identity": {
+                    "config": {"limit": None, "columns": None, "shard_rows": max(1, len(rows))},
+                    "inputs": [entry.identity],
+                },
+                "inputs": [{"path": str(data)} | entry.identity],
+                "ranking": {"by": "ifd", "lowest": False},
+                "records": len(rows),
+            }
+        )
+    return run

@@ -1,0 +1,243 @@
+"""Names to files: folders, the hub's cache, faults; the choice of dtype and device."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from scorer.models.find import ModelFiles, find_model, model_settings
+from scorer.models.load import choose_device, choose_dtype, load_causal_lm, load_tokenizer
+from scorer.types import ScorerError
+
+SMALL = {"vocab_size": 32, "bos_token_id": 0, "eos_token_id": 0}
+
+
+def load(files: ModelFiles, **options: Any) -> Any:
+    return load_causal_lm(files, dtype="float32", device="cpu", attn_implementation="sdpa", **options)
+
+
+def load_all(folder: Path) -> None:
+    files = find_model(str(folder))
+    load(files)
+    load_tokenizer(files)
+
+
+def logits(model: Any) -> torch.Tensor:
+    result: torch.Tensor = model(torch.tensor([[1, 2, 3, 4]])).logits
+    return result
+
+
+def tiny_gpt2(folder: Path) -> Path:
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=32, **SMALL)).save_pretrained(folder)
+    words = WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?")
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), unk_token="?").save_pretrained(folder)
+    return folder
+
+
+def pickled(folder: Path) -> Path:
+    """The same model with its weights as PyTorch pickles them."""
+    safe = folder / "model.safetensors"
+    torch.save(load_file(safe), folder / "pytorch_model.bin")
+    safe.unlink()
+    return folder
+
+
+# Names that are nothing
+
+
+@pytest.mark.parametrize(
+    "name", ["no-such-model-of-anyone", "no-one-at-all/no-such", "./absent", "a/b/c", "x{0}y", "a b"]
+)
+def test_an_unknown_name_fails_at_once_with_the_known_ones(name: str) -> None:
+    start = time.monotonic()
+    with pytest.raises(ScorerError, match=r"smollm2-135m, all-minilm-l6-v2.*gpt2") as caught:
+        find_model(name)
+    assert time.monotonic() - start < 60
+    assert "\n" not in str(caught.value)
+    assert f"'{name}'" in str(caught.value)
+
+
+def test_a_revision_of_what_has_none_is_refused(tmp_path: Path) -> None:
+    for name in ("smollm2-135m", str(tiny_gpt2(tmp_path))):
+        with pytest.raises(ScorerError, match="--revision is for models of the hub"):
+            find_model(name, revision="main")
+
+
+# Folders
+
+
+def test_a_folder_s_revision_is_its_content(tmp_path: Path) -> None:
+    folder = tiny_gpt2(tmp_path / "a")
+    files = find_model(str(folder))
+    assert (files.origin, files.path, files.document_token_id) == ("directory", folder, None)
+    assert load_tokenizer(files).convert_tokens_to_ids("b") == 1
+    copy = Path(shutil.copytree(folder, tmp_path / "b"))
+    (copy / "README.md").write_text("not part of the model")
+    assert find_model(str(copy)).revision == files.revision
+    weights = bytearray((copy / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(weights)
+    assert find_model(str(copy)).revision != files.revision
+
+
+def test_of_a_large_file_size_and_ends_count(tmp_path: Path) -> None:
+    folder = tiny_gpt2(tmp_path)
+    size = 65 << 20
+    revisions = []
+    for place in (None, 100, size - 100, size // 2):
+        with (folder / "model.safetensors").open("wb") as file:
+            file.truncate(size)
+            if place is not None:
+                file.seek(place)
+                file.write(b"x")
+        revisions.append(find_model(str(folder)).revision)
+    assert len(set(revisions[:3])) == 3
+    assert revisions[3] == revisions[0]
+
+
+def test_a_llama_in_shards_loads_and_lacks_one_when_one_is_gone(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, **SMALL
+    )
+    made = LlamaForCausalLM(config).eval()
+    made.save_pretrained(tmp_path, max_shard_size="4KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    assert torch.equal(logits(load(find_model(str(tmp_path)))), logits(made))
+    half = load_causal_lm(find_model(str(tmp_path)), dtype="float16", device="cpu", attn_implementation="eager")
+    assert half.dtype == torch.float16
+    next(tmp_path.glob("model-*.safetensors")).unlink()
+    with pytest.raises(ScorerError, match=r"1 weight files are missing, model-0000"):
+        find_model(str(tmp_path))
+
+
+def test_pickled_weights_load_only_if_allowed(tmp_path: Path) -> None:
+    folder = tiny_gpt2(tmp_path)
+    expected = logits(load(find_model(str(folder))))
+    pickled(folder)
+    with pytest.raises(ScorerError, match=r"pickled.*--allow-pickle"):
+        find_model(str(folder))
+    files = find_model(str(folder), allow_pickle=True)
+    with pytest.raises(ScorerError, match="--allow-pickle"):
+        load(files)
+    assert torch.equal(logits(load(files, allow_pickle=True)), expected)
+
+
+def test_a_tensor_that_is_missing_is_not_made_up(tmp_path: Path) -> None:
+    folder = tiny_gpt2(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["transformer.h.1.mlp.c_fc.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ScorerError, match=r"1 tensors are missing, transformer.h.1.mlp.c_fc.weight the first"):
+        load(find_model(str(folder)))
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config.json", None, "no config.json"),
+        ("config.json", "{", r"config\.json: cannot be read \(JSONDecodeError"),
+        ("config.json", "[]", r"config\.json: not a model's configuration"),
+        ("config.json", '{"model_type": "of-no-one"}', "does not load.*of-no-one"),
+        ("model.safetensors", None, "no weights"),
+        ("model.safetensors", "short", "does not load.*SafetensorError"),
+        ("model.safetensors.index.json", "[1]", "not an index of weights"),
+        ("tokenizer.json", None, "no tokenizer"),
+        ("tokenizer.json", "{", "does not load"),
+    ],
+)
+def test_a_broken_folder_is_named_on_one_line(tmp_path: Path, file: str, content: str | None, message: str) -> None:
+    path = tiny_gpt2(tmp_path) / file
+    if content is None:
+        path.unlink()
+    else:
+        path.write_text(content)
+    with pytest.raises(ScorerError, match=message) as caught:
+        load_all(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_settings_are_an_object_or_refused(tmp_path: Path) -> None:
+    files = find_model(str(tiny_gpt2(tmp_path)))
+    assert model_settings(files)["n_positions"] == 32
+    for content in (b"", b"\xff{}", b"[" * 100_000, b"[1]", b"null"):
+        (tmp_path / "config.json").write_bytes(content)
+        with pytest.raises(ScorerError, match="copy the model again") as caught:
+            model_settings(files)
+        assert str(caught.value).startswith(f"{tmp_path}/config.json: ")
+        assert "\n" not in str(caught.value)
+
+
+# The hub's cache, offline
+
+
+def test_a_model_in_the_hub_s_cache_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    home = tmp_path / "models--someone--tiny"
+    snapshot = tiny_gpt2(home / "snapshots" / commit)
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text(commit)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))  # read when the hub's client is imported
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    code = (
+        "import json, sys\nfrom scorer.models.find import find_model\nfrom scorer.types import ScorerError\n"
+        "try:\n    f = find_model('someone/tiny', revision=json.loads(sys.argv[1]))\n"
+        "    print(json.dumps([f.origin, str(f.path), f.revision]))\n"
+        "except ScorerError as error:\n    print(json.dumps(str(error)))"
+    )
+
+    def found(revision: str | None) -> Any:
+        command = [sys.executable, "-c", code, json.dumps(revision)]
+        return json.loads(subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout)
+
+    assert found(None) == found(commit) == ["hub", str(snapshot), commit]
+    assert "cannot be reached" in found("f" * 40)
+    (snapshot / "tokenizer.json").rename(tmp_path / "elsewhere")  # as a program leaves it that asked for weights only
+    assert "no tokenizer" in found(None)
+    (tmp_path / "elsewhere").rename(snapshot / "tokenizer.json")
+    pickled(snapshot)
+    assert "--allow-pickle" in found(None)
+
+
+# Dtype, device, imports
+
+
+def test_device_and_dtype() -> None:
+    assert choose_device("cpu") == "cpu"
+    assert choose_device("auto") == ("cuda" if torch.cuda.is_available() else "cpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(ScorerError, match="no CUDA device"):
+            choose_device("cuda")
+    with pytest.raises(ScorerError, match="auto, cpu, cuda"):
+        choose_device("tpu")
+    for dtype in ("bfloat16", "float16", "float32"):
+        assert choose_dtype(dtype, "cpu") == dtype
+    with pytest.raises(ScorerError, match="bfloat16, float16, float32"):
+        choose_dtype("int8", "cpu")
+
+
+def test_auto_dtype_is_bfloat16_where_the_processor_says_so() -> None:
+    flags = Path("/proc/cpuinfo")
+    if not flags.exists() or "avx2" not in (text := flags.read_text()):
+        pytest.skip("only Linux on x86 lists its instructions so")
+    assert choose_dtype("auto", "cpu") == ("bfloat16" if "avx512_bf16" in text or "amx_bf16" in text else "float32")
+
+
+def test_importing_models_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, scorer.models.find; print(sorted({'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

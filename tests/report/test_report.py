@@ -1,0 +1,209 @@
+"""`scorer report`: what is on the page, and what a real browser makes of it, hostile texts included."""
+
+from __future__ import annotations
+
+import json
+import re
+import xml.etree.ElementTree as ET
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+from matplotlib.image import imread
+
+from scorer.agreement.compare import compare
+from scorer.report.report import report
+from scorer.runs.directory import Run
+from tests.lib.browser import open_page
+from tests.lib.command import Commands
+from tests.lib.runs import make_run
+
+BLUE = np.array([0x3D, 0x85, 0xC6]) / 255  # of the first run's lines
+HOSTILE = (
+    "<script>document.title='owned';console.error('ran')</script>",
+    '"><img src=x onerror="document.title=\'owned\'"><img src=http://example.invalid/x.png>',
+    "</pre></details></main></body><style>@import url(http://example.invalid/x.css);</style>",
+    "<iframe src=http://example.invalid/></iframe><svg onload=document.title='owned'>",
+)
+ROWS = [
+    {"instruction": f"q{i} {HOSTILE[i % 4]}", "input": "", "output": f"a{i} {HOSTILE[(i + 1) % 4]}"} for i in range(20)
+]
+STATUS = ["ok"] * 18 + ["empty_response", "oom"]
+
+
+def column(values: list[float]) -> list[Any]:
+    """Of 20 records, the last two of which have no scores."""
+    return [*values, None, None]
+
+
+def scores(ifd: list[float]) -> dict[str, list[Any]]:
+    alone = [5.0 + i for i in range(18)]
+    return {
+        "status": STATUS,
+        "ifd": column(ifd),
+        "ppl_alone": column(alone),
+        "ppl_conditioned": column([a * b for a, b in zip(ifd, alone, strict=True)]),
+        "response_tokens": column([3 + 2 * i for i in range(18)]),
+    }
+
+
+WEAK = [0.3 + 0.05 * i for i in range(18)]  # 0.3 to 1.15: fourteen lie below 1
+STRONG = [*WEAK[:14], *WEAK[:13:-1]]  # the last four turned round
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> tuple[Path, Path]:
+    weak, strong = tmp_path / "weak", tmp_path / "strong $x^2$ <b>"
+    make_run(weak, ROWS, **scores(WEAK))
+    make_run(strong, ROWS, **scores(STRONG))
+    # 12 and 8 records; the four best below 1 are records 10 to 13
+    pl.DataFrame({"record_id": range(20), "cluster": [0] * 12 + [1] * 8}).write_parquet(weak / "clusters.parquet")
+    return weak, strong
+
+
+def rows_of(page: str) -> list[list[str]]:
+    """The cells of all tables, row by row."""
+    return [
+        [unescape(cell) for cell in re.findall(r"<t[dh]>(.*?)</t[dh]>", row, re.DOTALL)]
+        for row in re.findall(r"<tr>(.*?)</tr>", page, re.DOTALL)
+    ]
+
+
+def test_a_browser_that_is_told_to_run_and_fetch_does(tmp_path: Path) -> None:
+    """Of the instrument that the tests below rely on: it sees scripts, errors, requests."""
+    page = tmp_path / "control.html"
+    page.write_text(f"<title>mine</title><body>{HOSTILE[0]}<img src=http://example.invalid/x.png>")
+    seen = open_page(page, tmp_path)
+    assert "<title>owned</title>" in seen.document
+    assert any('"ran"' in line for line in seen.console)
+    assert any("example.invalid/x.png" in line for line in seen.requests)
+
+
+def test_the_page_in_a_browser(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    page = report(runs, tmp_path / "report.html")
+    seen = open_page(page, tmp_path)
+    assert seen.console == []
+    assert seen.requests == []
+    assert "<title>scorer: " in seen.document
+    assert "owned" not in re.findall(r"<title>(.*?)</title>", seen.document)[0]
+    assert not re.search(r"<(script|iframe|link rel=.stylesheet|img)\b", seen.document)
+    # ifd, ppl_conditioned, ppl_alone, length, weak against strong, agreement, clusters
+    assert len(re.findall(r"<figure>.*?<svg .*?</svg></figure>", seen.document, re.DOTALL)) == 7
+    assert seen.document.rstrip().endswith("</html>")
+    assert len(re.findall("</main>", seen.document)) == 1
+    drawn = imread(seen.screenshot)[:, :, :3]
+    for colour in (BLUE, 0.75 * BLUE + 0.25):  # lines, and the points of images in the pictures
+        assert (np.abs(drawn - colour).max(axis=2) < 0.03).sum() > 300
+
+
+def test_its_policy_holds_even_where_nothing_is_escaped(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    page = report(runs[:1], tmp_path / "report.html")
+    page.write_text(page.read_text().replace("<main>", f"<main>{''.join(HOSTILE)}"))
+    seen = open_page(page, tmp_path)
+    assert "<title>owned</title>" not in seen.document
+    assert not any(seen.requests)  # it may open a connection ahead of a request that is then refused
+    assert any("Content Security Policy" in line for line in seen.console)
+
+
+def test_what_it_says(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    text = report(runs, tmp_path / "report.html", keep=4).read_text()
+    rows = rows_of(text)
+    assert ["records", "20", "20"] in rows
+    assert ["rows ok", "18", "18"] in rows
+    assert ["rows oom", "1", "1"] in rows
+    assert ["Spearman of ifd with length", "+1.000", "+0.979"] in rows  # 1 - 6 (9 + 1 + 1 + 9) / (18 * 323)
+    assert ["ifd", "0.3", "0.385", "0.725", "1.065", "1.15"] in rows
+    assert "Spearman 0.979, Kendall tau-b 0.922" in text  # 6 of 153 pairs turned round
+    (pair,) = compare(runs)
+    assert f"{pair.agreement.kendall.value:.3f}" == "0.922"  # type: ignore[union-attr]
+    assert "18 records have both values, 2 have not" in text
+    assert ["0", "12", "2", "2", "16.7%"] in rows  # by rank 10 and 11
+    assert ["1", "8", "2", "2", "25.0%"] in rows
+    heads = [unescape(re.sub("<.*?>", "", head)) for head in re.findall(r'<p class="head">(.*?)</p>', text)]
+    assert [int(re.findall(r"record (\d+)", head)[0]) for head in heads] == [
+        *(13, 12, 11, 10),
+        *(17, 16, 15, 14, 13),
+        *(0, 1, 2, 3, 4),
+    ]
+    assert heads[0].endswith("; kept")
+    assert heads[4].endswith("; ifd_too_high")
+    assert heads[9].endswith("; below_cut")
+    assert "weak.jsonl:14)" in heads[0]
+    shown = [unescape(text) for text in re.findall(r'<pre dir="auto">(.*?)</pre>', text, re.DOTALL)]
+    assert shown[:2] == [ROWS[13]["instruction"], ROWS[13]["output"]]
+    manifests = re.findall(r"<details>.*?<pre>(.*?)</pre>", text, re.DOTALL)
+    assert [json.loads(unescape(m)) for m in manifests] == [Run(run).manifest for run in runs]
+
+
+def test_a_long_text_is_cut_and_says_so(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", [{"instruction": "x" * 1600, "output": "&" * 1507}], ifd=[0.5])
+    text = report([tmp_path / "run"], tmp_path / "report.html", keep="100%").read_text()
+    assert f"{'x' * 1500}<i> … 100 more characters are cut</i>" in text
+    assert f"{'&amp;' * 1500}<i> … 7 more characters are cut</i>" in text
+
+
+def test_pictures_as_files_for_a_measure_of_learning(command: Commands, tmp_path: Path) -> None:
+    """Without an alone view, ranked by lp1, from the command line."""
+    lp1 = [0.1 * i - 0.4 for i in range(20)]
+    ppls = {f"ppl_{i}": [9.0 - i + 0.1 * j for j in range(20)] for i in range(3)}
+    make_run(tmp_path / "run", ROWS, lp1=lp1, response_tokens=list(range(1, 21)), **ppls)
+    said = command("report", "run", "-o", "r.html", "--pictures", "a/b", "--by", "lp1", "--keep", "10%").done()
+    assert said.startswith("report: r.html, ")
+    files = sorted(path.name for path in (tmp_path / "a" / "b").iterdir())
+    assert files == [f"{name}.{suffix}" for name in ("epochs-1", "length", "lp1") for suffix in ("png", "svg")]
+    for path in (tmp_path / "a" / "b").iterdir():
+        if path.suffix == ".svg":
+            assert ET.parse(path).getroot().tag == "{http://www.w3.org/2000/svg}svg"
+        else:
+            assert imread(path).std() > 0.01
+    heads = re.findall(r"<b>record (\d+)</b>.*?<b>(\w+)</b>", (tmp_path / "r.html").read_text())
+    assert heads[:2] == [("0", "kept"), ("1", "kept")]  # the lowest are kept
+
+
+def test_many_records_make_no_large_page(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    ifd, length = draw.uniform(0.1, 1, 50_000), draw.integers(1, 900, 50_000)
+    run = make_run(
+        tmp_path / "run", [{"instruction": "q", "output": "a"}] * 50_000, ifd=[*ifd], response_tokens=[*length]
+    )
+    pl.DataFrame({"record_id": range(50_000), "cluster": draw.integers(0, 5_000, 50_000)}).write_parquet(
+        run.path / "clusters.parquet"
+    )
+    assert report([run, run], tmp_path / "report.html").stat().st_size < 600_000
+
+
+def test_the_same_scores_give_the_same_bytes(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    assert report(runs, tmp_path / "a.html").read_bytes() == report(runs, tmp_path / "b.html").read_bytes()
+
+
+def test_data_that_changed_since_is_not_shown(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "weak.jsonl").write_text('{"instruction": "other", "output": "other"}\n' * 20)
+    text = report(runs, tmp_path / "report.html").read_text()
+    assert "weak.jsonl changed since it was scored" in text
+    assert '<pre dir="auto">' not in text
+
+
+def test_nothing_was_scored(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", ROWS, status=["oom"] * 20)
+    assert ["rows oom", "20"] in rows_of(report([tmp_path / "run"], tmp_path / "r.html").read_text())
+    text = report([tmp_path / "run", tmp_path / "run"], tmp_path / "r.html").read_text()
+    assert "<svg" not in text
+
+
+@pytest.mark.usefixtures("runs")
+def test_what_is_refused(command: Commands, tmp_path: Path) -> None:
+    assert "name it .html" in command("report", "weak", "-o", "weak.jsonl").line()
+    assert "is not a run directory" in command("report", "none", "-o", "r.html").line()
+    assert "luck" in command("report", "weak", "-o", "r.html", "--by", "luck").line()
+    assert "keep" in command("report", "weak", "-o", "r.html", "--keep", "0%").line()
+    make_run(tmp_path / "other", ROWS[:5], ifd=[0.5] * 5)
+    assert "15 of the 20 records" in command("report", "weak", "other", "-o", "r.html").line()
+    assert not (tmp_path / "r.html").exists()
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Commands:
+    return Commands(tmp_path)
