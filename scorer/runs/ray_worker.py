@@ -78,7 +78,7 @@ class Worker:
             if isinstance(records, ScorerError):
                 raise records
             scorer = self.scorer or self.scoring.submit(self._open).result()
-            shard = self.tokenising.submit(scorer.data.encode, records).result()
+            shard = self.tokenising.submit(scorer.encode, records).result()
             seconds, table = self.scoring.submit(_score, scorer, shard).result()
             self.run.write_shard(int(index), table)
             tokens = shard.tokens

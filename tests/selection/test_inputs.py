@@ -9,8 +9,8 @@ import polars as pl
 import pytest
 
 from scorer.runs import extras
-from scorer.selection.inputs import column_groups
 from scorer.runs.directory import Run
+from scorer.selection.inputs import column_groups
 from tests.lib.command import Commands, read_jsonl
 from tests.lib.runs import make_run
 
