@@ -26,14 +26,13 @@ from bench.lib.rows import RANDOM, Rows, encoded, longest, random_tokens, timed,
 from bench.lib.shapes import fill, network, outline, shape_config
 from scorer.config import DEFAULT_MODEL, ScoreConfig
 from scorer.engines import Engine
-from scorer.engines.choose import choose, engine_versions, open_engine
+from scorer.engines.choose import engine_versions, open_engine, resolve_config
 from scorer.engines.vllm import check_vllm
 from scorer.models.find import ModelFiles, find_model
 from scorer.models.load import choose_device
 from scorer.runs.directory import Run
 from scorer.scores.shares import parse_keep
-from scorer.selection.ranking import SelectConfig
-from scorer.selection.ranking import choose as choose_records
+from scorer.selection.ranking import SelectConfig, select_records
 from scorer.types import ScorerError
 
 REFERENCE, PACKED32, PACKED16 = "reference float32", "packed float32", "packed bfloat16"
@@ -157,7 +156,7 @@ def open_engines(
 
     def chosen(engine: str, dtype: str, **options: Any) -> ScoreConfig:
         options = {"model": files.name, "device": device, "max_length": longest(files, room=1), **options}
-        return choose(ScoreConfig(engine=engine, dtype=dtype, **options), files)
+        return resolve_config(ScoreConfig(engine=engine, dtype=dtype, **options), files)
 
     for name in wanted:
         if name in IN_PROCESS:
@@ -257,7 +256,7 @@ def _agreement(ours: pl.DataFrame, oracle: pl.DataFrame) -> dict[str, float]:
     both = ours.select("record_id", ours="ifd").join(oracle.select("record_id", oracle="ifd"), on="record_id")
     spearman = both.drop_nulls().select(pl.corr("ours", "oracle", method="spearman")).item()
     tenth = SelectConfig(parse_keep("10%"))
-    ids = [set(choose_records(table, tenth).kept["record_id"]) for table in (ours, oracle)]
+    ids = [set(select_records(table, tenth).kept["record_id"]) for table in (ours, oracle)]
     return {"spearman_ifd": spearman, "top_10_percent_overlap": len(ids[0] & ids[1]) / len(ids[1])}
 
 

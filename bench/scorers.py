@@ -26,7 +26,7 @@ from bench.lib.rows import RANDOM, Rows, encoded, longest, random_tokens, timed,
 from bench.lib.shapes import fill, network, outline, shape_config
 from scorer.agreement.statistics import agree
 from scorer.config import DEFAULT_MODEL, ScoreConfig
-from scorer.engines.choose import choose, choose_engine, engine_versions, open_engine
+from scorer.engines.choose import choose_engine, engine_versions, open_engine, resolve_config
 from scorer.models.find import ModelFiles, find_model
 from scorer.requirements import require
 from scorer.types import SCORED
@@ -103,7 +103,7 @@ def _measure(
     config = ScoreConfig(model=asked.model, engine=asked.engine, max_length=longest(files))
     chosen, why = choose_engine(config, files)
     console.print(f"{asked.model}: engine {chosen}, {why or 'asked for'}")
-    config = choose(replace(config, engine=chosen), files)
+    config = resolve_config(replace(config, engine=chosen), files)
     shape = shape_config(str(files.path))
     parameters = network(shape).num_parameters()
     if config.engine == "vllm":

@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 
 from scorer.scores.measures import SCHEMA
-from scorer.selection.ranking import SelectConfig, choose
+from scorer.selection.ranking import SelectConfig, select_records
 
 
 def run(rows: int, clusters: int) -> dict[str, Any]:
@@ -21,7 +21,7 @@ def run(rows: int, clusters: int) -> dict[str, Any]:
     groups = pl.DataFrame({"record_id": scores["record_id"], "group": draw.integers(0, clusters, rows)})
     before = _peak()
     began = time.perf_counter()
-    selection = choose(scores, SelectConfig(Fraction(1, 10), max_ifd=None, per_cluster=True), groups=groups)
+    selection = select_records(scores, SelectConfig(Fraction(1, 10), max_ifd=None, per_cluster=True), groups=groups)
     seconds = time.perf_counter() - began
     kept = groups.join(selection.kept, on="record_id", how="semi")["group"].value_counts()["count"]
     every = groups["group"].value_counts()["count"]

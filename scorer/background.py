@@ -35,7 +35,7 @@ class Background(Generic[T]):
         # A wait without a limit goes on after a Ctrl-C: Polars' handler of it asks the system for that.
         return self._done.result(TIMEOUT_MAX)
 
-    def give_up(self, seconds: float = STOP_SECONDS) -> None:
+    def cancel(self, seconds: float = STOP_SECONDS) -> None:
         """Interrupt the call at its next step in Python, if it has not ended, and wait at most so long for its end."""
         if self._thread.is_alive():
             thread, interrupt = ctypes.c_ulong(self._thread.ident or 0), ctypes.py_object(SystemExit)

@@ -379,7 +379,7 @@ def lp(data: tuple[str, ...], output: str, runs: bool, fresh: bool, **options: A
     from scorer.learning.learn import Training, learn
 
     if runs:
-        _refuse_given(options, "--runs computes nothing")
+        _check_not_given(options, "--runs computes nothing")
     with ConsoleProgress() as progress:
         if runs:
             run = join_runs(data, output, fresh=fresh, progress=progress)
@@ -419,9 +419,9 @@ def cluster(run: str, **options: Any) -> None:
     The same command again resumes the embedding.
     """
     if options["clusters"] is not None:
-        _refuse_given(["min_mean_size"], "--clusters says how many")
+        _check_not_given(["min_mean_size"], "--clusters says how many")
     if not options["flags"]:
-        _refuse_given(["far_below", "duplicate_above"], "without --flags there is nothing that it says")
+        _check_not_given(["far_below", "duplicate_above"], "without --flags there is nothing that it says")
     from scorer.clusters.cluster import cluster as cluster_records
     from scorer.console import ConsoleProgress
 
@@ -480,7 +480,7 @@ def serve(host: str, port: int, **options: Any) -> None:
 
     VLLM_API_KEY in the environment, here and there, keeps others out.
     """
-    from scorer.engines.choose import choose
+    from scorer.engines.choose import resolve_config
     from scorer.engines.vllm import check_serving
     from scorer.engines.vllm import serve as serve_model
     from scorer.models.find import find_model
@@ -488,7 +488,7 @@ def serve(host: str, port: int, **options: Any) -> None:
     config = ScoreConfig(engine="vllm", **options)
     check_serving(config)
     files = find_model(config.model, revision=config.revision, allow_pickle=config.allow_pickle)
-    serve_model(choose(config, files), files, host, port)
+    serve_model(resolve_config(config, files), files, host, port)
 
 
 @cli.group(invoke_without_command=True)
@@ -540,11 +540,11 @@ def _selection(options: dict[str, Any]) -> dict[str, Any]:
     """The library's options: --no-max-ifd is a limit of None there."""
     if not options.pop("no_max_ifd"):
         return options
-    _refuse_given(["max_ifd"], "--no-max-ifd keeps every ifd")
+    _check_not_given(["max_ifd"], "--no-max-ifd keeps every ifd")
     return options | {"max_ifd": None}
 
 
-def _refuse_given(names: Iterable[str], why: str) -> None:
+def _check_not_given(names: Iterable[str], why: str) -> None:
     """Raise ScorerError where one of the options was given on the command line: nothing is dropped silently."""
     source = click.get_current_context().get_parameter_source
     if given := [f"--{name.replace('_', '-')}" for name in names if source(name) is ParameterSource.COMMANDLINE]:

@@ -28,10 +28,10 @@ def test_work_that_is_given_up_ends() -> None:
 
     task = Background(work)
     begun.wait()
-    task.give_up()
+    task.cancel()
     with pytest.raises(SystemExit):
         task.result()
-    task.give_up()  # of what has ended: nothing
+    task.cancel()  # of what has ended: nothing
 
 
 def test_a_process_ends_without_it() -> None:

@@ -25,7 +25,7 @@ from scorer.scores.aggregate import KEYS, measures_of, per_record
 from scorer.scores.measures import LEARNING
 from scorer.scores.shares import parse_keep
 from scorer.storage.atomic import check_writable, replacing
-from scorer.storage.paths import is_folder, place
+from scorer.storage.paths import is_folder, to_path
 from scorer.types import ScorerError
 
 SHARES = "1%,3%,5%,10%,15%"
@@ -90,7 +90,7 @@ def compare(
     shares = [_share(value) for value in (at.split(",") if isinstance(at, str) else at)]
     if resamples < 0 or seed < 0:
         raise ScorerError("compare: resamples and seed are whole numbers of at least 0")
-    paths = [place(source) for source in sources]
+    paths = [to_path(source) for source in sources]
     scored = [is_folder(path) or _is_table(path) for path in paths]
     if any(scored) and not all(scored):
         odd = paths[scored.index(False)]
@@ -99,7 +99,7 @@ def compare(
         )
     result: list[Pair] | list[Contents]
     if output is not None:
-        check_writable(place(output))
+        check_writable(to_path(output))
     if all(scored):
         require("compare")
         columns = _columns(by, len(paths))
@@ -113,7 +113,7 @@ def compare(
         held = [(str(path), _contents(path)) for path in paths]
         result = [_overlap(*a, *b) for a, b in combinations(held, 2)]
     if output is not None:
-        with replacing(place(output)) as temporary:
+        with replacing(to_path(output)) as temporary:
             text = json.dumps([asdict(row) for row in result], indent=2, ensure_ascii=False, default=float)
             temporary.write_text(text + "\n", encoding="utf-8")
     return result

@@ -18,7 +18,7 @@ import polars as pl
 
 from scorer.clusters.embedder import EMBEDDER, MAX_TOKENS, EmbedderConfig, Matrix
 from scorer.clusters.embeddings import embed
-from scorer.data.dataset import refuse_changed
+from scorer.data.dataset import check_unchanged
 from scorer.models.load import choose_device
 from scorer.requirements import require
 from scorer.runs.directory import CLUSTERS, EMBEDDINGS, FLAGS, Run, write_table
@@ -64,7 +64,7 @@ def cluster(
     run, progress = run if isinstance(run, Run) else Run(run), progress or Silent()
     run.require_disk("clustering")
     manifest = run.manifest
-    _refuse_without_data(run, manifest)
+    _check_has_data(run, manifest)
     if clusters is not None and clusters > manifest["records"]:
         raise ScorerError(f"{manifest['records']:,} records can't make {clusters:,} clusters: give fewer --clusters")
     with run.locked():
@@ -147,7 +147,7 @@ def _far(one: Matrix, two: Matrix, below: float) -> pl.Series:
     return pl.select(pl.when(both).then(far)).to_series()
 
 
-def _refuse_without_data(run: Run, manifest: dict[str, Any]) -> None:
+def _check_has_data(run: Run, manifest: dict[str, Any]) -> None:
     if not manifest["inputs"]:
         raise ScorerError(f"{run.path} was joined from tables and has no data to embed: join run directories instead")
-    refuse_changed(manifest["inputs"])
+    check_unchanged(manifest["inputs"])

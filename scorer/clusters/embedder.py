@@ -50,7 +50,7 @@ class Embedder:
         options = {"dtype": torch.float32} | ({} if config.allow_pickle else {"use_safetensors": True})
         with loading(files.path):
             if not config.trust_remote_code:
-                _refuse_foreign_code(files.path)
+                _check_no_foreign_code(files.path)
             from sentence_transformers import SentenceTransformer
 
             self.model = SentenceTransformer(
@@ -129,7 +129,7 @@ def _limit(first: Any, most: int) -> None:
             module.max_seq_length = min(most, getattr(module, "max_seq_length", None) or most)
 
 
-def _refuse_foreign_code(folder: Path) -> None:
+def _check_no_foreign_code(folder: Path) -> None:
     """Raise ScorerError for a module of the model's own, and for an activation that would be replaced by tanh."""
     foreign = [kind[1:] for kind, _ in embedder_modules(folder) if kind.startswith(".")]
     for path in sorted(folder.rglob("config.json")):

@@ -12,7 +12,7 @@ from typing import Any
 from scorer.config import ScoreConfig
 from scorer.data.reader import Check, _check_input, _read_file, _reading
 from scorer.data.records import known_format
-from scorer.storage.paths import absolute, fetched, place
+from scorer.storage.paths import absolute, local_copy, to_path
 from scorer.types import ScorerError
 
 
@@ -39,7 +39,7 @@ def inspect_input(path: str | Path) -> InputFile:
 
     Raises ScorerError: missing, not a file, unreadable, of unknown suffix, of a name or folder that is not UTF-8.
     """
-    where = place(path)
+    where = to_path(path)
     entry = _check_input(where)
     if entry is not None:
         return InputFile(str(where), entry["size"], None, entry["ETag"].strip('"'))
@@ -48,7 +48,7 @@ def inspect_input(path: str | Path) -> InputFile:
         return InputFile(str(path), file.tell(), digest)
 
 
-def refuse_changed(inputs: Iterable[Mapping[str, Any]]) -> None:
+def check_unchanged(inputs: Iterable[Mapping[str, Any]]) -> None:
     """Raise ScorerError for the first of a manifest's inputs that is not what it was."""
     for entry in inputs:
         if {"path": entry["path"]} | inspect_input(entry["path"]).identity != entry:
@@ -57,7 +57,7 @@ def refuse_changed(inputs: Iterable[Mapping[str, Any]]) -> None:
 
 def input_size(path: str | Path) -> int:
     """Bytes of an input file, which is not read for it. Raises ScorerError as `inspect_input` does."""
-    where = place(path)
+    where = to_path(path)
     entry = _check_input(where)
     return int(entry["size"]) if entry is not None else where.stat().st_size
 
@@ -67,9 +67,9 @@ def count_records(path: str | Path, check: Check | None = None, limit: int | Non
 
     `limit` is of the check alone. Raises ScorerError as `read_raw` does.
     """
-    where = place(path)
+    where = to_path(path)
     _check_input(where)
-    with fetched(where) as file:
+    with local_copy(where) as file:
         rows, count = _read_file(where, file, 0, sys.maxsize, None), 0
         try:
             next(rows)

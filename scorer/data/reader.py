@@ -25,7 +25,7 @@ import polars as pl
 import zstandard
 
 from scorer.data.formats import first_line, is_array, known_suffix
-from scorer.storage.paths import exists, fetched, is_folder, place, remote, status
+from scorer.storage.paths import exists, is_folder, is_remote, local_copy, object_info, to_path
 from scorer.types import RowStatus, ScorerError
 
 BOM = b"\xef\xbb\xbf"
@@ -64,7 +64,7 @@ def read_raw(
     reached, with an iterator over the file's rows below `limit`, from its first. Raises ScorerError for a file-level
     fault, where a file has more or fewer rows than `counts` says, and where there is no row in all of the files.
     """
-    files = [place(path) for path in paths]
+    files = [to_path(path) for path in paths]
     for path in files:
         _check_input(path)
     next_id = 0
@@ -74,7 +74,7 @@ def read_raw(
         if number < len(counts) and next_id + counts[number] <= start:
             next_id += counts[number]
             continue
-        with fetched(path) as file:
+        with local_copy(path) as file:
             if check is not None:
                 check(path, _read_file(path, file, next_id, next_id, limit))
             rows = _read_file(path, file, next_id, start, limit)
@@ -92,7 +92,7 @@ def read_table(path: Path) -> pl.DataFrame:
         ".parquet": lambda: pl.read_parquet(copy, glob=False, hive_partitioning=False),
     }
     try:
-        with fetched(path) as copy:
+        with local_copy(path) as copy:
             return read.get(path.suffix.lower(), lambda: _frame(path))()
     except (OSError, pl.exceptions.PolarsError, TypeError, ValueError, OverflowError) as error:
         raise ScorerError(f"{path}: can't be read as a table ({first_line(error)})") from error
@@ -104,9 +104,9 @@ def _frame(path: Path) -> pl.DataFrame:
 
 def _check_input(path: Path) -> dict[str, Any] | None:
     """What the store knows of an object; None of a file."""
-    if remote(path):
+    if is_remote(path):
         known_suffix(path)
-        return status(path)
+        return object_info(path)
     if is_folder(path):
         raise ScorerError(f"{path}: is a folder; name the files in it")
     if not exists(path):

@@ -20,7 +20,7 @@ import zstandard
 
 from scorer.data.formats import first_line, is_array, known_suffix
 from scorer.storage.atomic import check_writable, replacing
-from scorer.storage.paths import place
+from scorer.storage.paths import to_path
 from scorer.types import ScorerError
 
 
@@ -33,7 +33,7 @@ class RecordWriter:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = place(path)
+        self.path = to_path(path)
         self._suffix = known_suffix(self.path)
         check_writable(self.path)
         self._files = contextlib.ExitStack()

@@ -115,7 +115,7 @@ BATCH_TOKENS = {  # by engine and device
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions")
 
 
-def choose(
+def resolve_config(
     config: ScoreConfig, files: ModelFiles, served: dict[str, Any] | None = None, *, elsewhere: bool = False
 ) -> ScoreConfig:
     """The configuration with all but the engine chosen that was left open. ScorerError for what the model can't do.

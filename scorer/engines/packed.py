@@ -16,7 +16,7 @@ from scorer.config import ScoreConfig
 from scorer.engines.attention import NAME as ATTENTION
 from scorer.engines.attention import Layout
 from scorer.engines.packing import PackedBatch, pack, plan_batches
-from scorer.engines.spans import DoesNotFitError, engine_faults, refuse_unknown_tokens, with_sums, without_memory
+from scorer.engines.spans import BatchOutOfMemoryError, check_token_ids, engine_faults, oom_spans, with_sums
 from scorer.models.find import ModelFiles, model_settings
 from scorer.models.load import load_causal_lm
 from scorer.types import ScorerError, SpanNLL, TokenSequence
@@ -57,7 +57,7 @@ class PackedEngine:
 
     def score(self, sequences: Sequence[TokenSequence]) -> Iterator[list[SpanNLL]]:
         """The spans of each batch as it is done."""
-        refuse_unknown_tokens(sequences, self.model.get_input_embeddings().weight.shape[0])
+        check_token_ids(sequences, self.model.get_input_embeddings().weight.shape[0])
         # On CPU the last batches are small, so that the cores end together; a GPU wants them all large.
         cores = self.workers if self.device.type == "cpu" else 1
         batches = plan_batches(sequences, self.batch_tokens, cores)
@@ -70,7 +70,7 @@ class PackedEngine:
             for batch in batches:
                 try:
                     yield pending.popleft().result()
-                except DoesNotFitError:
+                except BatchOutOfMemoryError:
                     too_large.append(batch)
             for batch in too_large:  # with nothing beside it now
                 yield self.pool.submit(self._score_halves, batch).result()
@@ -97,9 +97,9 @@ class PackedEngine:
             try:
                 spans += self._score_batch(part)
                 continue
-            except DoesNotFitError:
+            except BatchOutOfMemoryError:
                 pass  # and out of this block, where the error still holds what the failed batch allocated
-            spans += self._score_halves(part) if half else without_memory(part[0])
+            spans += self._score_halves(part) if half else oom_spans(part[0])
         return spans
 
     @torch.inference_mode()

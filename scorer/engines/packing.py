@@ -31,7 +31,7 @@ class PackedBatch:
     offsets: torch.Tensor  # int64 [S + 1]: where each span begins and ends in N
 
 
-def laid_tokens(sequence: TokenSequence) -> int:
+def forward_tokens(sequence: TokenSequence) -> int:
     """How many tokens of a sequence have to pass through the model."""
     return sequence.targets[-1].end - 1
 
@@ -44,7 +44,7 @@ def plan_batches(sequences: Sequence[TokenSequence], budget: int, workers: int =
     out-of-memory shows at once. The last batches are smaller, down to a quarter, so that `workers` end together.
     """
     records = [list(group) for _, group in groupby(sequences, key=lambda s: s.record_id)]
-    sized = sorted(((sum(map(laid_tokens, record)), record) for record in records), key=lambda pair: -pair[0])
+    sized = sorted(((sum(map(forward_tokens, record)), record) for record in records), key=lambda pair: -pair[0])
     remaining = sum(size for size, _ in sized)
     batches: list[list[TokenSequence]] = []
     room = 0
@@ -60,8 +60,8 @@ def plan_batches(sequences: Sequence[TokenSequence], budget: int, workers: int =
 
 def pack(sequences: Sequence[TokenSequence]) -> PackedBatch:
     """Lay sequences end to end, longest first, on the CPU."""
-    ordered = tuple(sorted(sequences, key=laid_tokens, reverse=True))
-    lengths = tuple(laid_tokens(sequence) for sequence in ordered)
+    ordered = tuple(sorted(sequences, key=forward_tokens, reverse=True))
+    lengths = tuple(forward_tokens(sequence) for sequence in ordered)
     tokens = array("q")  # the laid tokens of each sequence, and its last target after them
     laid_at, rows_at, counts = [], [], []  # where each sequence begins in `tokens`; then of each span
     begin = 0

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from scorer.config import ScoreConfig
-from scorer.engines.spans import DoesNotFitError, engine_faults, refuse_unknown_tokens, with_sums, without_memory
+from scorer.engines.spans import BatchOutOfMemoryError, check_token_ids, engine_faults, oom_spans, with_sums
 from scorer.models.find import ModelFiles
 from scorer.models.load import load_causal_lm
 from scorer.types import SpanNLL, TokenSequence
@@ -31,13 +31,13 @@ class ReferenceEngine:
 
     def score(self, sequences: Sequence[TokenSequence]) -> Iterator[list[SpanNLL]]:
         """The spans of one sequence at a time, in order."""
-        refuse_unknown_tokens(sequences, self.model.get_input_embeddings().weight.shape[0])
+        check_token_ids(sequences, self.model.get_input_embeddings().weight.shape[0])
         for sequence in sequences:
             try:
                 with engine_faults():
                     spans = with_sums([sequence], self._sums(sequence))
-            except DoesNotFitError:
-                spans = without_memory(sequence)
+            except BatchOutOfMemoryError:
+                spans = oom_spans(sequence)
             yield spans
 
     @torch.inference_mode()

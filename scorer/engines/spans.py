@@ -15,7 +15,7 @@ from scorer.types import EngineError, RowStatus, ScorerError, SpanNLL, TokenSequ
 MEMORY_MARKS = ("DefaultCPUAllocator", "out of memory", "STATUS_ALLOC_FAILED")
 
 
-class DoesNotFitError(Exception):
+class BatchOutOfMemoryError(Exception):
     """A batch did not fit in memory. Engines catch it; it never leaves them."""
 
 
@@ -26,11 +26,11 @@ def engine_faults() -> Iterator[None]:
         yield
     except (MemoryError, RuntimeError, IndexError, ValueError, AssertionError) as error:
         if isinstance(error, MemoryError) or any(mark in str(error) for mark in MEMORY_MARKS):
-            raise DoesNotFitError from error
+            raise BatchOutOfMemoryError from error
         raise EngineError(f"the model failed on a batch ({type(error).__name__}: {error})") from error
 
 
-def refuse_unknown_tokens(sequences: Sequence[TokenSequence], vocabulary: int) -> None:
+def check_token_ids(sequences: Sequence[TokenSequence], vocabulary: int) -> None:
     """Raise ScorerError where a token id lies beyond the model's embedding: a tokenizer of another model."""
     largest = max((max(sequence.token_ids) for sequence in sequences), default=0)
     if largest >= vocabulary:
@@ -64,7 +64,7 @@ def with_counted_sums(results: Iterable[tuple[TokenSequence, Sequence[Sequence[f
     return spans
 
 
-def without_memory(sequence: TokenSequence) -> list[SpanNLL]:
+def oom_spans(sequence: TokenSequence) -> list[SpanNLL]:
     """The spans of a sequence that does not fit by itself."""
     return [
         SpanNLL(sequence.record_id, span.turn, sequence.view, None, span.end - span.start, RowStatus.OOM)

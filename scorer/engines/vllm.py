@@ -23,7 +23,7 @@ from threading import Thread
 from typing import Any, NoReturn
 
 from scorer.config import ScoreConfig
-from scorer.engines.spans import refuse_unknown_tokens, with_counted_sums
+from scorer.engines.spans import check_token_ids, with_counted_sums
 from scorer.models.find import ModelFiles, model_settings
 from scorer.requirements import require
 from scorer.types import EngineError, ScorerError, SpanNLL, TokenSequence
@@ -79,7 +79,7 @@ class VllmEngine:
         """The spans of each step as it is done."""
         from scorer.engines.vllm_plugin import request
 
-        refuse_unknown_tokens(sequences, self.vocabulary)
+        check_token_ids(sequences, self.vocabulary)
         waiting = iter(sequences)
         pending: dict[str, TokenSequence] = {}
         try:

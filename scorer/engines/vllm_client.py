@@ -16,7 +16,7 @@ import urllib3
 
 from scorer.background import Background
 from scorer.config import ScoreConfig
-from scorer.engines.spans import refuse_unknown_tokens, with_counted_sums
+from scorer.engines.spans import check_token_ids, with_counted_sums
 from scorer.models.find import ModelFiles, model_settings, weight_bytes
 from scorer.types import EngineError, ScorerError, SpanNLL, TokenSequence
 
@@ -53,7 +53,7 @@ class Server:
         except EngineError as error:
             raise ScorerError(str(error)) from error
         if files is not None:
-            refuse_other_model(self.model, files, self.url)
+            check_model(self.model, files, self.url)
 
     def score(self, sequences: Sequence[TokenSequence]) -> list[SpanNLL]:
         """The spans of `sequences`. Raises EngineError where the server stays away, or serves another model now."""
@@ -108,7 +108,7 @@ class RemoteEngine:
 
     def score(self, sequences: Sequence[TokenSequence]) -> Iterator[list[SpanNLL]]:
         """The spans of each request, in order."""
-        refuse_unknown_tokens(sequences, self.server.model["vocab_size"])
+        check_token_ids(sequences, self.server.model["vocab_size"])
         starts = iter(range(0, len(sequences), SEQUENCES))
         pending: deque[Background[list[SpanNLL]]] = deque()
         try:
@@ -120,14 +120,14 @@ class RemoteEngine:
                 yield pending.popleft().result()
         finally:
             for request in pending:
-                request.give_up(0)
+                request.cancel(0)
 
     def close(self) -> None:
         """Drop the connections."""
         self.server.close()
 
 
-def refuse_other_model(served: dict[str, Any], files: ModelFiles, url: str) -> None:
+def check_model(served: dict[str, Any], files: ModelFiles, url: str) -> None:
     """Raise ScorerError where the served model is not that of `files`, by its revision and the shape of its network."""
     settings = model_settings(files)
     differs = [name for name, value in served["shape"].items() if settings.get(name, value) != value]

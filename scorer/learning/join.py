@@ -16,11 +16,11 @@ import polars as pl
 
 from scorer.data.formats import first_line
 from scorer.data.reader import read_table
-from scorer.learning.learn import PROTOCOL, discard, finish, is_done, learning_manifest, refuse_other_kind
+from scorer.learning.learn import PROTOCOL, check_run_kind, discard, finish, is_done, learning_manifest
 from scorer.runs.directory import Run
 from scorer.runs.progress import Progress, Silent
 from scorer.scores.measures import SCHEMA
-from scorer.storage.paths import absolute, fetched, is_folder, place
+from scorer.storage.paths import absolute, is_folder, local_copy, to_path
 from scorer.types import RowStatus, ScorerError
 
 TABLE_ROWS = 100_000  # records a shard of a run that was joined from tables
@@ -40,20 +40,20 @@ def join_runs(
     progress = progress or Silent()
     if len(sources) < 2:
         raise ScorerError("--runs needs the scores before training and after each epoch: two at least")
-    manifests = [Run(path).manifest for path in sources if is_folder(place(path))]
+    manifests = [Run(path).manifest for path in sources if is_folder(to_path(path))]
     for manifest in manifests[1:]:
-        _refuse_other_data(manifests[0], manifest)
-    tables = [_read_table(place(path)) for path in sources]
+        _check_same_data(manifests[0], manifest)
+    tables = [_read_table(to_path(path)) for path in sources]
     for path, table in zip(sources[1:], tables[1:], strict=True):
-        _refuse_mismatch(str(sources[0]), tables[0], str(path), table)
-    digests = [_digest(place(path)) for path in sources]
+        _check_same_records(str(sources[0]), tables[0], str(path), table)
+    digests = [_digest(to_path(path)) for path in sources]
     base = manifests[0] if manifests else _table_manifest(sources, tables[0])
     run = Run(output)
     run.require_disk("joining")
     with run.locked():
         if fresh:
             discard(run)
-        refuse_other_kind(run)
+        check_run_kind(run)
         manifest = learning_manifest(base, base["identity"] | {"tables": digests}, "lp1" if len(tables) > 2 else "")
         if is_done(run, manifest, progress):
             return run
@@ -64,7 +64,7 @@ def join_runs(
 
 def _table_manifest(sources: Sequence[str | Path], table: pl.DataFrame) -> dict[str, Any]:
     config = {"limit": None, "columns": None, "shard_rows": TABLE_ROWS, "protocol": PROTOCOL}
-    name = " ".join(place(path).name for path in sources)
+    name = " ".join(to_path(path).name for path in sources)
     return {
         "identity": {"config": config, "model_revision": None, "inputs": []},
         "inputs": [],
@@ -100,11 +100,11 @@ def _read_table(path: Path) -> pl.DataFrame:
 def _digest(path: Path) -> str:
     if is_folder(path):
         return str(Run(path).manifest["fingerprint"])
-    with fetched(path) as copy, copy.open("rb") as file:
+    with local_copy(path) as copy, copy.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _refuse_mismatch(first_name: str, first: pl.DataFrame, name: str, table: pl.DataFrame) -> None:
+def _check_same_records(first_name: str, first: pl.DataFrame, name: str, table: pl.DataFrame) -> None:
     for label, frame in ((first_name, first), (name, table)):
         if twice := frame.height - frame.select(KEYS).n_unique():
             raise ScorerError(f"{label}: {twice:,} rows repeat the record_id (and turn) of another")
@@ -116,7 +116,7 @@ def _refuse_mismatch(first_name: str, first: pl.DataFrame, name: str, table: pl.
         )
 
 
-def _refuse_other_data(first: dict[str, Any], other: dict[str, Any]) -> None:
+def _check_same_data(first: dict[str, Any], other: dict[str, Any]) -> None:
     one, two = first["identity"], other["identity"]
     differing = [name for name in SAME if one["config"].get(name) != two["config"].get(name)]
     differing += ["inputs"] if one["inputs"] != two["inputs"] else []

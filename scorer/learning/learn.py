@@ -33,7 +33,7 @@ from scorer.scores.measures import learning_table
 from scorer.types import ScorerError, TokenSequence, one_of
 
 if TYPE_CHECKING:
-    from scorer.learning.trainer import Plan
+    from scorer.learning.trainer import TrainingPlan
 
 PROTOCOL = "small2large"
 FORMAT = "learning 1"  # raised whenever the meaning of the table changes
@@ -74,9 +74,9 @@ class Training:
         if self.seed < 0:
             raise ScorerError(f"seed: {self.seed} is below 0")
 
-    def plan(self, device: str) -> Plan:
+    def plan(self, device: str) -> TrainingPlan:
         """With everything chosen that was left open."""
-        from scorer.learning.trainer import Plan
+        from scorer.learning.trainer import TrainingPlan
 
         most = min(self.device_batch or DEVICE_BATCH[device], self.batch_size)
         options = asdict(self) | {
@@ -85,7 +85,7 @@ class Training:
             "device": device,
         }
         del options["epochs"]
-        return Plan(**options)
+        return TrainingPlan(**options)
 
 
 def learn(
@@ -121,7 +121,7 @@ def learn(
     with run.locked():
         if fresh:
             discard(run)
-        refuse_other_kind(run)
+        check_run_kind(run)
         before = Run(run.path / "epoch-0")
         quiet = Silent() if _is_complete(before) else progress  # then it is only compared with what is asked for
         runs = [score(data, before.path, strict=strict, progress=quiet, protocol=PROTOCOL, **options)]
@@ -144,7 +144,7 @@ def learn(
                 continue
             files = find_model(chosen["model"], revision=chosen["revision"], allow_pickle=chosen["allow_pickle"])
             rows = rows or _training_rows(paths, ScoreConfig.from_dict(chosen), files)
-            _refuse_pointless(rows, training, plan)
+            _check_options_used(rows, training, plan)
             model = _train(epoch, files, rows, checkpoints, plan, chosen, progress)
             again = chosen | {"model": str(model), "revision": None}
             runs[-1] = score(paths, runs[-1].path, strict=strict, progress=progress, **again)
@@ -167,7 +167,7 @@ def _training_rows(paths: list[str], config: ScoreConfig, files: ModelFiles) -> 
     return [sequence for chunk in chunks for sequence in encoder.encode(chunk)[1]]
 
 
-def _refuse_pointless(rows: Sequence[TokenSequence], training: Training, plan: Plan) -> None:
+def _check_options_used(rows: Sequence[TokenSequence], training: Training, plan: TrainingPlan) -> None:
     if not rows:
         raise ScorerError("no record has a response to train on: see the status column of epoch-0")
     if training.epochs * -(-len(rows) // plan.batch_size) == 1 and plan.warmup_ratio > 0:
@@ -182,7 +182,7 @@ def _train(
     files: ModelFiles,
     rows: list[TokenSequence],
     folder: Path,
-    plan: Plan,
+    plan: TrainingPlan,
     chosen: Mapping[str, Any],
     progress: Progress,
 ) -> Path:
@@ -226,7 +226,7 @@ def finish(run: Run, manifest: dict[str, Any], tables: list[pl.DataFrame], runs:
     run.write_manifest(manifest | totals | {"state": "complete", "status": status})
 
 
-def refuse_other_kind(run: Run) -> None:
+def check_run_kind(run: Run) -> None:
     """Raise ScorerError where the directory holds a run, and not of LP."""
     if run.begun and run.manifest["identity"].get("format") != FORMAT:
         raise ScorerError(f"{run.path} holds a run of another kind: use --fresh to discard it, or another -o")

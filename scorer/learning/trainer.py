@@ -30,7 +30,7 @@ WEIGHT_INDEX = "*.index.json"
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class TrainingPlan:
     """One training, whole: `scorer.learning.learn.Training` with everything chosen."""
 
     schedule_epochs: int
@@ -50,7 +50,7 @@ def train_to(
     files: ModelFiles,
     rows: Sequence[TokenSequence],
     folder: Path,
-    plan: Plan,
+    plan: TrainingPlan,
     *,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
@@ -95,7 +95,7 @@ def train_to(
 class _Until(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
     """Saves every `save_steps` and at each epoch's end, and ends the training after `epoch`."""
 
-    def __init__(self, epoch: int, steps: int, rows: int, plan: Plan, advance: Callable[[int], None]):
+    def __init__(self, epoch: int, steps: int, rows: int, plan: TrainingPlan, advance: Callable[[int], None]):
         self.epoch, self.steps, self.rows, self.plan, self.advance = epoch, steps, rows, plan, advance
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -110,7 +110,7 @@ class _Until(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
 
 
 def _train(
-    model: Any, rows: Sequence[TokenSequence], folder: Path, plan: Plan, until: _Until, checkpoint: Path | None
+    model: Any, rows: Sequence[TokenSequence], folder: Path, plan: TrainingPlan, until: _Until, checkpoint: Path | None
 ) -> None:
     arguments = TrainingArguments(
         output_dir=str(folder),

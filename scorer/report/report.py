@@ -30,7 +30,7 @@ from scorer.scores.summary import QUANTILES, summarise
 from scorer.selection.export import select
 from scorer.selection.ranking import Selection
 from scorer.storage.atomic import check_folder, check_writable, replacing
-from scorer.storage.paths import absolute, place, remote
+from scorer.storage.paths import absolute, is_remote, to_path
 from scorer.types import ScorerError
 
 if TYPE_CHECKING:
@@ -87,21 +87,21 @@ def report(
 
     Raises ScorerError where a run is unfinished, where the runs do not hold the same records, and without matplotlib.
     """
-    path = place(output)
+    path = to_path(output)
     if not runs:
         raise ScorerError("report: name one run or more")
     if path.suffix.lower() not in (".html", ".htm"):
         raise ScorerError(f"{path}: a report is a web page; name it .html")
     require("report")
     check_writable(path)
-    if pictures_folder is not None and not remote(folder := place(pictures_folder)):
+    if pictures_folder is not None and not is_remote(folder := to_path(pictures_folder)):
         check_folder(folder)
     with plots.style():
         selection = select(runs[0], keep=keep, by=by)
-        paths = [run.path if isinstance(run, Run) else place(run) for run in runs]
+        paths = [run.path if isinstance(run, Run) else to_path(run) for run in runs]
         pairs = [_compare(paths[0], other, by) for other in paths[1:]]
         loaded = [_load(number, path, len(paths)) for number, path in enumerate(paths, 1)]
-        first, draw = loaded[0], Pictures(None if pictures_folder is None else place(pictures_folder))
+        first, draw = loaded[0], Pictures(None if pictures_folder is None else to_path(pictures_folder))
         column = by or str(first.manifest["ranking"]["by"])
         sections = [
             section("Runs", _runs(loaded)),

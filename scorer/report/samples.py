@@ -10,7 +10,7 @@ from html import escape
 
 import polars as pl
 
-from scorer.data.dataset import refuse_changed
+from scorer.data.dataset import check_unchanged
 from scorer.data.reader import read_raw
 from scorer.data.records import to_record
 from scorer.report.html import digits
@@ -42,7 +42,9 @@ def samples(
         f"Lowest {by}": ranked.tail(count).reverse(),
     }
     wanted = {i for end in ends.values() for i in end["record_id"]}
-    fates = dict(selection.rejected.filter(pl.col("record_id").is_in(wanted)).select("record_id", "reason").iter_rows())
+    outcomes = dict(
+        selection.rejected.filter(pl.col("record_id").is_in(wanted)).select("record_id", "reason").iter_rows()
+    )
     names = [name for name in dict.fromkeys((by, *measures, "response_tokens")) if name in ranked.columns]
     texts, fault = _texts(run, wanted)
     if fault:
@@ -53,8 +55,8 @@ def samples(
             record = texts.get(row["record_id"])
             values = ", ".join(f"{name} {digits(row[name])}" for name in names if row[name] is not None)
             where = f" ({escape(record.source)})" if record else ""
-            fate = escape(fates.get(row["record_id"], "kept"))
-            head = f"<b>record {row['record_id']}</b>{where}: {escape(values)}; <b>{fate}</b>"
+            outcome = escape(outcomes.get(row["record_id"], "kept"))
+            head = f"<b>record {row['record_id']}</b>{where}: {escape(values)}; <b>{outcome}</b>"
             yield f'<article><p class="head">{head}</p>{_shown(record) if record else ""}</article>'
 
 
@@ -67,7 +69,7 @@ def _texts(run: Run, wanted: set[int]) -> tuple[dict[int, Record], str]:
     if not wanted:
         return {}, ""
     try:
-        refuse_changed(manifest["inputs"])
+        check_unchanged(manifest["inputs"])
         columns = manifest["identity"]["config"]["columns"]
         rows = read_raw(paths, start=min(wanted), limit=max(wanted) + 1)
         return {raw.record_id: to_record(raw, columns) for raw in rows if raw.record_id in wanted}, ""

@@ -24,7 +24,7 @@ import polars as pl
 
 from scorer.storage.atomic import check_folder, remove_temporaries, replacing, storage_error
 from scorer.storage.lock import check_free, locked
-from scorer.storage.paths import exists, fetched_all, listing, place, reaching, remote, remove
+from scorer.storage.paths import exists, is_remote, list_folder, local_copies, remove, store_errors, to_path
 from scorer.types import ScorerError
 
 MANIFEST = "manifest.json"
@@ -38,7 +38,7 @@ class Run:
     """A run directory. Reading it never changes it; what writes it holds `locked()`."""
 
     def __init__(self, path: str | Path):
-        self.path = place(path)
+        self.path = to_path(path)
         self._check: Callable[[], None] = lambda: None
 
     def __repr__(self) -> str:
@@ -48,7 +48,7 @@ class Run:
     def manifest(self) -> dict[str, Any]:
         """The manifest's content. Raises ScorerError where this is not a run directory."""
         try:
-            with reaching(self.path):
+            with store_errors(self.path):
                 manifest: dict[str, Any] = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
             raise ScorerError(f"{self.path} is not a run directory: it has no {MANIFEST}") from None
@@ -89,7 +89,7 @@ class Run:
     def _collect(self, shards: list[Path], query: Callable[[pl.LazyFrame], pl.LazyFrame]) -> pl.DataFrame:
         if not shards:
             raise ScorerError(f"{self.path} holds no scores yet: run `scorer score` to its end first")
-        with fetched_all(shards) as files:
+        with local_copies(shards) as files:
             try:
                 return query(pl.scan_parquet(files, glob=False, hive_partitioning=False)).collect(engine="streaming")
             except (pl.exceptions.PolarsError, FileNotFoundError) as error:
@@ -97,7 +97,7 @@ class Run:
 
     def shards(self) -> list[Path]:
         """The whole shards, in order. Of an unfinished run some may be missing, wherever several workers score."""
-        return sorted((path for path in listing(self.path / "scores") if SHARD.fullmatch(path.name)), key=_number)
+        return sorted((path for path in list_folder(self.path / "scores") if SHARD.fullmatch(path.name)), key=_number)
 
     def missing(self) -> list[int]:
         """The numbers of the shards that the manifest's records make and that are not there."""
@@ -125,7 +125,7 @@ class Run:
         """
         remove([self.path / MANIFEST])
         remove(self.path / name for name in (CLUSTERS, FLAGS))
-        if not remote(self.path):
+        if not is_remote(self.path):
             shutil.rmtree(self.path / EMBEDDINGS, ignore_errors=True)
         remove(reversed(self.shards()))
 
@@ -139,9 +139,9 @@ class Run:
 
     def _check_directory(self) -> None:
         """Raise ScorerError where the directory has files in it but is no run, or can't be written."""
-        if not exists(self.path / LOCK) and listing(self.path):
+        if not exists(self.path / LOCK) and list_folder(self.path):
             raise ScorerError(f"{self.path} is not a run directory, and not empty: choose another with -o")
-        if not remote(self.path):
+        if not is_remote(self.path):
             check_folder(self.path)
 
     @contextmanager
@@ -155,10 +155,10 @@ class Run:
         lock = self.path / LOCK
         with ExitStack() as held:
             try:
-                if not remote(self.path):
+                if not is_remote(self.path):
                     self.path.mkdir(parents=True, exist_ok=True)
                 self._check = held.enter_context(locked(lock))  # before all else: it is the mark of a run directory
-                if not remote(self.path):
+                if not is_remote(self.path):
                     (self.path / "scores").mkdir(exist_ok=True)
                 for name in (MANIFEST, STDIN, "scores/part-*.parquet"):
                     remove_temporaries(self.path / name)
@@ -168,7 +168,7 @@ class Run:
 
     def require_disk(self, work: str) -> None:
         """Raise ScorerError where the run is in object storage, and `work` maps its files into memory."""
-        if remote(self.path):
+        if is_remote(self.path):
             raise ScorerError(f"{self.path}: {work} needs a run directory on a disk: copy it to one first")
 
     def _shard(self, index: int) -> Path:

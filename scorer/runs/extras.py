@@ -18,7 +18,7 @@ import polars as pl
 
 from scorer.data.formats import first_line
 from scorer.runs.directory import CLUSTERS, EMBEDDINGS, Run
-from scorer.storage.paths import exists, fetched
+from scorer.storage.paths import exists, local_copy
 from scorer.types import ScorerError
 
 
@@ -67,7 +67,7 @@ def _table(run: Run, name: str, columns: list[str], option: str = "") -> pl.Data
     if not exists(path):
         raise ScorerError(f"{path}: no such file; make it with {command}")
     try:
-        with fetched(path) as file:
+        with local_copy(path) as file:
             return pl.read_parquet(file, glob=False, hive_partitioning=False).select("record_id", *columns)
     except (pl.exceptions.PolarsError, OSError) as error:
         why = first_line(error)

@@ -38,4 +38,4 @@ def _score_here(
                 run.write_shard(index, scorer.score(shard, progress))
                 wrote(shard.tokens, time.monotonic() - clock, "this process")
         finally:
-            upcoming.give_up()
+            upcoming.cancel()

@@ -40,7 +40,8 @@ CONNECT_SECONDS = 25
 # By itself Ray would try for minutes: 20 times, each after 10 seconds more of its own.
 CONNECT = {"RAY_NUM_REDIS_GET_RETRIES": "1", "RAY_py_gcs_connect_timeout_s": "15"}
 SILENCE_SECONDS = 60  # without a shard, until the user is told what there is; twice as long each time
-BARREN_PASSES = 3  # in a row, each without a shard, until the run ends: one may end by a single death at its beginning
+# Passes over the missing shards, one after another, that score none, before the run ends. One may: a death ends it.
+MAX_PASSES_WITHOUT_PROGRESS = 3
 GONE_SECONDS = 600  # without any node that a worker fits on, until the run ends
 # A reader asks for no CPU of Ray: it would wait for ever where workers have taken all, and after the death of a node
 # they do, whatever was left to it before: they start again on the nodes that are left.
@@ -72,7 +73,7 @@ class Cluster:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class WorkerPlan:
     """What is asked of Ray."""
 
     workers: int
@@ -88,7 +89,7 @@ class Plan:
         return min(math.floor(has / each + 1e-6) for each, has in needs if each)  # 1e-6: 0.3 / 0.1 is less than 3
 
 
-def plan(cluster: Cluster, nodes: Sequence[Mapping[str, float]]) -> Plan:
+def plan_workers(cluster: Cluster, nodes: Sequence[Mapping[str, float]]) -> WorkerPlan:
     """How many workers, of what size, on a cluster of `nodes` that each have so much CPU and GPU.
 
     Raises ScorerError where no worker, or not all of them, would ever have a place: Ray would wait for ever.
@@ -99,15 +100,15 @@ def plan(cluster: Cluster, nodes: Sequence[Mapping[str, float]]) -> Plan:
     shares = {math.floor(node.get("CPU", 0.0) / n * 100) / 100 for node in nodes for n in range(1, workers + 1)}
     even = sorted({min(share, 1.0) if gpus else share for share in shares} - {0.0}, reverse=True)
     for cpus in [cluster.cpus_per_worker] if cluster.cpus_per_worker else even:
-        if (found := Plan(workers, gpus, cpus)).fits(nodes):
+        if (found := WorkerPlan(workers, gpus, cpus)).fits(nodes):
             return found
     size = f"{gpus:g} GPUs and " + (
         f"{cluster.cpus_per_worker:g} CPUs" if cluster.cpus_per_worker else "a part of a CPU"
     )
-    raise ScorerError(f"{workers} workers of {size} each do not fit: {_has(nodes)}")
+    raise ScorerError(f"{workers} workers of {size} each do not fit: {_describe_nodes(nodes)}")
 
 
-def _has(nodes: Sequence[Mapping[str, float]]) -> str:
+def _describe_nodes(nodes: Sequence[Mapping[str, float]]) -> str:
     """The cluster in words."""
     alike = Counter((node.get("GPU", 0.0), node.get("CPU", 0.0)) for node in nodes)
     gpus, cpus = (sum(each[which] * count for each, count in alike.items()) for which in (0, 1))
@@ -140,11 +141,11 @@ def score_on_ray(
     if cluster.gpus_per_worker is None and config.device == "cuda":
         cluster = replace(cluster, gpus_per_worker=config.tensor_parallel_size or 1)
     with connected(cluster.address) as ray:
-        size = plan(cluster, _nodes(ray))
+        size = plan_workers(cluster, _nodes(ray))
         progress.say(f"Ray: {size.workers} workers of {size.cpus:g} CPUs and {size.gpus:g} GPUs")
         free = ray.available_resources()
         if size.workers * size.cpus > free.get("CPU", 0.0) or size.workers * size.gpus > free.get("GPU", 0.0):
-            progress.say(f"Ray: others hold a part of it now, and workers wait for that: {_free(ray)}")
+            progress.say(f"Ray: others hold a part of it now, and workers wait for that: {_describe_free(ray)}")
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.print_on_execution_start = False
@@ -153,14 +154,14 @@ def score_on_ray(
         manifest = run.manifest
         reader = Reader(config, paths, [i["size"] for i in manifest["inputs"]], manifest.get("input_records", ()))
         worker = (config, absolute(run.path), strict, size.cpus, versions(config.engine, files))
-        barren = 0
+        passes_without_progress = 0
         while missing:
             # A pass goes on without the shards that died with their workers, but not for ever: where every worker dies,
             # Ray would start them again and again.
             context.max_errored_blocks = min(4 * size.workers, len(missing) - 1)
             fault = ""
             try:
-                with closing(_heard(ray, _dataset(ray, missing, reader, worker, size), size, progress)) as rows:
+                with closing(_rows(ray, _dataset(ray, missing, reader, worker, size), size, progress)) as rows:
                     for row in rows:
                         if row["error"]:
                             kind = EngineError if row["exit_code"] == EngineError.exit_code else ScorerError
@@ -168,12 +169,12 @@ def score_on_ray(
                         progress.advance(row["records"], row["tokens"])
                         wrote(row["tokens"], row["seconds"], row["by"])
             except ray.exceptions.RayError as error:
-                fault = _cause(str(error))
+                fault = _root_cause(str(error))
             # A pass that broke off is a cycle of references that holds its workers, and they what the next one needs.
             gc.collect()
             before, missing = missing, run.missing()
-            barren = barren + 1 if len(missing) == len(before) else 0
-            if barren == BARREN_PASSES:
+            passes_without_progress = passes_without_progress + 1 if len(missing) == len(before) else 0
+            if passes_without_progress == MAX_PASSES_WITHOUT_PROGRESS:
                 raise EngineError(
                     f"Ray: no worker lived to score shard {missing[0]} or a later one, for want of memory perhaps; the "
                     f"last fault was: {fault}"
@@ -182,7 +183,7 @@ def score_on_ray(
                 progress.say(f"Ray: workers died; going on with the {len(missing)} shards that are not done")
 
 
-def _dataset(ray: Any, missing: list[int], reader: Reader, worker: tuple[Any, ...], size: Plan) -> Any:
+def _dataset(ray: Any, missing: list[int], reader: Reader, worker: tuple[Any, ...], size: WorkerPlan) -> Any:
     """Rows that say what became of each missing shard."""
     workers = min(size.workers, len(missing))
     readers = math.ceil(workers / WORKERS_A_READER)
@@ -210,7 +211,7 @@ def _dataset(ray: Any, missing: list[int], reader: Reader, worker: tuple[Any, ..
         )
 
 
-def _cause(text: str) -> str:
+def _root_cause(text: str) -> str:
     """Of what Ray says of a fault, the exception that it began with: tracebacks of others are around it."""
     found = re.search(r"^(?:\w+\.)*\w*(?:Error|Exception): .*", text, re.MULTILINE)
     return " ".join((found[0] if found else text).split())[:300]
@@ -220,12 +221,12 @@ def _nodes(ray: Any) -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def _free(ray: Any) -> str:
+def _describe_free(ray: Any) -> str:
     free = ray.available_resources()
-    return f"{free.get('GPU', 0.0):g} GPUs and {free.get('CPU', 0.0):g} CPUs are free, {_has(_nodes(ray))}"
+    return f"{free.get('GPU', 0.0):g} GPUs and {free.get('CPU', 0.0):g} CPUs are free, {_describe_nodes(_nodes(ray))}"
 
 
-def _heard(ray: Any, dataset: Any, size: Plan, progress: Progress) -> Generator[dict[str, Any], None, None]:
+def _rows(ray: Any, dataset: Any, size: WorkerPlan, progress: Progress) -> Generator[dict[str, Any], None, None]:
     """The rows of `dataset` as they come. Tells the user of silence; EngineError where no node is left to end it."""
     rows: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
@@ -248,10 +249,10 @@ def _heard(ray: Any, dataset: Any, size: Plan, progress: Progress) -> Generator[
                 gone = 0 if replace(size, workers=1).fits(_nodes(ray)) else gone + 1
                 if gone * SILENCE_SECONDS >= GONE_SECONDS:
                     raise EngineError(
-                        f"Ray: no node is left for a worker: {_free(ray)}; the same command resumes"
+                        f"Ray: no node is left for a worker: {_describe_free(ray)}; the same command resumes"
                     ) from None
                 if quiet.bit_count() == 1:  # after 1, 2, 4, 8 minutes
-                    progress.say(f"Ray: no shard for {quiet * SILENCE_SECONDS} s: {_free(ray)}")
+                    progress.say(f"Ray: no shard for {quiet * SILENCE_SECONDS} s: {_describe_free(ray)}")
                 continue
             if row is None:
                 return
@@ -262,7 +263,7 @@ def _heard(ray: Any, dataset: Any, size: Plan, progress: Progress) -> Generator[
     finally:
         # Ray Data stops with it, as at a Ctrl-C. What is left when Ray shuts down would end this process, with an exit
         # code of Ray's own.
-        listener.give_up()
+        listener.cancel()
 
 
 @contextmanager

@@ -20,9 +20,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scorer.config import SERVERS, ScoreConfig
-from scorer.data.dataset import InputFile, _count, _inputs, inspect_input, refuse_changed
+from scorer.data.dataset import InputFile, _count, _inputs, check_unchanged, inspect_input
 from scorer.data.reader import read_raw
-from scorer.engines.choose import _check_length, check_engine, choose, choose_engine, engine_versions, served_model
+from scorer.engines.choose import (
+    _check_length,
+    check_engine,
+    choose_engine,
+    engine_versions,
+    resolve_config,
+    served_model,
+)
 from scorer.models.embedded import EMBEDDED
 from scorer.models.find import ModelFiles, find_model
 from scorer.models.load import choose_device
@@ -31,9 +38,9 @@ from scorer.requirements import require
 from scorer.runs.directory import STDIN, Run
 from scorer.runs.local import _score_here
 from scorer.runs.progress import Progress, Silent
-from scorer.runs.shards import open_encoder, refuse_faults, statuses
+from scorer.runs.shards import check_scored, open_encoder, statuses
 from scorer.storage.atomic import replacing
-from scorer.storage.paths import exists, expand, fetched, place
+from scorer.storage.paths import exists, expand, local_copy, to_path
 from scorer.types import ScorerError
 
 if TYPE_CHECKING:
@@ -45,7 +52,7 @@ UNKNOWN = "unknown"  # in `shards_by`: who scored the shards that nobody lived t
 FORMAT = 1  # raised whenever the meaning of a shard changes, so that an older run is not continued
 # What may change between two parts of one run: how much is computed at once and on what, and where a model of one
 # revision lies.
-FREE = ("batch_tokens", "model", "tensor_parallel_size", "gpu_memory_utilization", "max_model_len")
+RESUMABLE_FIELDS = ("batch_tokens", "model", "tensor_parallel_size", "gpu_memory_utilization", "max_model_len")
 
 
 def score(
@@ -83,14 +90,14 @@ def score(
         Run(output).check_usable()
     inputs = [inspect_input(p) for p in paths]
     if output is not None and not fresh:
-        _refuse_known_changes(Run(output), config, inputs)
+        _check_known_fields(Run(output), config, inputs)
     counts = [] if output is not None and Run(output).begun else _count(paths, config)
     if cluster is None and not remote:
         choose_device(config.device)
     files = _find(config, progress, elsewhere=cluster is not None)
     served = served_model(config.engine, files) if remote else None
     engine, why = choose_engine(config, files)
-    config = choose(replace(config, engine=engine), files, served, elsewhere=cluster is not None)
+    config = resolve_config(replace(config, engine=engine), files, served, elsewhere=cluster is not None)
     identity: dict[str, Any] = {
         "format": FORMAT,
         # where a server is, is no part of what it computes, and may hold a password
@@ -99,22 +106,24 @@ def score(
         "served": served and served["identity"],
         "inputs": [i.identity for i in inputs],
     }
-    bound = identity | {"config": {name: value for name, value in identity["config"].items() if name not in FREE}}
+    bound = identity | {
+        "config": {name: value for name, value in identity["config"].items() if name not in RESUMABLE_FIELDS}
+    }
     fingerprint = hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()
     if output is None:
-        output = Path("scorer-runs") / f"{place(paths[0]).name.split('.')[0]}-{fingerprint[:12]}"
+        output = Path("scorer-runs") / f"{to_path(paths[0]).name.split('.')[0]}-{fingerprint[:12]}"
     run = Run(output)
     with run.locked():
         if fresh:
             run.clear()
         if run.shards() and run.begun:
             manifest = run.manifest
-            _refuse_changes(run, manifest["identity"], identity)
+            _check_same_run(run, manifest["identity"], identity)
             if manifest["inputs"] != _inputs(inputs):  # the same data lies elsewhere now
                 manifest["inputs"] = _inputs(inputs)
                 run.write_manifest(manifest)
             if strict:
-                refuse_faults(read_raw(paths), statuses(run.scores(["record_id", "status"])))
+                check_scored(read_raw(paths), statuses(run.scores(["record_id", "status"])))
             if run.complete:
                 progress.say(f"{run.path} is complete already; --fresh would start over")
                 return run
@@ -146,7 +155,7 @@ def _find(config: ScoreConfig, progress: Progress, *, elsewhere: bool) -> ModelF
     if config.engine.startswith(SERVERS):
         return files
     engine, _ = choose_engine(config, files)
-    chosen = choose(replace(config, engine=engine), files, elsewhere=elsewhere)
+    chosen = resolve_config(replace(config, engine=engine), files, elsewhere=elsewhere)
     open_encoder(chosen, files)
     return find()
 
@@ -175,7 +184,7 @@ def _spool(run: Run, fresh: bool) -> str:
     with run.locked():
         kept = None
         if run.shards() and exists(path) and not fresh:
-            with fetched(path) as copy:
+            with local_copy(path) as copy:
                 kept = inspect_input(copy).sha256
         with replacing(path) as temporary, temporary.open("w+b") as file:
             shutil.copyfileobj(sys.stdin.buffer, file)
@@ -187,22 +196,22 @@ def _spool(run: Run, fresh: bool) -> str:
     return str(path)
 
 
-def _refuse_known_changes(run: Run, config: ScoreConfig, inputs: list[InputFile]) -> None:
+def _check_known_fields(run: Run, config: ScoreConfig, inputs: list[InputFile]) -> None:
     """Raise ScorerError where `run` differs from what is asked for in something that is known before the model is."""
     if run.begun and run.shards():
         known = {name: value for name, value in config.to_dict().items() if value not in ("auto", None)}
         if config.engine.startswith(SERVERS):
             known["engine"] = "http"
         now = {"format": FORMAT, "config": known, "inputs": [i.identity for i in inputs]}
-        _refuse_changes(run, run.manifest["identity"], now)
+        _check_same_run(run, run.manifest["identity"], now)
 
 
-def _refuse_changes(run: Run, before: dict[str, Any], now: dict[str, Any]) -> None:
+def _check_same_run(run: Run, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Raise ScorerError naming every field of `now` in which a run differs from what is now asked for."""
     changes = [
         f"{name} was {before['config'].get(name)}, is {value}"
         for name, value in now["config"].items()
-        if before["config"].get(name) != value and name not in FREE
+        if before["config"].get(name) != value and name not in RESUMABLE_FIELDS
     ]
     changes += [f"{name} changed" for name in now if name != "config" and before.get(name) != now[name]]
     if changes:
@@ -286,7 +295,7 @@ def _score_missing(
             with suppress(ScorerError):  # the error to see is the one that came before
                 run.write_manifest(manifest)
             raise
-    refuse_changed(manifest["inputs"])
+    check_unchanged(manifest["inputs"])
     status = run.collect(lambda table: table.group_by("status").len().sort("len", "status", descending=[True, False]))
     # Between a shard and the line that counts it a worker may be killed, and between two manifests this process.
     if (uncounted := len(run.shards()) - sum(manifest["shards_by"].values())) > 0:

@@ -78,11 +78,11 @@ class ShardScorer:
     def score(self, shard: Shard, progress: Progress) -> pl.DataFrame:
         """The score table of a shard, one row a turn, in order. `progress` is told of each record at its first span."""
         if self.strict:
-            refuse_faults(shard.records, ((turn.record_id, turn.status) for turn in shard.turns))
+            check_scored(shard.records, ((turn.record_id, turn.status) for turn in shard.turns))
         spans = list(_watched(self.engine.score(shard.sequences), shard, progress))
         table = score_table(shard.turns, spans, two_views=self.protocol.alone is not None)
         if self.strict:
-            refuse_faults(shard.records, statuses(table))
+            check_scored(shard.records, statuses(table))
         return table
 
     def close(self) -> None:
@@ -108,7 +108,7 @@ def statuses(table: pl.DataFrame) -> Iterator[tuple[int, RowStatus]]:
     return zip(table["record_id"], map(RowStatus, table["status"]), strict=True)
 
 
-def refuse_faults(rows: Iterable[Record | RawRecord], statuses: Iterable[tuple[int, RowStatus]]) -> None:
+def check_scored(rows: Iterable[Record | RawRecord], statuses: Iterable[tuple[int, RowStatus]]) -> None:
     """Raise ScorerError at the first status that is not of a scored row, naming the record's file and line."""
     for record_id, status in statuses:
         if not status.scored:

@@ -14,7 +14,7 @@ from typing import Any
 
 import polars as pl
 
-from scorer.data.dataset import refuse_changed
+from scorer.data.dataset import check_unchanged
 from scorer.data.reader import RawRecord, read_raw
 from scorer.data.writer import RecordWriter
 from scorer.protocols import PROTOCOLS
@@ -27,8 +27,8 @@ from scorer.scores.shares import parse_keep
 from scorer.selection.diversity import facility_location
 from scorer.selection.flags import FLAGS, SCORE_FLAGS, STORED
 from scorer.selection.inputs import column_groups, flags
-from scorer.selection.ranking import SelectConfig, Selection, choose
-from scorer.storage.paths import expand, place, remote
+from scorer.selection.ranking import SelectConfig, Selection, select_records
+from scorer.storage.paths import expand, is_remote, to_path
 from scorer.types import ScorerError, one_of
 
 SCORES_KEY = "scorer"  # what a record's scores and reason are written under
@@ -72,7 +72,7 @@ def select(
         return selection
     if not paths:
         raise ScorerError(f"{run.path} was joined from tables and has no data to write: join run directories instead")
-    refuse_changed(manifest["inputs"])
+    check_unchanged(manifest["inputs"])
     # Both are finished before one is put in its place: a record that can't be written leaves neither.
     with ExitStack() as stack:
         limit = manifest["identity"]["config"]["limit"]
@@ -101,7 +101,7 @@ def _choose(run: Run, config: SelectConfig) -> Selection:
     def spread(ids: pl.Series, size: int) -> list[int]:
         return facility_location(embeddings(parts, ids), size)
 
-    selection = choose(scores, config, groups=groups, flags=flagged, spread=spread)
+    selection = select_records(scores, config, groups=groups, flags=flagged, spread=spread)
     kept = selection.kept.select("record_id", "rank")
     rows = run.collect(lambda table: table.join(kept.lazy(), on="record_id", how="semi"))
     whole = per_record(rows, config.aggregate).drop("reason")
@@ -130,7 +130,7 @@ def check_options(
     targets = [str(path) for path in (output, rejected) if path is not None]
     for target in targets:
         RecordWriter(target)
-    _refuse_overwriting(targets, paths if scored else [name for path in paths for name in expand(path)])
+    _check_not_overwriting(targets, paths if scored else [name for path in paths for name in expand(path)])
     if diverse is not None:
         require("--diverse")
     for name in options.get("drop_flagged", ()):
@@ -203,8 +203,8 @@ def _notes(table: pl.DataFrame) -> dict[int, dict[str, Any]]:
 
 def _file(where: str) -> str:
     """What tells a file from others, whatever link leads to it."""
-    found = place(where)
-    return str(found) if remote(found) else os.path.realpath(found)
+    found = to_path(where)
+    return str(found) if is_remote(found) else os.path.realpath(found)
 
 
 def check_apart(directory: str, outputs: Sequence[str]) -> None:
@@ -214,7 +214,7 @@ def check_apart(directory: str, outputs: Sequence[str]) -> None:
             raise ScorerError(f"{output}: the run directory {directory} is to be there; write to another file")
 
 
-def _refuse_overwriting(targets: Sequence[str], inputs: Sequence[str]) -> None:
+def _check_not_overwriting(targets: Sequence[str], inputs: Sequence[str]) -> None:
     files = [_file(target) for target in targets]
     read = {_file(path) for path in inputs}
     for target in files:

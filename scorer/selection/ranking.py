@@ -114,7 +114,7 @@ class Selection:
 Spread = Callable[[pl.Series, int], Sequence[int]]
 
 
-def choose(
+def select_records(
     scores: pl.DataFrame,
     config: SelectConfig,
     *,
@@ -145,11 +145,11 @@ def choose(
     pool = pl.DataFrame({"position": pl.int_range(total, dtype=pl.UInt32, eager=True), "group": group})
     pool = pool.with_columns(value=records[config.by]).filter(reason.is_null())
 
-    fate = pl.zeros(total, pl.UInt8, eager=True)  # of those in the pool, an index into FATES
+    outcome = pl.zeros(total, pl.UInt8, eager=True)  # of those in the pool, an index into FATES
     if config.bucket is not None:
-        fate = fate.scatter(pool["position"], FATES.index("other_bucket"))
+        outcome = outcome.scatter(pool["position"], OUTCOMES.index("other_bucket"))
         pool = _bucket(pool, config.bucket, _counts(pool["group"], len(sizes)))
-        fate = fate.scatter(pool["position"], FATES.index("below_cut"))
+        outcome = outcome.scatter(pool["position"], OUTCOMES.index("below_cut"))
     asked = _quotas(config, total, sizes)
     room = _counts(pool["group"], len(sizes))
     quotas = exact_quotas(sum(asked), sizes, room) if config.rounding == "exact" else list(map(min, asked, room))
@@ -162,20 +162,20 @@ def choose(
         requested = _count(config.keep, total)
         if requested > sum(asked):
             raise ScorerError(f"diverse: {requested:,} records can't be kept of the {sum(asked):,} that rank first")
-        fate = fate.scatter(positions, FATES.index("not_diverse"))
+        outcome = outcome.scatter(positions, OUTCOMES.index("not_diverse"))
         positions = positions.sort()
         picked = spread(records["record_id"].gather(positions), min(requested, len(positions)))
         positions = positions.gather(pl.Series(picked, dtype=pl.UInt32))
-    fate = fate.scatter(positions, FATES.index("kept"))
+    outcome = outcome.scatter(positions, OUTCOMES.index("kept"))
 
     kept = records[positions].with_row_index("rank", offset=1)
     kept = kept.select("record_id", pl.col("rank").cast(pl.Int64), *measures)
-    rest = records.select("record_id", reason=reason.fill_null(pl.Series(FATES).gather(fate)))
-    rejected = rest.filter(reason.is_not_null() | (fate != FATES.index("kept")))
+    rest = records.select("record_id", reason=reason.fill_null(pl.Series(OUTCOMES).gather(outcome)))
+    rejected = rest.filter(reason.is_not_null() | (outcome != OUTCOMES.index("kept")))
     return Selection(kept.sort("record_id") if config.order == "input" else kept, rejected, requested, total)
 
 
-FATES = ("below_cut", "other_bucket", "not_diverse", "kept")
+OUTCOMES = ("below_cut", "other_bucket", "not_diverse", "kept")
 
 
 def _reasons(records: pl.DataFrame, config: SelectConfig, limited: bool, flags: pl.DataFrame | None) -> pl.Series:
@@ -231,15 +231,15 @@ def _bucket(pool: pl.DataFrame, bucket: str, counts: list[int]) -> pl.DataFrame:
     bounds = [[0, *split_bounds(count, len(BUCKETS))] for count in counts]
     start, end = (pl.Series([b[i] for b in bounds], dtype=pl.UInt32) for i in (part, part + 1))
     ascending = pool.sort("value", maintain_order=True)
-    place, group = _places(ascending["group"], len(counts)), ascending["group"]
-    return ascending.filter((place >= start.gather(group)) & (place < end.gather(group))).sort("position")
+    position, group = _places(ascending["group"], len(counts)), ascending["group"]
+    return ascending.filter((position >= start.gather(group)) & (position < end.gather(group))).sort("position")
 
 
 def _ranked(pool: pl.DataFrame, quotas: list[int], lowest: bool) -> pl.Series:
     """Positions, best first, of the best of each group; equal values go by position."""
     ranking = pool.sort("value", descending=not lowest, maintain_order=True)
-    place = _places(ranking["group"], len(quotas))
-    return ranking.filter(place < pl.Series(quotas, dtype=pl.UInt32).gather(ranking["group"]))["position"]
+    position = _places(ranking["group"], len(quotas))
+    return ranking.filter(position < pl.Series(quotas, dtype=pl.UInt32).gather(ranking["group"]))["position"]
 
 
 def _drawn(pool: pl.DataFrame, quotas: list[int], seed: int) -> pl.Series:

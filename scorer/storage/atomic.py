@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from scorer.storage.paths import FULL, exists, is_folder, remote, upload
+from scorer.storage.paths import DISK_FULL, exists, is_folder, is_remote, upload
 from scorer.types import EngineError, ScorerError
 
 SUFFIX = ".tmp"
@@ -25,7 +25,7 @@ def replacing(path: Path) -> Iterator[Path]:
     end. If the block raises, the temporary file is removed and `path` stays as it was. An OSError becomes EngineError
     where the disk is full, and ScorerError where the path can't be written.
     """
-    if remote(path):
+    if is_remote(path):
         with _uploading(path) as temporary:
             yield temporary
         return
@@ -49,7 +49,7 @@ def check_writable(path: Path) -> None:
 
     An object store is not asked: it answers when something is written.
     """
-    if remote(path):
+    if is_remote(path):
         return
     if is_folder(path):
         raise ScorerError(f"{path}: is a folder; name a file")
@@ -82,7 +82,7 @@ def _uploading(path: Path) -> Iterator[Path]:
 
 def remove_temporaries(path: Path) -> None:
     """Remove what killed processes left of `replacing(path)`, which nobody else is writing; its name may hold a `*`."""
-    if remote(path):
+    if is_remote(path):
         return
     for temporary in path.parent.glob(f".{path.name}.*{SUFFIX}"):
         temporary.unlink()
@@ -90,7 +90,7 @@ def remove_temporaries(path: Path) -> None:
 
 def storage_error(path: Path, error: OSError) -> ScorerError:
     """The error to raise instead of an OSError met while writing `path`."""
-    if error.errno in FULL:
+    if error.errno in DISK_FULL:
         return EngineError(f"{path}: the disk is full; free some space and run the same command again")
     return ScorerError(f"{path}: can't be written ({error.strerror or error})")
 

@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from scorer.storage.paths import reaching, remote
+from scorer.storage.paths import is_remote, store_errors
 from scorer.types import ScorerError
 
 LEASE_SECONDS = 60.0
@@ -35,14 +35,14 @@ Check = Callable[[], None]  # raises ScorerError where the lock was lost since
 @contextmanager
 def locked(lock: Path) -> Iterator[Check]:
     """Hold the lock file or object `lock` while the block runs. Raises ScorerError where another process does."""
-    with _leased(lock) if remote(lock) else _flocked(lock) as check:
+    with _leased(lock) if is_remote(lock) else _flocked(lock) as check:
         yield check
 
 
 def check_free(lock: Path) -> None:
     """Raise ScorerError where another process holds `lock` now."""
-    if remote(lock):
-        _refuse_living(lock)
+    if is_remote(lock):
+        _check_holder_gone(lock)
     elif lock.exists():
         with lock.open() as file:
             _take(file, lock, fcntl.LOCK_SH)
@@ -90,7 +90,7 @@ def _leased(lock: Path) -> Iterator[Check]:
         if lost.is_set():
             raise _held(lock, ", since this one could not renew its lease")
 
-    _refuse_living(lock)
+    _check_holder_gone(lock)
     thread = threading.Thread(target=keep, name="scorer-lease", daemon=True)
     try:
         began = time.monotonic()
@@ -111,7 +111,7 @@ def _leased(lock: Path) -> Iterator[Check]:
                 _write(lock, None)
 
 
-def _refuse_living(lock: Path) -> None:
+def _check_holder_gone(lock: Path) -> None:
     lease = _read(lock)
     if not lease.get("token"):
         return
@@ -140,7 +140,7 @@ def _is_alive(process: int) -> bool:
 
 def _read(lock: Path) -> dict[str, Any]:
     try:
-        with reaching(lock):
+        with store_errors(lock):
             lease = json.loads(lock.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):  # the latter: of a run that was copied from a disk, whose lock is empty
         return {}
@@ -148,7 +148,7 @@ def _read(lock: Path) -> dict[str, Any]:
 
 
 def _write(lock: Path, token: str | None) -> None:
-    with reaching(lock):
+    with store_errors(lock):
         lock.write_text(json.dumps(_lease(token)) + "\n", encoding="utf-8")
 
 

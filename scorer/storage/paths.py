@@ -22,10 +22,10 @@ from scorer.types import EngineError, ScorerError
 
 SCHEME = "s3"
 PATTERN = "*["  # what makes a name one
-FULL = (errno.ENOSPC, errno.EDQUOT)  # of a disk
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # of a disk
 
 
-def place(where: str | Path) -> Path:
+def to_path(where: str | Path) -> Path:
     """A path, or of an `s3://` URL what acts as one. Raises ScorerError for other URLs, and where s3fs is missing."""
     if not isinstance(where, str):
         return where
@@ -44,7 +44,7 @@ def place(where: str | Path) -> Path:
     return cast(Path, UPath(where.rstrip("/"), use_listings_cache=False))
 
 
-def remote(where: Path) -> bool:
+def is_remote(where: Path) -> bool:
     """Whether a place is in object storage."""
     return not isinstance(where, Path)
 
@@ -54,8 +54,8 @@ def absolute(where: str | Path) -> str:
 
     Links stay: what they lead to may have no suffix, as in a hub's cache.
     """
-    found = place(where)
-    return str(found) if remote(found) else os.path.abspath(found)
+    found = to_path(where)
+    return str(found) if is_remote(found) else os.path.abspath(found)
 
 
 def expand(where: str) -> list[str]:
@@ -63,10 +63,10 @@ def expand(where: str) -> list[str]:
 
     Raises ScorerError where nothing matches.
     """
-    found = place(where)
-    if not remote(found) or not set(PATTERN) & set(where) or exists(found):
+    found = to_path(where)
+    if not is_remote(found) or not set(PATTERN) & set(where) or exists(found):
         return [where]
-    with reaching(found):
+    with store_errors(found):
         objects = sorted(_store(found).glob(_key(found)))
     if not objects:
         raise ScorerError(f"{where}: nothing there has such a name; check the bucket and the pattern")
@@ -77,21 +77,21 @@ def expand(where: str) -> list[str]:
 
 def exists(where: Path) -> bool:
     """Whether there is such a file, folder or object."""
-    with _looking(where):
+    with _read_errors(where):
         return where.exists()
 
 
 def is_folder(where: Path) -> bool:
     """Whether there is a folder, or any object under the URL."""
-    with _looking(where):
+    with _read_errors(where):
         return where.is_dir()
 
 
 @contextmanager
-def _looking(where: Path) -> Iterator[None]:
-    """As `reaching`, and ScorerError where a disk doesn't let this user look, or knows no such names."""
+def _read_errors(where: Path) -> Iterator[None]:
+    """As `store_errors`, and ScorerError where a disk doesn't let this user look, or knows no such names."""
     try:
-        with reaching(where):
+        with store_errors(where):
             yield
     except (FileNotFoundError, NotADirectoryError):
         raise
@@ -99,11 +99,11 @@ def _looking(where: Path) -> Iterator[None]:
         raise ScorerError(f"{where}: can't be read ({error.strerror or error})") from error
 
 
-def listing(folder: Path) -> list[Path]:
+def list_folder(folder: Path) -> list[Path]:
     """What is in a folder, in no order; nothing where there is no such folder."""
     try:
-        with _looking(folder):
-            if not remote(folder):
+        with _read_errors(folder):
+            if not is_remote(folder):
                 return list(folder.iterdir())
             names = [name.rstrip("/") for name in _store(folder).ls(_key(folder), detail=False)]
         # An object of the folder's own name is what consoles make of an empty folder.
@@ -112,10 +112,10 @@ def listing(folder: Path) -> list[Path]:
         return []
 
 
-def status(where: Path) -> dict[str, Any]:
+def object_info(where: Path) -> dict[str, Any]:
     """What the store knows of an object: size (bytes), ETag and more. Raises ScorerError where there is none."""
     try:
-        with reaching(where):
+        with store_errors(where):
             known: dict[str, Any] = _store(where).info(_key(where))
     except FileNotFoundError as error:
         raise ScorerError(f"{where}: no such object; check the bucket and the key") from error
@@ -137,13 +137,13 @@ def _key(where: Path) -> str:
 def remove(files: Iterable[Path]) -> None:
     """Remove files, those that are there; of a store many in one request."""
     for folder, group in groupby(files, lambda file: file.parent):
-        if not remote(folder):
+        if not is_remote(folder):
             for file in group:
                 file.unlink(missing_ok=True)
             continue
-        there = set(listing(folder))
+        there = set(list_folder(folder))
         names = [_key(file) for file in group if file in there]
-        with reaching(folder):
+        with store_errors(folder):
             if names and not set(PATTERN) & set(names[0]):
                 _store(folder).rm(names)
             else:  # which `rm` would take for a pattern
@@ -152,42 +152,42 @@ def remove(files: Iterable[Path]) -> None:
 
 
 @contextmanager
-def fetched(where: Path) -> Iterator[Path]:
+def local_copy(where: Path) -> Iterator[Path]:
     """A file on this machine's disk: itself, or of an object a copy in the temporary folder while the block runs."""
-    with fetched_all([where]) as (file,):
+    with local_copies([where]) as (file,):
         yield file
 
 
 @contextmanager
-def fetched_all(files: Sequence[Path]) -> Iterator[list[Path]]:
-    """The files of one folder on this machine's disk, as `fetched` gives one."""
-    if not files or not remote(files[0]):
+def local_copies(files: Sequence[Path]) -> Iterator[list[Path]]:
+    """The files of one folder on this machine's disk, as `local_copy` gives one."""
+    if not files or not is_remote(files[0]):
         yield list(files)
         return
     with tempfile.TemporaryDirectory(prefix="scorer-") as folder:
         copies = [Path(folder, file.name) for file in files]
         try:
-            with reaching(files[0].parent):
+            with store_errors(files[0].parent):
                 names = [_key(file) for file in files]
                 _store(files[0]).get(names, list(map(str, copies)))
         except FileNotFoundError as error:
-            raise ScorerError(f"{files[0].parent}: an object is gone ({_said(error)})") from error
+            raise ScorerError(f"{files[0].parent}: an object is gone ({_error_text(error)})") from error
         yield copies
 
 
 def upload(file: Path, where: Path) -> None:
     """Make a local file's content the object `where`: in one request, or in parts that appear together at the end."""
-    with reaching(where):
+    with store_errors(where):
         _store(where).put_file(str(file), _key(where))
 
 
 @contextmanager
-def reaching(where: Path) -> Iterator[None]:
+def store_errors(where: Path) -> Iterator[None]:
     """Turn what a store raises into an error for the user; what is not there, and a disk's errors, pass.
 
     ScorerError where the store refuses, EngineError where it fails or can't be reached.
     """
-    if not remote(where):
+    if not is_remote(where):
         yield
         return
     from aiohttp import ClientError
@@ -199,15 +199,16 @@ def reaching(where: Path) -> Iterator[None]:
         raise
     except (PermissionError, NoCredentialsError, PartialCredentialsError, ProfileNotFound) as error:
         raise ScorerError(
-            f"{where}: the store refuses ({_said(error)}); check the bucket and the credentials in the environment"
+            f"{where}: the store refuses access ({_error_text(error)}); "
+            "check the bucket and the credentials in the environment"
         ) from error
     except (OSError, BotoCoreError, ClientError) as error:
-        if isinstance(error, OSError) and error.errno in FULL:
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
             folder = tempfile.gettempdir()
             raise EngineError(f"{folder}: the disk is full; free some space or set TMPDIR, and run it again") from error
-        raise EngineError(f"{where}: the store fails ({_said(error)}); the same command resumes") from error
+        raise EngineError(f"{where}: the store fails ({_error_text(error)}); the same command resumes") from error
 
 
-def _said(error: Exception) -> str:
+def _error_text(error: Exception) -> str:
     """What an error says, without the document that a store's answer may hold: it names keys."""
     return " ".join(str(error).partition("<")[0].split())[:200]

@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from scorer.config import ScoreConfig
 from scorer.engines import Engine
 from scorer.engines.choose import open_engine
-from scorer.engines.packing import laid_tokens, plan_batches
+from scorer.engines.packing import forward_tokens, plan_batches
 from scorer.models.find import ModelFiles, find_model
 from scorer.models.load import load_causal_lm
 from scorer.types import RowStatus, ScorerError, Span, SpanNLL, TokenSequence, View
@@ -144,13 +144,13 @@ def test_batches_keep_records_whole_and_budgets() -> None:
     sequences = samples([(10, 20), (300, 200), (5, 6), (40, 2), (50, 60)])
     batches = plan_batches(sequences, 250)
     assert [sorted({s.record_id for s in batch}) for batch in batches] == [[1], [0, 4], [2, 3]]
-    assert [sum(map(laid_tokens, batch)) for batch in batches][1:] == [109 + 59 + 29 + 19, 10 + 5 + 41 + 1]
+    assert [sum(map(forward_tokens, batch)) for batch in batches][1:] == [109 + 59 + 29 + 19, 10 + 5 + 41 + 1]
     assert sum(len(batch) for batch in batches) == len(sequences)
 
 
 def test_the_last_batches_are_small_so_that_workers_end_together() -> None:
     sequences = samples([(1, 50)] * 100)  # 99 laid tokens a record
-    sizes = [sum(map(laid_tokens, batch)) for batch in plan_batches(sequences, 1000, workers=2)]
+    sizes = [sum(map(forward_tokens, batch)) for batch in plan_batches(sequences, 1000, workers=2)]
     assert sizes[:5] == [990] * 5
     assert sizes == sorted(sizes, reverse=True)
     assert max(sizes[-2:]) <= 250

@@ -17,7 +17,7 @@ from ray.cluster_utils import Cluster as Nodes
 from scorer.config import ScoreConfig
 from scorer.models.find import ModelFiles
 from scorer.runs.directory import Run
-from scorer.runs.ray_driver import Cluster, Plan, plan
+from scorer.runs.ray_driver import Cluster, WorkerPlan, plan_workers
 from scorer.runs.ray_worker import Reader
 from scorer.types import ScorerError
 from tests.lib.command import Commands, alpaca, shards, start, wait
@@ -32,21 +32,21 @@ ONE, TWO = {"CPU": 1.0}, {"CPU": 2.0}
 @pytest.mark.parametrize(
     ("cluster", "nodes", "expected"),
     [
-        (Cluster(), [TWO], Plan(1, 0.0, 2.0)),
-        (Cluster(workers=2), [TWO], Plan(2, 0.0, 1.0)),
-        (Cluster(gpus_per_worker=1), [{"CPU": 32.0, "GPU": 8.0}], Plan(8, 1.0, 1.0)),
-        (Cluster(gpus_per_worker=0.5), [{"CPU": 32.0, "GPU": 2.0}], Plan(4, 0.5, 1.0)),
-        (Cluster(workers=3, gpus_per_worker=1), [{"CPU": 2.0, "GPU": 4.0}], Plan(3, 1.0, 0.66)),
-        (Cluster(workers=2, cpus_per_worker=4), [{"CPU": 16.0}], Plan(2, 0.0, 4.0)),
-        (Cluster(), [ONE, ONE], Plan(1, 0.0, 1.0)),
-        (Cluster(workers=2), [ONE, ONE], Plan(2, 0.0, 1.0)),
-        (Cluster(workers=3), [ONE, TWO], Plan(3, 0.0, 1.0)),  # one of them, and two of the other
-        (Cluster(gpus_per_worker=0.6), [{"CPU": 4.0, "GPU": 1.0}] * 3, Plan(3, 0.6, 1.0)),  # and not 3 / 0.6
-        (Cluster(gpus_per_worker=1), [ONE, {"CPU": 8.0, "GPU": 2.0}], Plan(2, 1.0, 1.0)),  # a head without a GPU
+        (Cluster(), [TWO], WorkerPlan(1, 0.0, 2.0)),
+        (Cluster(workers=2), [TWO], WorkerPlan(2, 0.0, 1.0)),
+        (Cluster(gpus_per_worker=1), [{"CPU": 32.0, "GPU": 8.0}], WorkerPlan(8, 1.0, 1.0)),
+        (Cluster(gpus_per_worker=0.5), [{"CPU": 32.0, "GPU": 2.0}], WorkerPlan(4, 0.5, 1.0)),
+        (Cluster(workers=3, gpus_per_worker=1), [{"CPU": 2.0, "GPU": 4.0}], WorkerPlan(3, 1.0, 0.66)),
+        (Cluster(workers=2, cpus_per_worker=4), [{"CPU": 16.0}], WorkerPlan(2, 0.0, 4.0)),
+        (Cluster(), [ONE, ONE], WorkerPlan(1, 0.0, 1.0)),
+        (Cluster(workers=2), [ONE, ONE], WorkerPlan(2, 0.0, 1.0)),
+        (Cluster(workers=3), [ONE, TWO], WorkerPlan(3, 0.0, 1.0)),  # one of them, and two of the other
+        (Cluster(gpus_per_worker=0.6), [{"CPU": 4.0, "GPU": 1.0}] * 3, WorkerPlan(3, 0.6, 1.0)),  # and not 3 / 0.6
+        (Cluster(gpus_per_worker=1), [ONE, {"CPU": 8.0, "GPU": 2.0}], WorkerPlan(2, 1.0, 1.0)),  # a head without a GPU
     ],
 )
-def test_workers_share_what_there_is(cluster: Cluster, nodes: list[dict[str, float]], expected: Plan) -> None:
-    assert plan(cluster, nodes) == expected
+def test_workers_share_what_there_is(cluster: Cluster, nodes: list[dict[str, float]], expected: WorkerPlan) -> None:
+    assert plan_workers(cluster, nodes) == expected
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_workers_share_what_there_is(cluster: Cluster, nodes: list[dict[str, flo
 )
 def test_more_than_the_cluster_has_is_refused(cluster: Cluster, nodes: list[dict[str, float]], words: str) -> None:
     with pytest.raises(ScorerError, match=words):
-        plan(cluster, nodes)
+        plan_workers(cluster, nodes)
 
 
 @pytest.fixture(scope="module")

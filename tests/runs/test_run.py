@@ -29,7 +29,7 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 import scorer
 from scorer.config import ScoreConfig
-from scorer.engines.choose import BATCH_TOKENS, choose
+from scorer.engines.choose import BATCH_TOKENS, resolve_config
 from scorer.models.find import ModelFiles
 from scorer.runs.directory import Run
 from scorer.runs.progress import Silent
@@ -517,7 +517,7 @@ def test_only_the_columns_that_are_asked_for_are_read(tmp_path: Path) -> None:
 
 def test_a_machine_without_a_gpu_can_send_a_run_to_gpus(tiny: Callable[[str], ModelFiles]) -> None:
     named = ScoreConfig(engine="packed", device="cuda", dtype="bfloat16")
-    assert choose(named, tiny("gpt2"), elsewhere=True).batch_tokens == BATCH_TOKENS["packed", "cuda"]
+    assert resolve_config(named, tiny("gpt2"), elsewhere=True).batch_tokens == BATCH_TOKENS["packed", "cuda"]
     if not torch.cuda.is_available():
         with pytest.raises(ScorerError, match="finds no CUDA device here"):
-            choose(named, tiny("gpt2"))
+            resolve_config(named, tiny("gpt2"))

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 
 from scorer.scores.shares import exact_quotas, largest_remainder, paper_quotas, split_bounds
-from scorer.selection.ranking import BUCKETS, SelectConfig, Selection, choose
+from scorer.selection.ranking import BUCKETS, SelectConfig, Selection, select_records
 from scorer.types import ScorerError
 
 TENTH = Fraction(1, 10)
@@ -85,12 +85,14 @@ def test_ten_percent_of_alpaca_is_5200_whatever_the_clusters() -> None:
     draw = np.random.default_rng(0)
     keys = np.minimum(draw.geometric(0.01, 52_002), 999)
     scores = table(draw.random(52_002).tolist())
-    exact = choose(scores, SelectConfig(TENTH, per_cluster=True), groups=groups(keys.tolist()))
+    exact = select_records(scores, SelectConfig(TENTH, per_cluster=True), groups=groups(keys.tolist()))
     assert exact.kept.height == exact.requested == 5_200
     sizes = Counter(keys.tolist())
     for key, count in Counter(keys[kept(exact)].tolist()).items():
         assert abs(count - sizes[key] / 10) < 1
-    paper = choose(scores, SelectConfig(TENTH, per_cluster=True, rounding="paper"), groups=groups(keys.tolist()))
+    paper = select_records(
+        scores, SelectConfig(TENTH, per_cluster=True, rounding="paper"), groups=groups(keys.tolist())
+    )
     assert Counter(keys[kept(paper)].tolist()) == {key: -(-size // 10) for key, size in sizes.items()}
     assert paper.requested == paper.kept.height > 5_300
 
@@ -103,41 +105,41 @@ KEYS = ["b"] * 8 + ["a"] * 4
 def test_the_best_of_each_group() -> None:
     scores = table(VALUES)
     # 7 of 14: b 4, a 2, and the two without a group 1
-    selection = choose(scores, SelectConfig(7, per="domain", order="rank"), groups=groups(KEYS))
+    selection = select_records(scores, SelectConfig(7, per="domain", order="rank"), groups=groups(KEYS))
     assert kept(selection) == [1, 3, 5, 7, 8, 12, 11]
     assert selection.kept["rank"].to_list() == list(range(1, 8))
-    lowest = choose(scores, SelectConfig(7, per="domain", lowest=True), groups=groups(KEYS))
+    lowest = select_records(scores, SelectConfig(7, per="domain", lowest=True), groups=groups(KEYS))
     assert kept(lowest) == [0, 2, 4, 6, 9, 11, 13]
     assert dict(selection.rejected.iter_rows()) == {10: "bad_json"} | dict.fromkeys([0, 2, 4, 6, 9, 13], "below_cut")
     # a paper share of 1/3: ceil(8/3), ceil(4/3), ceil(2/3)
-    paper = choose(scores, SelectConfig(Fraction(1, 3), per="domain", rounding="paper"), groups=groups(KEYS))
+    paper = select_records(scores, SelectConfig(Fraction(1, 3), per="domain", rounding="paper"), groups=groups(KEYS))
     assert (kept(paper), paper.requested) == ([1, 3, 5, 8, 11, 12], 6)
 
 
 def test_a_group_without_enough_passes_on_only_where_totals_are_exact() -> None:
     scores = table([None, None, None, 0.5, 0.1, 0.2, 0.3, 0.4])
     halves = groups([1, 1, 1, 1, 2, 2, 2, 2])
-    assert kept(choose(scores, SelectConfig(Fraction(1, 2), per_cluster=True), groups=halves)) == [3, 5, 6, 7]
-    paper = choose(scores, SelectConfig(Fraction(1, 2), per_cluster=True, rounding="paper"), groups=halves)
+    assert kept(select_records(scores, SelectConfig(Fraction(1, 2), per_cluster=True), groups=halves)) == [3, 5, 6, 7]
+    paper = select_records(scores, SelectConfig(Fraction(1, 2), per_cluster=True, rounding="paper"), groups=halves)
     assert (kept(paper), paper.requested) == ([3, 6, 7], 4)
 
 
 def test_thirds_of_the_ranking() -> None:
     scores = table([0.1, 0.5, 0.5, 0.2, 0.9, 0.7, 0.3, 1.5])  # seven eligible, ascending: 0 3 6 | 1 2 | 5 4
     for bucket, ids in (("low", [0, 3, 6]), ("mid", [1, 2]), ("high", [4, 5])):
-        selection = choose(scores, SelectConfig(8, bucket=bucket))
+        selection = select_records(scores, SelectConfig(8, bucket=bucket))
         assert kept(selection) == ids
         assert Counter(selection.rejected["reason"].to_list()) == {"other_bucket": 7 - len(ids), "ifd_too_high": 1}
-    best = choose(scores, SelectConfig(1, bucket="low"))
+    best = select_records(scores, SelectConfig(1, bucket="low"))
     assert kept(best) == [6]
     assert dict(best.rejected.iter_rows())[0] == "below_cut"
-    assert kept(choose(scores, SelectConfig(1, bucket="low", lowest=True))) == [0]
+    assert kept(select_records(scores, SelectConfig(1, bucket="low", lowest=True))) == [0]
 
 
 def test_thirds_inside_groups() -> None:
     scores = table([0.1, 0.2, 0.3, 0.4, 0.6, 0.7, 0.8])
     halves = groups(["a", "a", "a", "a", "b", "b", "b"])
-    thirds = {b: kept(choose(scores, SelectConfig(7, bucket=b, per="x"), groups=halves)) for b in BUCKETS}
+    thirds = {b: kept(select_records(scores, SelectConfig(7, bucket=b, per="x"), groups=halves)) for b in BUCKETS}
     assert thirds == {"low": [0, 1, 4], "mid": [2, 5], "high": [3, 6]}
 
 
@@ -145,12 +147,14 @@ def test_random_inside_groups_is_of_the_seed() -> None:
     scores = table([0.5] * 60)
     keys = groups(["b"] * 40 + ["a"] * 20)
     config = SelectConfig(TENTH, per="x", random=True, seed=7, order="rank")
-    drawn = choose(scores, config, groups=keys)
+    drawn = select_records(scores, config, groups=keys)
     draw = Random(7)  # group after group, in the order of their keys
     assert kept(drawn) == [40 + i for i in draw.sample(range(20), 2)] + draw.sample(range(40), 4)
-    shuffled = choose(scores.sample(fraction=1.0, shuffle=True, seed=1), config, groups=keys.reverse())
+    shuffled = select_records(scores.sample(fraction=1.0, shuffle=True, seed=1), config, groups=keys.reverse())
     assert_frame_equal(shuffled.kept, drawn.kept)
-    assert set(kept(choose(scores, SelectConfig(TENTH, per="x", random=True, seed=8), groups=keys))) != set(kept(drawn))
+    assert set(kept(select_records(scores, SelectConfig(TENTH, per="x", random=True, seed=8), groups=keys))) != set(
+        kept(drawn)
+    )
 
 
 def test_flags_drop_records_for_their_own_reason() -> None:
@@ -158,12 +162,12 @@ def test_flags_drop_records_for_their_own_reason() -> None:
     flags = pl.DataFrame(
         {"record_id": [6, 0, 2, 4, 5], "dull": [None, True, True, False, True], "odd": [True, True, False, False, True]}
     )
-    assert kept(choose(scores, SelectConfig(7), flags=flags)) == [0, 1, 4, 6]  # off by default
-    selection = choose(scores, SelectConfig(7, drop_flagged=("odd", "dull")), flags=flags)
+    assert kept(select_records(scores, SelectConfig(7), flags=flags)) == [0, 1, 4, 6]  # off by default
+    selection = select_records(scores, SelectConfig(7, drop_flagged=("odd", "dull")), flags=flags)
     assert kept(selection) == [1, 4]
     assert dict(selection.rejected.iter_rows()) == {0: "odd", 2: "dull", 3: "ifd_too_high", 5: "bad_json", 6: "odd"}
     with pytest.raises(ScorerError, match="loud"):
-        choose(scores, SelectConfig(7, drop_flagged=("loud",)), flags=flags)
+        select_records(scores, SelectConfig(7, drop_flagged=("loud",)), flags=flags)
 
 
 def test_diversity_chooses_from_the_best() -> None:
@@ -174,12 +178,12 @@ def test_diversity_chooses_from_the_best() -> None:
         return [2, 0][:size]
 
     scores = table([0.1, 0.9, 0.2, 0.8, 0.7, 0.3, 0.4, 0.5, 0.6, None])
-    selection = choose(scores, SelectConfig(Fraction(1, 5), pool=Fraction(2, 5), order="rank"), spread=spread)
+    selection = select_records(scores, SelectConfig(Fraction(1, 5), pool=Fraction(2, 5), order="rank"), spread=spread)
     assert asked == [([1, 3, 4, 8], 2)]  # shares of all ten
     assert kept(selection) == [4, 1]
     assert Counter(selection.rejected["reason"].to_list()) == {"not_diverse": 2, "below_cut": 5, "bad_json": 1}
     with pytest.raises(ScorerError, match="5 records can't be kept of the 4"):
-        choose(scores, SelectConfig(5, pool=4), spread=spread)
+        select_records(scores, SelectConfig(5, pool=4), spread=spread)
 
 
 @pytest.mark.parametrize(
@@ -201,7 +205,7 @@ def test_a_wrong_option_is_refused(options: dict[str, Any], message: str) -> Non
 def test_a_record_in_two_groups_is_refused() -> None:
     twice = pl.DataFrame({"record_id": [0, 0], "group": [1, 2]})
     with pytest.raises(ScorerError, match="two groups"):
-        choose(table([0.5, 0.5]), SelectConfig(1, per_cluster=True), groups=twice)
+        select_records(table([0.5, 0.5]), SelectConfig(1, per_cluster=True), groups=twice)
 
 
 FEW = st.sampled_from([0.1, 0.2, 0.3, 0.5, 0.9, 1.2, None])
@@ -225,7 +229,7 @@ def test_what_holds_for_every_table(
 ) -> None:
     scores, keys = table([value for value, _ in records]), groups([key for _, key in records])
     keys = keys.cast({"group": pl.String})
-    selection = choose(scores, config, groups=keys)
+    selection = select_records(scores, config, groups=keys)
     chosen, dropped = kept(selection), selection.rejected["record_id"].to_list()
     assert sorted(chosen + dropped) == list(range(len(records)))  # each record once, in one of the two
     reasons = selection.rejected["reason"].to_list()
@@ -240,7 +244,7 @@ def test_what_holds_for_every_table(
             assert count <= -(-sizes[key] // round(1 / config.keep))
     assert selection.kept.sort("rank")["rank"].to_list() == list(range(1, len(chosen) + 1))
     order = data.draw(st.permutations(range(len(records))))
-    shuffled = choose(scores[order], config, groups=keys[order[::-1]])
+    shuffled = select_records(scores[order], config, groups=keys[order[::-1]])
     assert_frame_equal(shuffled.kept, selection.kept)
     assert_frame_equal(shuffled.rejected, selection.rejected)
 

@@ -15,7 +15,7 @@ from polars.testing import assert_frame_equal
 
 from scorer.protocols import PROTOCOLS
 from scorer.scores.shares import parse_keep
-from scorer.selection.ranking import AGGREGATES, ORDERS, SelectConfig, Selection, choose
+from scorer.selection.ranking import AGGREGATES, ORDERS, SelectConfig, Selection, select_records
 from scorer.types import RowStatus, ScorerError
 
 SCHEMA = {
@@ -96,33 +96,33 @@ def test_parse_keep_refuses_and_names_the_two_forms(text: Any) -> None:
     ],
 )
 def test_a_share_counts_exactly_halves_up(keep: str, total: int, requested: int) -> None:
-    selection = choose(by_ifd([0.5] * total), SelectConfig(parse_keep(keep)))
+    selection = select_records(by_ifd([0.5] * total), SelectConfig(parse_keep(keep)))
     assert (selection.requested, selection.total) == (requested, total)
     assert kept(selection) == list(range(requested))  # all tie, so the first records win
 
 
 def test_failed_records_count_in_the_total() -> None:
     rows = [{"record_id": i, "status": "ok" if i < 5 else "bad_json", "ifd": 0.5 if i < 5 else None} for i in range(10)]
-    assert choose(table(rows), SelectConfig(Fraction(3, 10))).requested == 3
+    assert select_records(table(rows), SelectConfig(Fraction(3, 10))).requested == 3
 
 
 def test_the_highest_are_kept_in_input_order_with_their_ranks() -> None:
     scores = by_ifd([0.5, 0.9, 0.7, 0.9, 0.1])
-    selection = choose(scores, SelectConfig(3))
+    selection = select_records(scores, SelectConfig(3))
     assert selection.kept.select("record_id", "rank", "ifd").rows() == [(1, 1, 0.9), (2, 3, 0.7), (3, 2, 0.9)]
     assert reasons(selection) == {0: "below_cut", 4: "below_cut"}
-    assert kept(choose(scores, SelectConfig(3, order="rank"))) == [1, 3, 2]
+    assert kept(select_records(scores, SelectConfig(3, order="rank"))) == [1, 3, 2]
 
 
 def test_ties_break_by_record_id_in_both_directions() -> None:
     scores = by_ifd([0.9, 0.5, 0.5, 0.5, 0.1])
-    assert kept(choose(scores, SelectConfig(2, order="rank"))) == [0, 1]
-    assert kept(choose(scores, SelectConfig(3, lowest=True, order="rank"))) == [4, 1, 2]
+    assert kept(select_records(scores, SelectConfig(2, order="rank"))) == [0, 1]
+    assert kept(select_records(scores, SelectConfig(3, lowest=True, order="rank"))) == [4, 1, 2]
 
 
 def test_the_frames_have_the_promised_columns() -> None:
     scores = by_ifd([0.5, 0.6]).with_columns(lp1=pl.Series([0.3, 0.2]), note=pl.lit("text is no measure"))
-    selection = choose(scores, SelectConfig(1, by="lp1", lowest=True))
+    selection = select_records(scores, SelectConfig(1, by="lp1", lowest=True))
     assert selection.kept.columns == ["record_id", "rank", *list(SCHEMA)[3:], "lp1"]
     assert selection.kept.schema["record_id"] == selection.kept.schema["rank"] == pl.Int64
     assert selection.rejected.schema == {"record_id": pl.Int64, "reason": pl.String}
@@ -145,7 +145,7 @@ def test_every_reason() -> None:
             {"record_id": 9, "turn": 1, "status": "empty_response"},
         ]
     )
-    selection = choose(scores, SelectConfig(2))
+    selection = select_records(scores, SelectConfig(2))
     assert kept(selection) == [0, 7]
     assert reasons(selection) == {
         1: "below_cut",
@@ -168,27 +168,27 @@ def test_max_ifd_limits_a_ranking_by_something_else() -> None:
             {"record_id": 3, "ifd": None, "ppl_alone": 40.0},  # not known to lie below the limit
         ]
     )
-    limited = choose(scores, SelectConfig(1, by="ppl_alone"))
+    limited = select_records(scores, SelectConfig(1, by="ppl_alone"))
     assert kept(limited) == [1]
     assert reasons(limited) == {0: "ifd_too_high", 2: "below_cut", 3: "null_score"}
-    assert kept(choose(scores, SelectConfig(2, by="ppl_alone", max_ifd=0.85))) == [2]
-    assert kept(choose(scores, SelectConfig(2, by="ppl_alone", max_ifd=None, order="rank"))) == [3, 0]
+    assert kept(select_records(scores, SelectConfig(2, by="ppl_alone", max_ifd=0.85))) == [2]
+    assert kept(select_records(scores, SelectConfig(2, by="ppl_alone", max_ifd=None, order="rank"))) == [3, 0]
 
 
 def test_a_table_without_ifd_has_no_limit() -> None:
     scores = table([{"record_id": i, "ppl_conditioned": 10.0 + i} for i in range(3)])
-    assert kept(choose(scores, SelectConfig(2, by="ppl_conditioned"))) == [1, 2]
-    assert kept(choose(scores.drop("ifd"), SelectConfig(2, by="ppl_conditioned"))) == [1, 2]
-    assert set(reasons(choose(scores, SelectConfig(2, by="ifd"))).values()) == {"null_score"}
+    assert kept(select_records(scores, SelectConfig(2, by="ppl_conditioned"))) == [1, 2]
+    assert kept(select_records(scores.drop("ifd"), SelectConfig(2, by="ppl_conditioned"))) == [1, 2]
+    assert set(reasons(select_records(scores, SelectConfig(2, by="ifd"))).values()) == {"null_score"}
 
 
 def test_fewer_than_asked_for_keeps_all_that_can_be_ranked() -> None:
-    selection = choose(by_ifd([0.5, 1.5, None, 0.6]), SelectConfig(100))
+    selection = select_records(by_ifd([0.5, 1.5, None, 0.6]), SelectConfig(100))
     assert kept(selection) == [0, 3]
     assert selection.requested == 100
-    empty = choose(by_ifd([]), SelectConfig(Fraction(1, 2)))
+    empty = select_records(by_ifd([]), SelectConfig(Fraction(1, 2)))
     assert (empty.total, empty.requested, empty.kept.height, empty.rejected.height) == (0, 0, 0, 0)
-    failed = choose(table([{"record_id": 0, "status": "bad_json"}]), SelectConfig(1, random=True))
+    failed = select_records(table([{"record_id": 0, "status": "bad_json"}]), SelectConfig(1, random=True))
     assert reasons(failed) == {0: "bad_json"}
 
 
@@ -206,16 +206,16 @@ TURNS: list[dict[str, Any]] = [
     [("mean", 0.5, 15, 0), ("min", 0.25, 10, 1), ("max", 0.75, 20, 0), ("last", 0.25, 20, 1)],
 )
 def test_aggregates_over_the_scored_turns(aggregate: str, ifd: float, tokens: float, best: int) -> None:
-    selection = choose(table(TURNS[::-1]), SelectConfig(2, aggregate=aggregate))
+    selection = select_records(table(TURNS[::-1]), SelectConfig(2, aggregate=aggregate))
     rows = selection.kept.select("record_id", "ifd", "response_tokens").rows()
     assert rows == [(0, ifd, tokens), (1, 0.375, 7)]
-    assert kept(choose(table(TURNS), SelectConfig(1, aggregate=aggregate))) == [best]
+    assert kept(select_records(table(TURNS), SelectConfig(1, aggregate=aggregate))) == [best]
 
 
 def test_the_limit_holds_for_the_aggregated_ifd() -> None:
     turns = table([{"record_id": 0, "turn": 0, "ifd": 1.5}, {"record_id": 0, "turn": 1, "ifd": 0.25}])
-    assert kept(choose(turns, SelectConfig(1))) == [0]
-    assert reasons(choose(turns, SelectConfig(1, aggregate="max"))) == {0: "ifd_too_high"}
+    assert kept(select_records(turns, SelectConfig(1))) == [0]
+    assert reasons(select_records(turns, SelectConfig(1, aggregate="max"))) == {0: "ifd_too_high"}
 
 
 def test_a_turn_without_a_value_is_left_out() -> None:
@@ -223,20 +223,20 @@ def test_a_turn_without_a_value_is_left_out() -> None:
         {"record_id": 0, "turn": turn, "ifd": ifd} for turn, ifd in enumerate([0.25, math.nan, 0.75, None])
     ]
     for aggregate, ifd in (("mean", 0.5), ("min", 0.25), ("max", 0.75)):
-        assert choose(table(rows), SelectConfig(1, aggregate=aggregate)).kept["ifd"].to_list() == [ifd]
-    assert reasons(choose(table(rows), SelectConfig(1, aggregate="last"))) == {0: "null_score"}
+        assert select_records(table(rows), SelectConfig(1, aggregate=aggregate)).kept["ifd"].to_list() == [ifd]
+    assert reasons(select_records(table(rows), SelectConfig(1, aggregate="last"))) == {0: "null_score"}
 
 
 def test_random_is_the_same_for_a_seed_and_only_then() -> None:
     scores = by_ifd([0.5] * 98 + [1.5, None])
     config = SelectConfig(10, random=True, order="rank")
-    drawn = choose(scores, config)
+    drawn = select_records(scores, config)
     # random.Random(42).sample(range(98), 10)
     assert kept(drawn) == [81, 14, 3, 94, 35, 31, 28, 17, 13, 86]
     assert drawn.kept["rank"].to_list() == list(range(1, 11))
-    assert_frame_equal(choose(scores.reverse(), config).kept, drawn.kept)
-    assert set(kept(choose(scores, SelectConfig(10, random=True, seed=43)))) != set(kept(drawn))
-    everything = choose(scores, SelectConfig(100, random=True))
+    assert_frame_equal(select_records(scores.reverse(), config).kept, drawn.kept)
+    assert set(kept(select_records(scores, SelectConfig(10, random=True, seed=43)))) != set(kept(drawn))
+    everything = select_records(scores, SelectConfig(100, random=True))
     assert kept(everything) == list(range(98))  # of the same pool as a ranking
     assert reasons(everything) == {98: "ifd_too_high", 99: "null_score"}
 
@@ -263,17 +263,17 @@ def test_a_wrong_table_or_column_is_refused() -> None:
     scores = by_ifd([0.5])
     for name in ("ifdd", "status", "record_id"):
         with pytest.raises(ScorerError, match=f"by: '{name}' is not one of prompt_tokens, .*, ifd, ifd_loss$"):
-            choose(scores, SelectConfig(1, by=name))
+            select_records(scores, SelectConfig(1, by=name))
     with pytest.raises(ScorerError, match="no column turn, status"):
-        choose(scores.drop("turn", "status"), SelectConfig(1))
+        select_records(scores.drop("turn", "status"), SelectConfig(1))
     with pytest.raises(ScorerError, match="turn 0 of record 0 stands in it twice"):
-        choose(pl.concat([scores, scores]), SelectConfig(1))
+        select_records(pl.concat([scores, scores]), SelectConfig(1))
 
 
 def test_every_protocol_ranks_by_a_column_of_the_table() -> None:
     scores = table([{"record_id": 0}])
     for protocol in PROTOCOLS.values():
-        assert choose(scores, SelectConfig(1, by=protocol.rank_by, lowest=protocol.lowest)).total == 1
+        assert select_records(scores, SelectConfig(1, by=protocol.rank_by, lowest=protocol.lowest)).total == 1
 
 
 # Few values, so that ties abound; 1/3 and 0.1 make sums that depend on their order.
@@ -309,7 +309,7 @@ def test_what_holds_for_every_table(
         for i, turns in enumerate(records)
         for turn, (status, ifd, ppl) in enumerate(turns)
     ]
-    selection = choose(table(rows), config)
+    selection = select_records(table(rows), config)
     chosen, dropped = selection.kept["record_id"].to_list(), selection.rejected["record_id"].to_list()
 
     assert sorted(chosen + dropped) == list(range(len(records)))  # each record once, in one of the two
@@ -335,6 +335,6 @@ def test_what_holds_for_every_table(
         failed = not any(status.scored for status, _, _ in records[i])
         assert (reason == records[i][0][0]) == failed
 
-    shuffled = choose(table(data.draw(st.permutations(rows))), config)
+    shuffled = select_records(table(data.draw(st.permutations(rows))), config)
     assert_frame_equal(shuffled.kept, selection.kept, check_exact=True)
     assert_frame_equal(shuffled.rejected, selection.rejected)
