@@ -33,7 +33,7 @@ from scorer.engines.choose import BATCH_TOKENS, resolve_config
 from scorer.models.find import ModelFiles
 from scorer.runs.directory import Run
 from scorer.runs.progress import Silent
-from scorer.runs.run import FREE
+from scorer.runs.run import RESUMABLE_FIELDS
 from scorer.types import ScorerError
 from tests.conftest import SIZES, byte_tokenizer
 from tests.lib.command import CONSOLE_SCRIPT, FORKS, SECONDS, Commands, alpaca, end, read_jsonl, shards, start, wait
@@ -426,7 +426,7 @@ def test_the_manifest_says_what_was_done(
     config = manifest["identity"]["config"]
     assert (config["engine"], config["dtype"], config["device"]) == ("packed", "float32", "cpu")
     assert (config["max_length"], config["shard_rows"], config["protocol"]) == (1024, 20, "superfiltering")
-    for free in FREE:  # the revision says which model it is, and batches change no score
+    for free in RESUMABLE_FIELDS:  # the revision says which model it is, and batches change no score
         del config[free]
     identity = json.dumps(manifest["identity"], sort_keys=True).encode()
     assert manifest["fingerprint"] == hashlib.sha256(identity).hexdigest()
