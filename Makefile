@@ -27,7 +27,7 @@ browser:
 lint: .venv/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy cli.py scorer kernels/scorer_kernels bench
+	$(BIN)/mypy cli.py scorer kernels/scorer_kernels bench tests
 	$(BIN)/python -m bench readme --check
 	$(BIN)/deptry .
 

@@ -23,9 +23,8 @@ import torch
 
 from bench.lib.rows import PROTOCOL, Rows, longest
 from scorer.config import ScoreConfig
-from scorer.data.dataset import count_records
+from scorer.data.dataset import Dataset
 from scorer.data.encode import Encoder
-from scorer.data.reader import read_raw
 from scorer.data.writer import RecordWriter
 from scorer.engines.choose import BATCH_TOKENS
 from scorer.engines.packing import pack, plan_batches
@@ -65,7 +64,7 @@ def measure(data: str, scored: int, model: str) -> tuple[Costs, Rows]:
 
     Tokens are those of the model's own tokenizer under PROTOCOL.
     """
-    values = [raw.value for raw in read_raw([data])]
+    values = [raw.value for raw in Dataset([data]).rows()]
     files = find_model(model)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
@@ -96,7 +95,7 @@ def measure(data: str, scored: int, model: str) -> tuple[Costs, Rows]:
             tokens=sum(len(s.token_ids) for _, sequences in encoded for s in sequences) / count,
             bytes_in=once["jsonl"].stat().st_size / len(values),
             read_seconds=_seconds(lambda: _read(lines, count))[0] / count,
-            count_seconds=_seconds(lambda: count_records(lines))[0] / count,
+            count_seconds=_seconds(Dataset([lines]).inspect)[0] / count,
             encode_seconds=encode_seconds / count,
             encode_parallel=inside,
             pack_seconds=_seconds(packs)[0] / count,
@@ -120,9 +119,9 @@ def _written(path: Path, values: list[Any]) -> Path:
 
 def _read(path: str, rows: int) -> list[bytes]:
     """What the reader of a run on Ray sends to its workers."""
-    config = ScoreConfig()
-    shards = list(range(math.ceil(rows / config.shard_rows)))
-    return [pickle.dumps(records) for _, records in read_shards([path], config, shards)]
+    shard_rows = ScoreConfig().shard_rows
+    shards = list(range(math.ceil(rows / shard_rows)))
+    return [pickle.dumps(records) for _, records in read_shards(Dataset([path]), shard_rows, shards)]
 
 
 def _records(payload: bytes) -> list[Record]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from scorer.clusters.embedder import Embedder, EmbedderConfig
 from scorer.clusters.embeddings import TEXTS
-from scorer.data.records import read_records
+from scorer.data.dataset import Dataset
 from scorer.models.find import find_model
 from scorer.models.load import choose_device
 
@@ -25,7 +25,7 @@ ERROR = 1e-5
 
 def run(data: str, rows: int, embedder: str, repeats: int) -> dict[str, Any]:
     """The result as a JSON value; its rates are medians of `repeats` rounds."""
-    texts = [TEXTS["part"](record) for record in read_records([data], limit=rows)]
+    texts = [TEXTS["part"](record) for record in Dataset([data], limit=rows).records()]
     config = EmbedderConfig(embedder, device=choose_device("auto"))
     model = Embedder(find_model(embedder, embedder=True), config)
     error = _error(model, [text for text in texts if text][:CHECKED])

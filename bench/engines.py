@@ -31,6 +31,7 @@ from scorer.engines.vllm import check_vllm
 from scorer.models.find import ModelFiles, find_model
 from scorer.models.load import choose_device
 from scorer.runs.directory import Run
+from scorer.runs.manifest import Manifest
 from scorer.scores.shares import parse_keep
 from scorer.selection.ranking import SelectConfig, select_records
 from scorer.types import ScorerError
@@ -248,7 +249,9 @@ def _overhead(sample: Rows, table: pl.DataFrame) -> float:
         with run_directory.locked():
             start = time.perf_counter()
             run_directory.write_shard(0, table)
-            run_directory.write_manifest({})
+            run_directory.write_manifest(
+                Manifest(identity={"config": {"shard_rows": len(table)}}, ranking={}, records=0)
+            )
             return sample.seconds + time.perf_counter() - start
 
 

@@ -50,7 +50,7 @@ def run(data: str, rows: int, model: str, repeats: int, pair_rows: int) -> dict[
                 sides[side].append(_timed(data, place, cluster, limit=rows, model=model, shard_rows=SHARD_ROWS))
                 tables[side] = Run(place)
                 console.print(side, sides[side][-1])
-            dtype = tables["local"].manifest["identity"]["config"]["dtype"]
+            dtype = tables["local"].manifest.config["dtype"]
             error = _agree(tables["local"], tables["ray"], TOLERANCE[dtype])
         pairs = {}
         for name, tolerance in TOLERANCE.items() if pair_rows else ():
@@ -63,7 +63,7 @@ def run(data: str, rows: int, model: str, repeats: int, pair_rows: int) -> dict[
             pair = score(data, Path(folder) / f"pair-{name}", cluster=Cluster(workers=2), **options)
             pairs[name] = {
                 "largest_relative_error": _agree(alone, pair, tolerance),
-                "workers_that_wrote": len(pair.manifest["shards_by"]),
+                "workers_that_wrote": len(pair.manifest.shards_by),
             }
     rate = {side: statistics.median(one["rows_per_second"] for one in timed) for side, timed in sides.items()}
     result = {
@@ -86,7 +86,7 @@ def _timed(data: str, place: Path, cluster: Cluster | None, **options: Any) -> d
     run = score(data, place, cluster=cluster, **options)
     whole = time.time() - began
     written = sorted(path.stat().st_mtime for path in (place / "scores").glob("part-*.parquet"))
-    rows = run.manifest["records"] - options["shard_rows"]
+    rows = run.manifest.records - options["shard_rows"]
     return {
         "rows_per_second": rows / (written[-1] - written[0]),
         "seconds_to_the_first_shard": written[0] - began,

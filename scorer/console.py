@@ -106,9 +106,10 @@ def _box(output: Console) -> Box | None:
 def show_run(run: Run) -> None:
     """The summary of a finished run."""
     manifest = run.manifest
-    scores = run.scores([name for name in run.schema if name in ("status", *COLUMNS)])
+    with run.snapshot() as shards:
+        scores = shards.scores([name for name in shards.schema if name in ("status", *COLUMNS)])
     summary = summarise(scores)
-    table = Table(title=f"{run.path}: {manifest['records']:,} records, {scores.height:,} rows", title_justify="left")
+    table = Table(title=f"{run.path}: {manifest.records:,} records, {scores.height:,} rows", title_justify="left")
     table.add_column("")
     for quantile in QUANTILES:
         table.add_column(f"{quantile:.0%}", justify="right")
@@ -118,9 +119,9 @@ def show_run(run: Run) -> None:
     line("status: " + ", ".join(f"{count:,} {status}" for status, count in summary.status.items()))
     if summary.length_bias is not None:
         line(f"Spearman of ifd with response length: {summary.length_bias:+.3f}")
-    if manifest["seconds"]:
-        rate = manifest["tokens"] / manifest["seconds"]
-        line(f"{manifest['tokens']:,} tokens in {manifest['seconds']:,.1f} s: {rate:,.0f} tokens/s")
+    if manifest.seconds:
+        rate = manifest.tokens / manifest.seconds
+        line(f"{manifest.tokens:,} tokens in {manifest.seconds:,.1f} s: {rate:,.0f} tokens/s")
 
 
 def show_selection(selection: Selection, output: str) -> None:

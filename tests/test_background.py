@@ -36,5 +36,5 @@ def test_work_that_is_given_up_ends() -> None:
 
 def test_a_process_ends_without_it() -> None:
     """Here the work is in a call that blocks, as when it waits for an answer."""
-    code = "import threading; from scorer.background import Background; Background(threading.Event().wait).give_up(0)"
+    code = "import threading; from scorer.background import Background; Background(threading.Event().wait).cancel(0)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

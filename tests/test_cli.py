@@ -195,7 +195,7 @@ def test_parquet_with_other_columns(command: Commands, tiny: Callable[[str], Mod
 def test_standard_output_that_ends_early_or_is_full() -> None:
     shell = f"{CONSOLE_SCRIPT} models 2>&1 | head -c 1"
     assert subprocess.run(shell, shell=True, capture_output=True, text=True).stdout == " "
-    command = [CONSOLE_SCRIPT, "models"]
+    command = [str(CONSOLE_SCRIPT), "models"]
     reader, writer = os.pipe()
     os.close(reader)
     closed = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)

@@ -37,7 +37,13 @@ COMMAND_LINE = {"scorer.console", "scorer.commands", "scorer.__main__"}
 COMMANDS_AT_THEIR_TOP = {"click", "scorer.config", "scorer.protocols", "scorer.types"}
 # Wings and modules that never import torch, not even inside a function, nor anything of ours that does.
 TORCH_FREE_WINGS = {"base", "storage", "scores", "data", "selection", "agreement", "report"}
-TORCH_FREE_RUNS = {"scorer.runs", "scorer.runs.directory", "scorer.runs.extras", "scorer.runs.progress"}
+TORCH_FREE_RUNS = {
+    "scorer.runs",
+    "scorer.runs.directory",
+    "scorer.runs.extras",
+    "scorer.runs.manifest",
+    "scorer.runs.progress",
+}
 TORCH_BOUND = {"torch", "transformers", "safetensors", "triton", "scorer_kernels"}
 KERNEL_USERS = {"scorer.engines.packed", "scorer.engines.vllm_plugin"}
 KERNELS_NEED = {"torch", "triton"}

@@ -14,8 +14,8 @@ from typing import Any
 import polars as pl
 
 from scorer.config import DEFAULT_MODEL
+from scorer.data.dataset import Dataset
 from scorer.data.encode import Encoder
-from scorer.data.records import read_records
 from scorer.engines import Engine
 from scorer.engines.choose import CONTEXT_KEYS
 from scorer.models.find import ModelFiles, model_settings
@@ -53,7 +53,7 @@ def encoded(data: str, rows: int, files: ModelFiles, max_length: int) -> Rows:
     """The first `rows` records of `data` under the model's own tokenizer, sequences cut to `max_length` tokens."""
     encoder = Encoder(load_tokenizer(files), PROTOCOL, max_length, files.document_token_id)
     start = time.perf_counter()
-    records = list(read_records([data], limit=rows))
+    records = list(Dataset([data], limit=rows).records())
     turns, sequences = encoder.encode(records)
     return Rows(len(records), turns, sequences, time.perf_counter() - start)
 

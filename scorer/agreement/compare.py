@@ -17,7 +17,8 @@ from pathlib import Path
 import polars as pl
 
 from scorer.agreement.statistics import Agreement, agree
-from scorer.data.reader import read_raw, read_table
+from scorer.data.dataset import Dataset
+from scorer.data.reader import read_table
 from scorer.requirements import require
 from scorer.runs.directory import Run
 from scorer.runs.extras import clusters, has_clusters
@@ -136,38 +137,46 @@ def _columns(by: str | Sequence[str] | None, count: int) -> Sequence[str | None]
 def _is_table(path: Path) -> bool:
     if path.suffix.lower() == ".csv":
         return True
-    first = next(read_raw([path], limit=1)).value
+    first = next(Dataset([path], limit=1).rows()).value
     return isinstance(first, dict) and "record_id" in first
 
 
 def _load(path: Path, by: str | None, lowest: bool | None) -> Scored:
-    run, table, low = Run(path) if is_folder(path) else None, pl.DataFrame(), False
-    if run is not None:
-        ranking = run.manifest["ranking"]
-        if not run.complete:
-            raise ScorerError(f"{path} is unfinished: run the same command again to finish it")
-        schema, low = run.schema, ranking["lowest"] and by in (None, ranking["by"])
-        by = by or ranking["by"]
-    else:
+    if not is_folder(path):
         table = _read_table(path)
-        schema = table.schema
-    low = low or by in LEARNING
+        return _scored(path, table, _column(path, table.schema, by), lowest)
+    run = Run(path)
+    ranking = run.manifest.ranking
+    if not run.complete:
+        raise ScorerError(f"{path} is unfinished: run the same command again to finish it")
+    if lowest is None and ranking["lowest"] and by in (None, ranking["by"]):
+        lowest = True
+    with run.snapshot() as shards:
+        by = _column(path, shards.schema, by or ranking["by"])
+        table = per_record(shards.scores([*KEYS, by]))  # the only columns of it that are read
+    return _scored(path, table, by, lowest)
+
+
+def _column(path: Path, schema: pl.Schema, by: str | None) -> str:
+    """The column to compare by: `by`, or the only measure. Raises ScorerError where the table has no such column."""
     if "record_id" not in schema or not schema["record_id"].is_integer():
         raise ScorerError(f"{path}: it has no column record_id of whole numbers")
     measures = measures_of(schema)
     if by is None and len(measures) == 1:
         by = measures[0]
-    if by not in measures:
+    if by is None or by not in measures:
         asked = "which column is meant?" if by is None else f"there is no column of numbers '{by}';"
         raise ScorerError(f"{path}: {asked} --by takes one of {', '.join(measures)}")
-    if run is not None:
-        table = per_record(run.scores([*KEYS, by]))  # the only columns of it that are read
+    return by
+
+
+def _scored(path: Path, table: pl.DataFrame, by: str, lowest: bool | None) -> Scored:
     values = table.select(pl.col("record_id").cast(pl.Int64), value=pl.col(by).cast(pl.Float64)).sort("record_id")
     if missing := values["record_id"].null_count():
         raise ScorerError(f"{path}: {missing:,} rows have no record_id")
     if twice := values.height - values["record_id"].n_unique():
         raise ScorerError(f"{path}: {twice:,} rows repeat the record_id of another")
-    return Scored(str(path), by, low if lowest is None else lowest, values)
+    return Scored(str(path), by, by in LEARNING if lowest is None else lowest, values)
 
 
 def _read_table(path: Path) -> pl.DataFrame:
@@ -202,7 +211,7 @@ def _pair(a: Scored, b: Scored, shares: list[Fraction], groups: pl.DataFrame | N
 
 def _contents(path: Path) -> Counter[bytes]:
     counts: Counter[bytes] = Counter()
-    for raw in read_raw([path]):
+    for raw in Dataset([path]).rows():
         value = raw.value
         if isinstance(value, dict):
             value = {key: v for key, v in value.items() if key != IGNORED}

@@ -18,7 +18,6 @@ import polars as pl
 
 from scorer.clusters.embedder import EMBEDDER, MAX_TOKENS, EmbedderConfig, Matrix
 from scorer.clusters.embeddings import embed
-from scorer.data.dataset import check_unchanged
 from scorer.models.load import choose_device
 from scorer.requirements import require
 from scorer.runs.directory import CLUSTERS, EMBEDDINGS, FLAGS, Run, write_table
@@ -63,15 +62,15 @@ def cluster(
             raise ScorerError(f"{name}: {value} is below 1")
     run, progress = run if isinstance(run, Run) else Run(run), progress or Silent()
     run.require_disk("clustering")
-    manifest = run.manifest
-    _check_has_data(run, manifest)
-    if clusters is not None and clusters > manifest["records"]:
-        raise ScorerError(f"{manifest['records']:,} records can't make {clusters:,} clusters: give fewer --clusters")
-    with run.locked():
+    data = run.data
+    data.check_unchanged()
+    if clusters is not None and clusters > run.manifest.records:
+        raise ScorerError(f"{run.manifest.records:,} records can't make {clusters:,} clusters: give fewer --clusters")
+    with run.locked(), data:
         if fresh:
             shutil.rmtree(run.path / EMBEDDINGS, ignore_errors=True)
         config = EmbedderConfig(embedder, max_tokens, choose_device(device), allow_pickle, trust_remote_code)
-        parts = embed(run, "part", config, progress)
+        parts = embed(run, data, "part", config, progress)
         filled = np.concatenate([np.asarray(part).any(axis=1) for part in parts])
         records = int(filled.sum())
         k = clusters or max(1, records // min_mean_size)
@@ -84,7 +83,7 @@ def cluster(
         table = table.sort("record_id")
         write_table(run.path / CLUSTERS, table)
         if flags:
-            instructions, responses = (embed(run, kind, config, progress) for kind in ("instruction", "response"))
+            instructions, responses = (embed(run, data, kind, config, progress) for kind in ("instruction", "response"))
             far = pl.concat([_far(one, two, far_below) for one, two in zip(instructions, responses, strict=True)])
             copies = pl.Series(near_duplicates(parts, duplicate_above))
             write_table(run.path / FLAGS, ids.with_columns(far_from_instruction=far, near_duplicate=copies))
@@ -145,9 +144,3 @@ def _far(one: Matrix, two: Matrix, below: float) -> pl.Series:
     both = pl.Series(np.logical_and(one.any(axis=1), two.any(axis=1)))
     far = pl.Series(np.einsum("nd,nd->n", one, two) < below)
     return pl.select(pl.when(both).then(far)).to_series()
-
-
-def _check_has_data(run: Run, manifest: dict[str, Any]) -> None:
-    if not manifest["inputs"]:
-        raise ScorerError(f"{run.path} was joined from tables and has no data to embed: join run directories instead")
-    check_unchanged(manifest["inputs"])

@@ -5,8 +5,7 @@
     RUN/embeddings/instruction-00000.npy  the same of the instruction and input alone; response-00000.npy too
 
 A part is whole or absent, and is mapped, not read, so that the embeddings are never in memory twice. A record without
-text has a row of zeros. How a text is
-embedded is scorer.clusters.embedder's.
+text has a row of zeros. How a text is embedded is scorer.clusters.embedder's.
 """
 
 from __future__ import annotations
@@ -20,9 +19,10 @@ from typing import Any
 import numpy as np
 
 from scorer.clusters.embedder import Embedder, EmbedderConfig, Matrix
-from scorer.data.records import read_records
+from scorer.data.dataset import Dataset
 from scorer.models.find import ModelFiles, find_model
 from scorer.runs.directory import EMBEDDINGS, Run
+from scorer.runs.manifest import Manifest, differences
 from scorer.runs.progress import Progress
 from scorer.storage.atomic import remove_temporaries, replacing
 from scorer.types import Record, ScorerError
@@ -48,7 +48,7 @@ def _response(record: Record) -> str:
 TEXTS: Mapping[str, Callable[[Record], str]] = {"part": _part, "instruction": _instruction, "response": _response}
 
 
-def embed(run: Run, kind: str, config: EmbedderConfig, progress: Progress) -> list[Matrix]:
+def embed(run: Run, data: Dataset, kind: str, config: EmbedderConfig, progress: Progress) -> list[Matrix]:
     """The embeddings of a run's records, in parts (memory-mapped), those that are missing made first.
 
     kind: of TEXTS: part, the instruction, input and response; or the first two, or the last. The caller holds
@@ -57,21 +57,19 @@ def embed(run: Run, kind: str, config: EmbedderConfig, progress: Progress) -> li
     """
     files = find_model(config.embedder, embedder=True, allow_pickle=config.allow_pickle, report=progress.say)
     manifest = run.manifest
-    scored = manifest["identity"]["config"]
     folder = run.path / EMBEDDINGS
     identity = _identity(manifest, files, config)
-    _refuse_other(folder, identity)
-    parts = [folder / f"{kind}-{i:05d}.npy" for i in range(-(-manifest["records"] // PART_ROWS))]
+    _check_same_embeddings(folder, identity)
+    parts = [folder / f"{kind}-{i:05d}.npy" for i in range(-(-manifest.records // PART_ROWS))]
     remove_temporaries(folder / f"{kind}-*.npy")
     done = next((i for i, part in enumerate(parts) if not part.exists()), len(parts))
     if done < len(parts):
         what = "records" if kind == "part" else f"{kind}s"
         progress.say(f"embedding the {what} with {files.name}")
-        progress.begin(manifest["records"], done * PART_ROWS)
+        progress.begin(manifest.records, done * PART_ROWS)
         model = Embedder(files, config)
         _keep(folder, identity | model.settings)
-        paths = [entry["path"] for entry in manifest["inputs"]]
-        records = read_records(paths, columns=scored["columns"], start=done * PART_ROWS, limit=scored["limit"])
+        records = data.records(done * PART_ROWS)
         for part in parts[done:]:
             chunk, tokens = list(islice(records, PART_ROWS)), model.tokens
             matrix = model.embed([TEXTS[kind](record) for record in chunk])
@@ -81,31 +79,30 @@ def embed(run: Run, kind: str, config: EmbedderConfig, progress: Progress) -> li
     return [np.load(part, mmap_mode="r") for part in parts]
 
 
-def _identity(manifest: dict[str, Any], files: ModelFiles, config: EmbedderConfig) -> dict[str, Any]:
-    scored = manifest["identity"]["config"]
+def _identity(manifest: Manifest, files: ModelFiles, config: EmbedderConfig) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "embedder": files.name,
         "revision": files.revision,
         "max_tokens": config.max_tokens,
         "part_rows": PART_ROWS,
-        "inputs": manifest["identity"]["inputs"],
-        "limit": scored["limit"],
-        "columns": scored["columns"],
+        "inputs": manifest.identity["inputs"],
+        "limit": manifest.config["limit"],
+        "columns": manifest.config["columns"],
     }
 
 
-def _refuse_other(folder: Path, identity: dict[str, Any]) -> None:
+def _check_same_embeddings(folder: Path, identity: dict[str, Any]) -> None:
     """Raise ScorerError where the folder's manifest is of another identity."""
     path = folder / "manifest.json"
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else identity
-    if changes := [name for name, value in identity.items() if before.get(name) != value]:
-        raise ScorerError(f"{folder} holds embeddings of other {', '.join(changes)}: use --fresh to discard them")
+    if changes := differences(before, identity):
+        raise ScorerError(f"{folder} holds other embeddings ({'; '.join(changes)}): use --fresh to discard them")
 
 
-def _keep(folder: Path, manifest: dict[str, Any]) -> None:
+def _keep(folder: Path, made_with: dict[str, Any]) -> None:
     path = folder / "manifest.json"
     if not path.exists():
         folder.mkdir(exist_ok=True)
         with replacing(path) as temporary:
-            temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps(made_with, indent=2) + "\n", encoding="utf-8")

@@ -1,100 +1,213 @@
-"""The inputs of a run: what identifies each file, and how many records it holds."""
+"""The inputs of a run as one sequence of records: what identifies each file, how many rows it has, and its rows.
+
+Each file is opened once and hashed, counted and checked in one pass; reading its rows later uses the same open file,
+the same copy of an object, and the same parse of a JSON array.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import shutil
 import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
-from scorer.config import ScoreConfig
-from scorer.data.reader import Check, _check_input, _read_file, _reading
-from scorer.data.records import known_format
-from scorer.storage.paths import absolute, local_copy, to_path
-from scorer.types import ScorerError
+from scorer.data.reader import InputReader, RawRecord, Rows, check_input, read_errors
+from scorer.data.records import fits_format, to_record, unknown_format
+from scorer.storage.paths import absolute, is_remote, object_info, to_path
+from scorer.types import Record, ScorerError
+
+OPEN_FILES = 64  # of one dataset; an input beyond them is opened again when it is read again
+KEPT_ARRAY_BYTES = 256 << 20  # on disk: JSON arrays up to it stay parsed (five times that) from counting to reading
 
 
 @dataclass(frozen=True, slots=True)
 class InputFile:
-    """What tells whether a file is still the same: size in bytes, and SHA-256 of the bytes as they lie on disk.
+    """What tells whether a file is still the same: its size in bytes, and the SHA-256 of its bytes.
 
-    An object is not read for it: instead of a SHA-256 it has the ETag that its store gives to each content.
+    An object is not read for it: it has the ETag that its store gives to each content. `modified_ns` is the time of the
+    file's last change; while it and the size stay the same, the file is not hashed again.
     """
 
     path: str
     size: int
-    sha256: str | None
+    sha256: str | None = None
     etag: str | None = None
+    modified_ns: int | None = None
 
     @property
     def identity(self) -> dict[str, Any]:
         """What stays the same wherever a copy of the file lies."""
         return {"size": self.size} | ({"etag": self.etag} if self.etag else {"sha256": self.sha256})
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        modified = {} if self.modified_ns is None else {"modified_ns": self.modified_ns}
+        return {"path": self.path} | self.identity | modified
 
-def inspect_input(path: str | Path) -> InputFile:
-    """Size and hash of an input file.
 
-    Raises ScorerError: missing, not a file, unreadable, of unknown suffix, of a name or folder that is not UTF-8.
+def inspect_input(path: str | Path, known: InputFile | None = None) -> InputFile:
+    """What identifies an input file now. `known` where path, size and modification time are its own: no second hash.
+
+    Raises ScorerError as `check_input` does, and where the file can't be read.
     """
     where = to_path(path)
-    entry = _check_input(where)
-    if entry is not None:
-        return InputFile(str(where), entry["size"], None, entry["ETag"].strip('"'))
-    with _reading(where), open(where, "rb") as file:
+    check_input(where)
+    found = _stat(where)
+    if found.etag:
+        return found
+    if known is not None and replace(known, sha256=None) == found:
+        return known
+    with read_errors(where), open(where, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return InputFile(str(path), file.tell(), digest)
-
-
-def check_unchanged(inputs: Iterable[Mapping[str, Any]]) -> None:
-    """Raise ScorerError for the first of a manifest's inputs that is not what it was."""
-    for entry in inputs:
-        if {"path": entry["path"]} | inspect_input(entry["path"]).identity != entry:
-            raise ScorerError(f"{entry['path']} changed since it was scored: score it again")
+        return replace(found, size=file.tell(), sha256=digest)
 
 
 def input_size(path: str | Path) -> int:
-    """Bytes of an input file, which is not read for it. Raises ScorerError as `inspect_input` does."""
+    """The bytes of an input file, which is not read. Raises ScorerError as `check_input` does."""
     where = to_path(path)
-    entry = _check_input(where)
-    return int(entry["size"]) if entry is not None else where.stat().st_size
+    check_input(where)
+    return _stat(where).size
 
 
-def count_records(path: str | Path, check: Check | None = None, limit: int | None = None) -> int:
-    """How many rows a file holds, without parsing JSON lines. `check` is as of `read_raw`; of an empty file not called.
+def _stat(path: Path) -> InputFile:
+    """What is known of a file without reading it."""
+    if is_remote(path):
+        info = object_info(path)
+        return InputFile(absolute(path), info["size"], etag=info["ETag"].strip('"'))
+    with read_errors(path):
+        status = path.stat()
+        return InputFile(absolute(path), status.st_size, modified_ns=status.st_mtime_ns)
 
-    `limit` is of the check alone. Raises ScorerError as `read_raw` does.
+
+class Dataset:
+    """The files `paths`, read in order as one sequence of rows, up to `limit` of them.
+
+    columns: COLUMNS of scorer.config -> the data's names; None detects them. inputs, counts: what `inspect` found
+    earlier. A path that can't be an input raises ScorerError at once.
     """
-    where = to_path(path)
-    _check_input(where)
-    with local_copy(where) as file:
-        rows, count = _read_file(where, file, 0, sys.maxsize, None), 0
+
+    def __init__(
+        self,
+        paths: Sequence[str | Path],
+        *,
+        columns: Mapping[str, str] | None = None,
+        limit: int | None = None,
+        inputs: Sequence[InputFile] = (),
+        counts: Sequence[int] = (),
+    ):
+        self._paths = [to_path(path) for path in paths]
+        self.paths = list(map(str, paths))
+        self.columns, self.limit = columns, limit
+        self.inputs, self.counts = tuple(inputs), tuple(counts)
+        self._readers: dict[int, InputReader] = {}
+        for path in self._paths:
+            check_input(path)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all files; reading opens them again."""
+        while self._readers:
+            self._readers.popitem()[1].close()
+
+    def inspect(self, known: Sequence[InputFile] | None = None, counts: Sequence[int] = ()) -> None:
+        """Find out `inputs`, and `counts` in the same pass, unless an earlier run of the same data has `known` them.
+
+        Raises ScorerError for a file that scoring would fail on later, and where there are no rows.
+        """
+        if known is not None:
+            before = {entry.path: entry for entry in known}
+            self.inputs = tuple(inspect_input(path, before.get(absolute(path))) for path in self._paths)
+            self.counts = tuple(counts)
+            return
+        self.inputs = self.counts = ()
+        kept = 0  # bytes on disk of arrays that are held
+        for number, path in enumerate(self._paths):
+            left = None if self.limit is None else self.limit - sum(self.counts)
+            if left is not None and left <= 0:
+                self.inputs += (inspect_input(path),)
+                continue
+            found = _stat(path)
+            kept += found.size
+            scan = self._reader(number).scan(fits_format(self.columns), left, keep=kept <= KEPT_ARRAY_BYTES)
+            if scan.first is not None and not scan.fits:
+                raise unknown_format(path, scan.first, self.columns)
+            self.inputs += (found if found.etag else replace(found, size=scan.size, sha256=scan.sha256),)
+            self.counts += (scan.rows,)
+            self._drop_copies()
+        if not sum(self.counts):
+            raise ScorerError(f"{', '.join(self.paths)}: there are no records to score")
+
+    def check_unchanged(self) -> None:
+        """Raise ScorerError for the first file that is not what `inputs` says."""
+        for entry in self.inputs:
+            if inspect_input(entry.path, entry).identity != entry.identity:
+                raise ScorerError(f"{entry.path} changed since it was scored: score it again")
+
+    def rows(self, start: int = 0, stop: int | None = None) -> Iterator[RawRecord]:
+        """The rows with `start <= record_id < stop` and below the limit, in order.
+
+        Rows that are skipped are not parsed, and a file of which `counts` says that all are skipped is not opened.
+        Raises ScorerError where a file can't be read, where it has more or fewer rows than `counts` says, and where
+        there is no row in all of the files.
+        """
+        stop = self.limit if stop is None else stop if self.limit is None else min(stop, self.limit)
+        next_id = 0
+        for number, path in enumerate(self._paths):
+            if stop is not None and next_id >= stop:
+                return
+            count = self.counts[number] if number < len(self.counts) else None
+            if count is not None and next_id + count <= start:
+                next_id += count
+                continue
+            rows = self._reader(number).rows(next_id, start, stop)
+            if count is not None:
+                rows = _as_counted(path, rows, min(next_id + count, sys.maxsize if stop is None else stop))
+            next_id = yield from rows
+        if next_id == 0 and stop != 0:
+            raise ScorerError(f"{', '.join(self.paths) or 'the inputs'}: hold no records; give at least one")
+
+    def records(self, start: int = 0, stop: int | None = None) -> Iterator[Record]:
+        """The records of `rows`: see `scorer.data.records.to_record`."""
+        return (to_record(raw, self.columns) for raw in self.rows(start, stop))
+
+    def _reader(self, number: int) -> InputReader:
+        if number not in self._readers:
+            if len(self._readers) == OPEN_FILES:
+                self._readers.pop(next(iter(self._readers))).close()
+            self._readers[number] = InputReader(self._paths[number])
+        return self._readers[number]
+
+    def _drop_copies(self) -> None:
+        """Remove the copies of objects, to be fetched again, where they take more than half of the room for them."""
+        copied = sum(entry.size for entry in self.inputs if entry.etag)
+        if copied > shutil.disk_usage(tempfile.gettempdir()).free:
+            self.close()
+
+
+def _as_counted(path: Path, rows: Rows, end: int) -> Rows:
+    """`rows`, of which the last is to be number `end` - 1: no row takes another's number."""
+    found = None
+    while found is None:
         try:
-            next(rows)
-        except StopIteration as end:
-            count = end.value
-        if check is not None and count:
-            check(where, _read_file(where, file, 0, 0, limit))
-    return count
-
-
-def _count(paths: list[str], config: ScoreConfig) -> list[int]:
-    """How many rows each file has, of those that are not beyond the limit.
-
-    Raises ScorerError for any file that scoring would fail on, but hours later.
-    """
-    counts: list[int] = []
-    for path in paths:
-        left = None if config.limit is None else config.limit - sum(counts)
-        if left is not None and left <= 0:
-            break
-        counts.append(count_records(path, known_format(config.columns), left))
-    if not sum(counts):
-        raise ScorerError(f"{', '.join(paths)}: there are no records to score")
-    return counts
-
-
-def _inputs(inputs: list[InputFile]) -> list[dict[str, Any]]:
-    return [{"path": absolute(i.path)} | i.identity for i in inputs]
+            raw = next(rows)
+            if raw.record_id < end:
+                yield raw
+            else:
+                found = raw.record_id + 1
+        except StopIteration as last:
+            found = last.value
+    if found != end:
+        raise ScorerError(f"{path}: changed while it was read; score it again when nothing writes it")
+    return end

@@ -1,35 +1,38 @@
-"""Files in: bytes on disk -> the raw values of their rows (JSON arrays, JSON Lines, Parquet).
+"""One input file -> the raw values of its rows: a JSON array, JSON Lines or Parquet, plain or compressed.
 
-Every row of every file gets a record id, whatever is in it. It does not know what a prompt or a response is, nor how
-files are written (scorer.data.writer).
+Every row gets a record id, whatever is in it. Several files together are scorer.data.dataset's; what a prompt or a
+response is, scorer.data.records'.
+
 JSON Lines is read line by line. Parquet is read some thousand rows at a time, which holds the compressed bytes of one
 row group in memory (Polars reads whole column chunks). A JSON array is parsed whole. An object of a store is copied to
-the temporary folder while it is read: one input at a time.
+the temporary folder for as long as its reader is open.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gzip
+import hashlib
 import io
 import json
 import os
-import sys
 import zlib
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import polars as pl
 import zstandard
 
 from scorer.data.formats import first_line, is_array, known_suffix
-from scorer.storage.paths import exists, is_folder, is_remote, local_copy, object_info, to_path
+from scorer.storage.paths import exists, is_folder, is_remote, local_copy, object_info
 from scorer.types import RowStatus, ScorerError
 
 BOM = b"\xef\xbb\xbf"
-UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")  # of either byte order
+UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")  # little and big endian
+BUFFER_BYTES = 1 << 16
 PARQUET_BATCH_BYTES = 16 << 20  # on disk; every batch decodes its row group from the start, so not too small
 PARQUET_BATCH_ROWS = 10_000
 
@@ -46,67 +49,177 @@ class RawRecord:
 
 
 Rows = Generator[RawRecord, None, int]  # returns the record id after the file's last row
-Check = Callable[[Path, Iterator[RawRecord]], None]  # of a file and its rows; raises ScorerError
 
 
-def read_raw(
-    paths: Sequence[str | Path],
-    *,
-    start: int = 0,
-    limit: int | None = None,
-    check: Check | None = None,
-    counts: Sequence[int] = (),
-) -> Iterator[RawRecord]:
-    """The rows of all files in order, those with `start <= record_id < limit`.
+class Scan(NamedTuple):
+    """What one pass over a file finds: its size in bytes, its SHA-256, its rows, the first, and whether one fits."""
 
-    Skipped JSON lines are not parsed, skipped Parquet rows not decoded, and a file that is skipped whole is not opened
-    where `counts`, of the rows of each of the first files, says so. `check`, where given, is called as each file is
-    reached, with an iterator over the file's rows below `limit`, from its first. Raises ScorerError for a file-level
-    fault, where a file has more or fewer rows than `counts` says, and where there is no row in all of the files.
+    size: int
+    sha256: str
+    rows: int
+    first: RawRecord | None
+    fits: bool
+
+
+class InputReader:
+    """One input file, opened once, whose rows can be read any number of times.
+
+    Raises ScorerError where the file can't be read, here and in every method.
     """
-    files = [to_path(path) for path in paths]
-    for path in files:
-        _check_input(path)
-    next_id = 0
-    for number, path in enumerate(files):
-        if limit is not None and next_id >= limit:
-            return
-        if number < len(counts) and next_id + counts[number] <= start:
-            next_id += counts[number]
-            continue
-        with local_copy(path) as file:
-            if check is not None:
-                check(path, _read_file(path, file, next_id, next_id, limit))
-            rows = _read_file(path, file, next_id, start, limit)
-            if number < len(counts):
-                rows = _as_counted(path, rows, min(next_id + counts[number], sys.maxsize if limit is None else limit))
-            next_id = yield from rows
-    if next_id == 0 and limit != 0:
-        raise ScorerError(f"{', '.join(map(str, files)) or 'the inputs'}: hold no records; give at least one")
+
+    def __init__(self, path: Path):
+        self.path, self._suffix = path, known_suffix(path)
+        self._values: list[Any] | None = None  # of an array that was scanned, until it is read
+        with contextlib.ExitStack() as files, read_errors(path):
+            self._local = files.enter_context(local_copy(path))
+            self._file: BinaryIO = files.enter_context(open(self._local, "rb", buffering=BUFFER_BYTES))
+            self._files = files.pop_all()
+
+    def close(self) -> None:
+        """Close the file, and remove the copy of an object."""
+        self._values = None
+        self._files.close()
+
+    def scan(self, fits: Callable[[RawRecord], bool], limit: int | None, *, keep: bool) -> Scan:
+        """Hash and count the file in one pass, and look for one of its first `limit` rows that `fits`.
+
+        Lines are parsed until one fits, then counted only. keep: hold a parsed JSON array until it is read.
+        """
+        first, found, count = None, False, 0
+        with read_errors(self.path):
+            self._file.seek(0)
+            hashing = _HashingReader(self._file)
+            if self._suffix == ".parquet":
+                hashing.read_to_end()
+                count = self._height()
+                rows: Iterable[RawRecord] = self.rows(0, 0, limit)
+            else:
+                is_lines, head, stream = self._sniff(hashing)
+                if is_lines:
+                    for number, line in _numbered(chain(head, stream)):
+                        if not found and (limit is None or count < limit):
+                            raw = RawRecord(count, f"{self.path}:{number}", *_parse(line))
+                            first, found = first or raw, fits(raw)
+                        count += 1
+                    rows = ()
+                else:
+                    values = self._array(head, stream)
+                    count = len(values)
+                    rows = self._array_rows(values, 0, 0, limit)
+                    self._values = values if keep else None
+                hashing.read_to_end()
+            for raw in rows:
+                first, found = first or raw, fits(raw)
+                if found:
+                    break
+        return Scan(hashing.size, hashing.digest.hexdigest(), count, first, found)
+
+    def rows(self, first_id: int = 0, start: int = 0, stop: int | None = None) -> Rows:
+        """The rows with `start <= record_id < stop`, where the file's first row has `first_id`.
+
+        Lines that are skipped are not parsed, and rows of Parquet not decoded.
+        """
+        with read_errors(self.path):
+            if self._suffix == ".parquet":
+                return (yield from self._parquet_rows(first_id, start, stop))
+            if (values := self._values) is None:
+                self._file.seek(0)
+                is_lines, head, stream = self._sniff(self._file)
+                if is_lines:
+                    return (yield from self._line_rows(chain(head, stream), first_id, start, stop))
+                values = self._array(head, stream)
+            self._values = None
+            return (yield from self._array_rows(values, first_id, start, stop))
+
+    def _sniff(self, file: BinaryIO) -> tuple[bool, list[bytes], Iterator[bytes]]:
+        """Whether a JSON file has one record a line, the lines that were read to tell, and the rest, decompressed.
+
+        The content decides: arrays and lines are found under either suffix.
+        """
+        stream = self._decompressed(file)
+        head: list[bytes] = []
+        filled: list[bytes] = []
+        for line in stream:
+            if not head and line[:2] in UTF16_BOMS:
+                raise ScorerError(f"{self.path}: is UTF-16; convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)")
+            head.append(line if head else line.removeprefix(BOM))
+            if not (text := head[-1].strip()):
+                continue
+            filled.append(text)
+            if not is_array(self._suffix) and not filled[0].startswith(b"["):
+                return True, head, stream
+            if len(filled) == 2:
+                return _parse(filled[0])[1] is RowStatus.OK, head, stream
+        return False, head, stream
+
+    def _decompressed(self, file: BinaryIO) -> BinaryIO:
+        if self._suffix.endswith(".gz"):
+            return io.BufferedReader(cast(Any, gzip.GzipFile(fileobj=file, mode="rb")), BUFFER_BYTES)
+        return io.BufferedReader(_ZstdReader(file), BUFFER_BYTES) if self._suffix.endswith(".zst") else file
+
+    def _line_rows(self, lines: Iterable[bytes], first_id: int, start: int, stop: int | None) -> Rows:
+        next_id = first_id
+        for number, line in _numbered(lines):
+            if stop is not None and next_id >= stop:
+                break
+            if next_id >= start:
+                yield RawRecord(next_id, f"{self.path}:{number}", *_parse(line))
+            next_id += 1
+        return next_id
+
+    def _array_rows(self, values: list[Any], first_id: int, start: int, stop: int | None) -> Rows:
+        end = len(values) if stop is None else min(len(values), stop - first_id)
+        for row in range(max(0, start - first_id), end):
+            yield RawRecord(first_id + row, f"{self.path}[{row}]", values[row])
+        return first_id + end
+
+    def _array(self, head: list[bytes], stream: Iterator[bytes]) -> list[Any]:
+        data = b"".join((*head, *stream))
+        if not data.strip():
+            return []
+        if not data.lstrip().startswith(b"["):
+            found = "a JSON object" if data.lstrip().startswith(b"{") else "other text"
+            raise ScorerError(
+                f"{self.path}: {found} where an array is expected; write [record, ...], or one record a line"
+            )
+        try:
+            return cast(list[Any], json.loads(data.decode("utf-8")))
+        except UnicodeDecodeError as error:
+            line = data.count(b"\n", 0, error.start) + 1
+            raise ScorerError(f"{self.path}: is not UTF-8 at line {line}; save it as UTF-8") from error
+        except json.JSONDecodeError as error:
+            problem, advice = f"line {error.lineno}, column {error.colno} ({error.msg})", "mend it, or write"
+            raise ScorerError(f"{self.path}: invalid JSON at {problem}; {advice} one record a line") from error
+        except (ValueError, RecursionError) as error:
+            problem = first_line(error)
+            raise ScorerError(f"{self.path}: JSON that cannot be read ({problem}); write one record a line") from error
+
+    def _frame(self) -> pl.LazyFrame:
+        return pl.scan_parquet(self._local, glob=False, hive_partitioning=False)
+
+    def _height(self) -> int:
+        return cast(int, self._frame().select(pl.len()).collect().item())
+
+    def _parquet_rows(self, first_id: int, start: int, stop: int | None) -> Rows:
+        # Slices and not LazyFrame.collect_batches: that one is marked unstable, and with the file in one row group it
+        # held twice as much (900,000 rows, 300 MB on disk: 1,130 MiB at the peak against 410).
+        frame, height = self._frame(), self._height()
+        end = height if stop is None else min(height, stop - first_id)
+        size = max(1, self._local.stat().st_size)
+        batch = max(1, min(PARQUET_BATCH_ROWS, height * PARQUET_BATCH_BYTES // size))
+        for offset in range(max(0, start - first_id), end, batch):
+            rows = frame.slice(offset, min(batch, end - offset)).collect(engine="in-memory")
+            for row, value in enumerate(rows.iter_rows(named=True), offset):
+                yield RawRecord(first_id + row, f"{self.path}[{row}]", value)
+        return first_id + end
 
 
-def read_table(path: Path) -> pl.DataFrame:
-    """The rows of a file as a table: of CSV, or of any form that `read_raw` reads. Raises ScorerError as it does."""
-    read: dict[str, Callable[[], pl.DataFrame]] = {
-        ".csv": lambda: pl.read_csv(copy, glob=False, infer_schema_length=None),
-        ".parquet": lambda: pl.read_parquet(copy, glob=False, hive_partitioning=False),
-    }
-    try:
-        with local_copy(path) as copy:
-            return read.get(path.suffix.lower(), lambda: _frame(path))()
-    except (OSError, pl.exceptions.PolarsError, TypeError, ValueError, OverflowError) as error:
-        raise ScorerError(f"{path}: can't be read as a table ({first_line(error)})") from error
-
-
-def _frame(path: Path) -> pl.DataFrame:
-    return pl.from_dicts([raw.value for raw in read_raw([path])], infer_schema_length=None)
-
-
-def _check_input(path: Path) -> dict[str, Any] | None:
-    """What the store knows of an object; None of a file."""
+def check_input(path: Path) -> None:
+    """Raise ScorerError for a path that is missing, no file, of unknown suffix or not UTF-8; nothing is opened."""
     if is_remote(path):
         known_suffix(path)
-        return object_info(path)
+        object_info(path)
+        return
     if is_folder(path):
         raise ScorerError(f"{path}: is a folder; name the files in it")
     if not exists(path):
@@ -119,11 +232,27 @@ def _check_input(path: Path) -> dict[str, Any] | None:
     except UnicodeDecodeError as error:
         raise ScorerError(f"{name.decode('utf-8', 'backslashreplace')}: is no UTF-8 name; rename it") from error
     known_suffix(path)
-    return None
+
+
+def read_table(path: Path) -> pl.DataFrame:
+    """The rows of a file as a table: CSV, or any format of InputReader. Raises ScorerError where it can't be read."""
+    read: dict[str, Callable[[], pl.DataFrame]] = {
+        ".csv": lambda: pl.read_csv(copy, glob=False, infer_schema_length=None),
+        ".parquet": lambda: pl.read_parquet(copy, glob=False, hive_partitioning=False),
+    }
+    try:
+        if path.suffix.lower() not in read:
+            check_input(path)
+            with contextlib.closing(InputReader(path)) as reader:
+                return pl.from_dicts([raw.value for raw in reader.rows()], infer_schema_length=None)
+        with local_copy(path) as copy:
+            return read[path.suffix.lower()]()
+    except (OSError, pl.exceptions.PolarsError, TypeError, ValueError, OverflowError) as error:
+        raise ScorerError(f"{path}: can't be read as a table ({first_line(error)})") from error
 
 
 @contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def read_errors(path: Path) -> Iterator[None]:
     """Turn what the readers raise for a file that cannot be read into ScorerError."""
     damaged = "the file is truncated or damaged; fetch or write it again"
     try:
@@ -136,62 +265,9 @@ def _reading(path: Path) -> Iterator[None]:
         raise ScorerError(f"{path}: cannot be read ({error.strerror or first_line(error)}); check the file") from error
 
 
-def _as_counted(path: Path, rows: Rows, end: int) -> Rows:
-    """`rows`, of which the last is to be number `end` - 1: no row takes another's number."""
-    found = None
-    while found is None:
-        try:
-            raw = next(rows)
-            if raw.record_id < end:
-                yield raw
-            else:
-                found = raw.record_id + 1
-        except StopIteration as last:
-            found = last.value
-    if found != end:
-        raise ScorerError(f"{path}: changed while it was read; score it again when nothing writes it")
-    return end
-
-
-def _read_file(path: Path, file: Path, first_id: int, start: int, limit: int | None) -> Rows:
-    with _reading(path):
-        if known_suffix(path) == ".parquet":
-            return (yield from _parquet(path, file, first_id, start, limit))
-        with _open(file) as stream:
-            if stream.read(2) in UTF16_BOMS:
-                raise ScorerError(f"{path}: is UTF-16; convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)")
-        with _open(file) as stream:
-            read = _json_lines if _is_json_lines(stream, known_suffix(path)) else _json_array
-        with _open(file) as stream:
-            return (yield from read(path, stream, first_id, start, limit))
-
-
-def _parquet(path: Path, file: Path, first_id: int, start: int, limit: int | None) -> Rows:
-    # Slices and not LazyFrame.collect_batches: that one is marked unstable, and with the file in one row group it held
-    # twice as much (900,000 rows, 300 MB on disk: 1,130 MiB at the peak against 410).
-    frame = pl.scan_parquet(file, glob=False, hive_partitioning=False)
-    height: int = frame.select(pl.len()).collect().item()
-    end = height if limit is None else min(height, limit - first_id)
-    batch = max(1, min(PARQUET_BATCH_ROWS, height * PARQUET_BATCH_BYTES // max(1, file.stat().st_size)))
-    for offset in range(max(0, start - first_id), end, batch):
-        rows = frame.slice(offset, min(batch, end - offset)).collect(engine="in-memory")
-        for row, value in enumerate(rows.iter_rows(named=True), offset):
-            yield RawRecord(first_id + row, f"{path}[{row}]", value)
-    return first_id + end
-
-
-def _is_json_lines(stream: BinaryIO, suffix: str) -> bool:
-    """Whether the text is one record a line. The content decides: both kinds are found under either suffix."""
-    lines = (line.strip() for line in _lines(stream) if line.strip())
-    first = next(lines, b"")
-    if not first.startswith(b"[") and not is_array(suffix):
-        return True
-    return next(lines, None) is not None and _parse(first)[1] is RowStatus.OK
-
-
-def _lines(stream: BinaryIO) -> Iterator[bytes]:
-    for number, line in enumerate(stream):
-        yield line if number else line.removeprefix(BOM)
+def _numbered(lines: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+    """The lines that are not blank, with their 1-based numbers."""
+    return ((number, line) for number, line in enumerate(lines, 1) if line.strip())
 
 
 def _parse(line: bytes) -> tuple[Any, RowStatus, str | None]:
@@ -200,62 +276,49 @@ def _parse(line: bytes) -> tuple[Any, RowStatus, str | None]:
     try:
         text = line.decode("utf-8")
         return json.loads(text), RowStatus.OK, text
-    except (ValueError, RecursionError):  # of ValueError: not UTF-8, not JSON, an integer of too many digits
+    except (ValueError, RecursionError):  # ValueError: not UTF-8, not JSON, an integer of too many digits
         return line.decode("utf-8", "backslashreplace"), RowStatus.BAD_JSON, None
 
 
-def _json_lines(path: Path, stream: BinaryIO, first_id: int, start: int, limit: int | None) -> Rows:
-    next_id = first_id
-    for number, line in enumerate(_lines(stream), 1):
-        if limit is not None and next_id >= limit:
-            break
-        if not line.strip():
-            continue
-        if next_id >= start:
-            yield RawRecord(next_id, f"{path}:{number}", *_parse(line))
-        next_id += 1
-    return next_id
+class _HashingReader(io.BufferedReader):
+    """Reads a file from where it is, and hashes every byte once."""
+
+    def __init__(self, file: BinaryIO):
+        self._hashed = _Hashed(file)
+        super().__init__(self._hashed, BUFFER_BYTES)
+
+    @property
+    def size(self) -> int:
+        return self._hashed.size
+
+    @property
+    def digest(self) -> Any:
+        return self._hashed.digest
+
+    def read_to_end(self) -> None:
+        while self.read(BUFFER_BYTES):
+            pass
 
 
-def _json_array(path: Path, stream: BinaryIO, first_id: int, start: int, limit: int | None) -> Rows:
-    data = stream.read().removeprefix(BOM)
-    if not data.strip():
-        return first_id
-    if not data.lstrip().startswith(b"["):
-        found = "a JSON object" if data.lstrip().startswith(b"{") else "other text"
-        raise ScorerError(f"{path}: {found} where an array is expected; write [record, ...], or one record a line")
-    try:
-        values = json.loads(data.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ScorerError(f"{path}: is not UTF-8 at line {line}; save it as UTF-8") from error
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}"
-        raise ScorerError(
-            f"{path}: invalid JSON at {where} ({error.msg}); mend it, or write one record a line"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise ScorerError(f"{path}: JSON that cannot be read ({first_line(error)}); write one record a line") from error
-    end = len(values) if limit is None else min(len(values), limit - first_id)
-    for row in range(max(0, start - first_id), end):
-        yield RawRecord(first_id + row, f"{path}[{row}]", values[row])
-    return first_id + end
+class _Hashed(io.RawIOBase):
+    def __init__(self, file: BinaryIO):
+        self._file, self.digest, self.size = file, hashlib.sha256(), 0
 
+    def readable(self) -> bool:
+        return True
 
-def _open(path: Path) -> BinaryIO:
-    """The bytes of a file, decompressed."""
-    if known_suffix(path).endswith(".gz"):
-        return cast(BinaryIO, gzip.open(path, "rb"))
-    if known_suffix(path).endswith(".zst"):
-        return io.BufferedReader(_ZstdReader(path), 1 << 16)
-    return open(path, "rb")
+    def readinto(self, buffer: Any) -> int:
+        count = self._file.readinto(buffer)  # type: ignore[attr-defined]
+        self.digest.update(memoryview(buffer)[:count])
+        self.size += count
+        return cast(int, count)
 
 
 class _ZstdReader(io.RawIOBase):
     """All frames of a Zstandard file. zstandard's own reader ends a truncated frame as if it were whole."""
 
-    def __init__(self, path: Path) -> None:
-        self._file = open(path, "rb")  # noqa: SIM115 (closed by close)
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
         self._frame: Any = None
         self._ready = memoryview(b"")
 
@@ -276,7 +339,3 @@ class _ZstdReader(io.RawIOBase):
         count = min(len(buffer), len(self._ready))
         buffer[:count], self._ready = self._ready[:count], self._ready[count:]
         return count
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()

@@ -6,14 +6,13 @@ how files are read (scorer.data.reader), nor what is done with a text.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from scorer.data.reader import Check, RawRecord, read_raw
+from scorer.data.reader import RawRecord
 from scorer.types import Message, Record, RowStatus, ScorerError, Turn
 
 
@@ -65,41 +64,21 @@ ROLES = {
 }
 
 
-def read_records(
-    paths: Sequence[str | Path],
-    *,
-    columns: Mapping[str, str] | None = None,
-    start: int = 0,
-    limit: int | None = None,
-) -> Iterator[Record]:
-    """The records of all files in order, those with `start <= record_id < limit`; see `to_record`.
-
-    Raises ScorerError for a file that cannot be read, or in which no row has all the required keys of a format (looked
-    at as the file is reached, so before any of its records is given).
-    """
-    return (to_record(raw, columns) for raw in read_raw(paths, start=start, limit=limit, check=known_format(columns)))
-
-
-def known_format(columns: Mapping[str, str] | None) -> Check:
-    """The check that a file has a row with all the required keys of a format; it raises ScorerError where none has."""
+def fits_format(columns: Mapping[str, str] | None) -> Callable[[RawRecord], bool]:
+    """The test whether a row has all the required keys of a format. `columns` is as for `to_record`."""
     formats = FORMATS if columns is None else (Format(**columns, named=True),)
+    return lambda raw: isinstance(raw.value, dict) and any(format.whole(raw.value) for format in formats)
 
-    def whole(raw: RawRecord) -> bool:
-        return isinstance(raw.value, dict) and any(f.whole(raw.value) for f in formats)
 
-    def check(path: Path, rows: Iterator[RawRecord]) -> None:
-        first = next(rows, None)
-        if first is None or any(map(whole, chain((first,), rows))):
-            return
-        held = (
-            f"its first row holds {', '.join(first.value)}"
-            if isinstance(first.value, dict) and first.value
-            else _describe(first)
-        )
-        missed = f"has {' and '.join(columns.values())}" if columns else "has a known format"
-        raise ScorerError(f"{path}: no row {missed} ({held}); name them: --columns prompt=...,response=...")
-
-    return check
+def unknown_format(path: Path, first: RawRecord, columns: Mapping[str, str] | None) -> ScorerError:
+    """The error for a file in which no row fits a format; `first` is its first row."""
+    held = (
+        f"its first row holds {', '.join(first.value)}"
+        if isinstance(first.value, dict) and first.value
+        else _describe(first)
+    )
+    missed = f"has {' and '.join(columns.values())}" if columns else "has a known format"
+    return ScorerError(f"{path}: no row {missed} ({held}); name them: --columns prompt=...,response=...")
 
 
 def _describe(raw: RawRecord) -> str:

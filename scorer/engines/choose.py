@@ -133,7 +133,7 @@ def resolve_config(
     protocol = PROTOCOLS[config.protocol]
     context = _context_length(files)
     if context is not None:
-        _check_length(config, context)
+        check_length(config, context)
     return replace(
         config,
         device=device,
@@ -143,7 +143,7 @@ def resolve_config(
     )
 
 
-def _check_length(config: ScoreConfig, context: int) -> None:
+def check_length(config: ScoreConfig, context: int) -> None:
     if config.max_length is not None and config.max_length > context:
         raise ScorerError(
             f"max_length: {config.max_length} is more than the {context} tokens that {config.model} takes"

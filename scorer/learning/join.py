@@ -10,7 +10,6 @@ import platform
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 
@@ -18,6 +17,7 @@ from scorer.data.formats import first_line
 from scorer.data.reader import read_table
 from scorer.learning.learn import PROTOCOL, check_run_kind, discard, finish, is_done, learning_manifest
 from scorer.runs.directory import Run
+from scorer.runs.manifest import Manifest, differences
 from scorer.runs.progress import Progress, Silent
 from scorer.scores.measures import SCHEMA
 from scorer.storage.paths import absolute, is_folder, local_copy, to_path
@@ -54,7 +54,7 @@ def join_runs(
         if fresh:
             discard(run)
         check_run_kind(run)
-        manifest = learning_manifest(base, base["identity"] | {"tables": digests}, "lp1" if len(tables) > 2 else "")
+        manifest = learning_manifest(base, {"tables": digests}, len(tables) - 1)
         if is_done(run, manifest, progress):
             return run
         run.write_manifest(manifest)
@@ -62,17 +62,16 @@ def join_runs(
     return run
 
 
-def _table_manifest(sources: Sequence[str | Path], table: pl.DataFrame) -> dict[str, Any]:
+def _table_manifest(sources: Sequence[str | Path], table: pl.DataFrame) -> Manifest:
     config = {"limit": None, "columns": None, "shard_rows": TABLE_ROWS, "protocol": PROTOCOL}
     name = " ".join(to_path(path).name for path in sources)
-    return {
-        "identity": {"config": config, "model_revision": None, "inputs": []},
-        "inputs": [],
-        "model": {"name": name, "revision": None, "origin": "tables", "path": absolute(sources[0])},
-        "versions": {"python": platform.python_version()} | {n: version(n) for n in ("ifd-scorer", "polars")},
-        "device": "",
-        "records": table["record_id"].n_unique(),
-    }
+    return Manifest(
+        identity={"config": config, "model_revision": None, "inputs": []},
+        model={"name": name, "revision": None, "origin": "tables", "path": absolute(sources[0])},
+        versions={"python": platform.python_version()} | {n: version(n) for n in ("ifd-scorer", "polars")},
+        ranking={},
+        records=table["record_id"].n_unique(),
+    )
 
 
 def _read_table(path: Path) -> pl.DataFrame:
@@ -99,7 +98,7 @@ def _read_table(path: Path) -> pl.DataFrame:
 
 def _digest(path: Path) -> str:
     if is_folder(path):
-        return str(Run(path).manifest["fingerprint"])
+        return str(Run(path).manifest.fingerprint)
     with local_copy(path) as copy, copy.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -116,9 +115,9 @@ def _check_same_records(first_name: str, first: pl.DataFrame, name: str, table: 
         )
 
 
-def _check_same_data(first: dict[str, Any], other: dict[str, Any]) -> None:
-    one, two = first["identity"], other["identity"]
-    differing = [name for name in SAME if one["config"].get(name) != two["config"].get(name)]
-    differing += ["inputs"] if one["inputs"] != two["inputs"] else []
-    if differing:
-        raise ScorerError(f"the runs differ in {', '.join(differing)}: their perplexities can't be compared")
+def _check_same_data(first: Manifest, other: Manifest) -> None:
+    one, two = (
+        {"config": {name: m.config.get(name) for name in SAME}, "inputs": m.identity["inputs"]} for m in (first, other)
+    )
+    if differing := differences(one, two):
+        raise ScorerError(f"the runs differ ({'; '.join(differing)}): their perplexities can't be compared")

@@ -13,7 +13,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,13 +21,14 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from scorer.config import SERVERS, ScoreConfig
-from scorer.data.records import read_records
+from scorer.data.dataset import Dataset
 from scorer.models.find import ModelFiles, find_model
 from scorer.models.load import choose_device
 from scorer.requirements import require
 from scorer.runs.directory import Run
+from scorer.runs.manifest import Manifest
 from scorer.runs.progress import Progress, Silent
-from scorer.runs.run import score
+from scorer.runs.run import check_same_run, score
 from scorer.runs.shards import open_encoder
 from scorer.scores.measures import learning_table
 from scorer.types import ScorerError, TokenSequence, one_of
@@ -125,31 +126,28 @@ def learn(
         before = Run(run.path / "epoch-0")
         quiet = Silent() if _is_complete(before) else progress  # then it is only compared with what is asked for
         runs = [score(data, before.path, strict=strict, progress=quiet, protocol=PROTOCOL, **options)]
-        first = runs[0].manifest
-        chosen = first["identity"]["config"]
         settings = {k: v for k, v in (asdict(plan) | {"epochs": training.epochs}).items() if k != "save_steps"}
-        manifest = learning_manifest(
-            first, first["identity"] | {"learning": settings}, "lp1" if training.epochs > 1 else ""
-        )
+        manifest = learning_manifest(runs[0].manifest, {"learning": settings}, training.epochs)
         if is_done(run, manifest, progress):
             _clean(checkpoints, keep_checkpoints)
             return run
         run.write_manifest(manifest)
         checkpoints.mkdir(exist_ok=True)
-        paths = [entry["path"] for entry in first["inputs"]]
+        chosen = dict(manifest.config)
         rows: list[TokenSequence] = []
-        for epoch in range(1, training.epochs + 1):
-            runs.append(Run(run.path / f"epoch-{epoch}"))
-            if _is_complete(runs[-1]):
-                continue
-            files = find_model(chosen["model"], revision=chosen["revision"], allow_pickle=chosen["allow_pickle"])
-            rows = rows or _training_rows(paths, ScoreConfig.from_dict(chosen), files)
-            _check_options_used(rows, training, plan)
-            model = _train(epoch, files, rows, checkpoints, plan, chosen, progress)
-            again = chosen | {"model": str(model), "revision": None}
-            runs[-1] = score(paths, runs[-1].path, strict=strict, progress=progress, **again)
-            if not keep_checkpoints:
-                shutil.rmtree(model)
+        with runs[0].data as records:
+            for epoch in range(1, training.epochs + 1):
+                runs.append(Run(run.path / f"epoch-{epoch}"))
+                if _is_complete(runs[-1]):
+                    continue
+                files = find_model(chosen["model"], revision=chosen["revision"], allow_pickle=chosen["allow_pickle"])
+                rows = rows or _training_rows(records, ScoreConfig.from_dict(chosen), files)
+                _check_options_used(rows, training, plan)
+                model = _train(epoch, files, rows, checkpoints, plan, chosen, progress)
+                again = chosen | {"model": str(model), "revision": None}
+                runs[-1] = score(records, runs[-1].path, strict=strict, progress=progress, **again)
+                if not keep_checkpoints:
+                    shutil.rmtree(model)
         finish(run, manifest, [r.scores() for r in runs], [r.manifest for r in runs])
         _clean(checkpoints, keep_checkpoints)
     return run
@@ -159,10 +157,10 @@ def _is_complete(run: Run) -> bool:
     return run.begun and run.complete
 
 
-def _training_rows(paths: list[str], config: ScoreConfig, files: ModelFiles) -> list[TokenSequence]:
+def _training_rows(data: Dataset, config: ScoreConfig, files: ModelFiles) -> list[TokenSequence]:
     """The conditioned sequences, the very ones that are scored."""
     encoder = open_encoder(config, files)
-    records = read_records(paths, columns=config.columns, limit=config.limit)
+    records = data.records()
     chunks = iter(lambda: list(islice(records, config.shard_rows)), [])
     return [sequence for chunk in chunks for sequence in encoder.encode(chunk)[1]]
 
@@ -204,48 +202,46 @@ def _train(
     )
 
 
-def learning_manifest(base: dict[str, Any], identity: dict[str, Any], by: str) -> dict[str, Any]:
-    """The manifest of an LP run, from one of a run before training."""
-    identity = identity | {"format": FORMAT}
-    return base | {
-        "state": "running",
-        "identity": identity,
-        "fingerprint": hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
-        "ranking": {"by": by or "lp1_approx", "lowest": True},
-    }
+def learning_manifest(base: Manifest, identity: Mapping[str, Any], epochs: int) -> Manifest:
+    """The manifest of an LP run, from `base`, the one before training, and what `identity` adds to that one's."""
+    identity = {**base.identity, **identity, "format": FORMAT}
+    return replace(
+        base,
+        state="running",
+        identity=identity,
+        fingerprint=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
+        ranking={"by": "lp1" if epochs > 1 else "lp1_approx", "lowest": True},
+    )
 
 
-def finish(run: Run, manifest: dict[str, Any], tables: list[pl.DataFrame], runs: list[dict[str, Any]]) -> None:
+def finish(run: Run, manifest: Manifest, tables: list[pl.DataFrame], runs: list[Manifest]) -> None:
     """Write the table, in shards of whole records, and the finished manifest."""
     table = learning_table(tables)
-    shard = table["record_id"].rle_id() // manifest["identity"]["config"]["shard_rows"]
+    shard = table["record_id"].rle_id() // manifest.config["shard_rows"]
     for index, part in enumerate(table.with_columns(shard=shard).partition_by("shard", include_key=False)):
         run.write_shard(index, part)
-    totals = {"tokens": sum(r["tokens"] for r in runs), "seconds": round(sum(r["seconds"] for r in runs), 3)}
-    status = dict(table["status"].value_counts(sort=True).iter_rows())
-    run.write_manifest(manifest | totals | {"state": "complete", "status": status})
+    run.write_manifest(
+        replace(
+            manifest,
+            state="complete",
+            status=dict(table["status"].value_counts(sort=True).iter_rows()),
+            tokens=sum(r.tokens for r in runs),
+            seconds=round(sum(r.seconds for r in runs), 3),
+        )
+    )
 
 
 def check_run_kind(run: Run) -> None:
     """Raise ScorerError where the directory holds a run, and not of LP."""
-    if run.begun and run.manifest["identity"].get("format") != FORMAT:
+    if run.begun and run.manifest.identity.get("format") != FORMAT:
         raise ScorerError(f"{run.path} holds a run of another kind: use --fresh to discard it, or another -o")
 
 
-def is_done(run: Run, manifest: dict[str, Any], progress: Progress) -> bool:
+def is_done(run: Run, manifest: Manifest, progress: Progress) -> bool:
     """Whether the run that `manifest` describes is complete. Raises ScorerError where the directory holds another."""
     if not run.begun:
         return False
-    before, now = run.manifest["identity"], manifest["identity"]
-    if before != now:
-        was, settings = before.get("learning", {}), now.get("learning", {})
-        changes = [
-            f"{name} was {was.get(name)}, is {value}" for name, value in settings.items() if was.get(name) != value
-        ]
-        raise ScorerError(
-            f"{run.path} holds another run ({'; '.join(changes) or 'of other scores'}): use --fresh to discard it, "
-            "or another -o"
-        )
+    check_same_run(run, manifest.identity)
     if run.complete:
         progress.say(f"{run.path} is complete already; --fresh would start over")
     return run.complete

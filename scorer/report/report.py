@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,7 @@ from scorer.report.samples import samples
 from scorer.requirements import require
 from scorer.runs.directory import Run
 from scorer.runs.extras import clusters, has_clusters
+from scorer.runs.manifest import Manifest
 from scorer.scores.aggregate import per_record
 from scorer.scores.measures import LEARNING
 from scorer.scores.summary import QUANTILES, summarise
@@ -53,7 +54,7 @@ class Scored:
 
     run: Run
     label: str
-    manifest: dict[str, Any]
+    manifest: Manifest
     scores: pl.DataFrame
     records: pl.DataFrame
 
@@ -102,14 +103,14 @@ def report(
         pairs = [_compare(paths[0], other, by) for other in paths[1:]]
         loaded = [_load(number, path, len(paths)) for number, path in enumerate(paths, 1)]
         first, draw = loaded[0], Pictures(None if pictures_folder is None else to_path(pictures_folder))
-        column = by or str(first.manifest["ranking"]["by"])
+        column = by or str(first.manifest.ranking["by"])
         sections = [
             section("Runs", _runs(loaded)),
             section("Distributions", *_distributions(loaded, draw), *_length(first, column, draw)),
             section("Agreement", *_agreement(loaded, pairs, draw)) if pairs else "",
             section("Clusters", *_clusters(first, selection, keep, by, draw)) if has_clusters(first.run) else "",
             section("Samples", *samples(first.run, first.records, selection, column, keep, MEASURES)),
-            section("Manifests", *(details(run.label, _json(run.manifest)) for run in loaded)),
+            section("Manifests", *(details(run.label, _json(run.manifest.to_dict())) for run in loaded)),
         ]
     summary = f"{first.records.height:,} records, ranked by {column}; {selection.kept.height:,} kept at {keep}"
     with replacing(path) as temporary:  # a lone surrogate, in a text or a path, is shown as its escape
@@ -127,7 +128,7 @@ def _load(number: int, path: Path, of: int) -> Scored:
 
 
 def _compare(first: Path, other: Path, by: str | None) -> Pair:
-    resamples = RESAMPLES if Run(first).manifest["records"] <= RESAMPLED else 0
+    resamples = RESAMPLES if Run(first).manifest.records <= RESAMPLED else 0
     (pair,) = compare([first, other], by=by, at=AT, resamples=resamples)
     if not isinstance(pair, Pair):
         raise ScorerError(f"{other}: a report is made of run directories, not of selected files")
@@ -137,12 +138,12 @@ def _compare(first: Path, other: Path, by: str | None) -> Pair:
 def _runs(loaded: Sequence[Scored]) -> str:
     """What was run, how it went, and the quantiles."""
     heads = ["", *(run.label for run in loaded)]
-    identities = [run.manifest["identity"] for run in loaded]
+    identities = [run.manifest.identity for run in loaded]
     rows: list[list[object]] = [["directory", *(run.run.path for run in loaded)]]
-    rows.append(["model", *((run.manifest.get("model") or {}).get("name") for run in loaded)])
+    rows.append(["model", *(run.manifest.model.get("name") for run in loaded)])
     for name in ("protocol", "engine", "dtype"):
         rows.append([name, *(i["config"].get(name) for i in identities)])
-    rows.append(["ranked by", *(run.manifest["ranking"]["by"] for run in loaded)])
+    rows.append(["ranked by", *(run.manifest.ranking["by"] for run in loaded)])
     rows.append(["records", *(f"{run.records.height:,}" for run in loaded)])
     summaries = [summarise(run.scores) for run in loaded]
     for status in sorted({status for s in summaries for status in s.status}):

@@ -10,8 +10,6 @@ from html import escape
 
 import polars as pl
 
-from scorer.data.dataset import check_unchanged
-from scorer.data.reader import read_raw
 from scorer.data.records import to_record
 from scorer.report.html import digits
 from scorer.runs.directory import Run
@@ -62,17 +60,13 @@ def samples(
 
 def _texts(run: Run, wanted: set[int]) -> tuple[dict[int, Record], str]:
     """The wanted records, or why they can't be had."""
-    manifest = run.manifest
-    paths = [entry["path"] for entry in manifest["inputs"]]
-    if not paths:
-        return {}, "the run was joined from tables, and has no data"
     if not wanted:
         return {}, ""
     try:
-        check_unchanged(manifest["inputs"])
-        columns = manifest["identity"]["config"]["columns"]
-        rows = read_raw(paths, start=min(wanted), limit=max(wanted) + 1)
-        return {raw.record_id: to_record(raw, columns) for raw in rows if raw.record_id in wanted}, ""
+        with run.data as data:
+            data.check_unchanged()
+            rows = (raw for raw in data.rows(min(wanted), max(wanted) + 1) if raw.record_id in wanted)
+            return {raw.record_id: to_record(raw, data.columns) for raw in rows}, ""
     except ScorerError as error:
         return {}, str(error)
 

@@ -12,16 +12,16 @@ neither how scores are made nor what they mean.
 from __future__ import annotations
 
 import io
-import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 
+from scorer.data.dataset import Dataset
+from scorer.runs.manifest import Manifest
 from scorer.storage.atomic import check_folder, remove_temporaries, replacing, storage_error
 from scorer.storage.lock import check_free, locked
 from scorer.storage.paths import exists, is_remote, list_folder, local_copies, remove, store_errors, to_path
@@ -39,24 +39,37 @@ class Run:
 
     def __init__(self, path: str | Path):
         self.path = to_path(path)
+        self._manifest: Manifest | None = None
         self._check: Callable[[], None] = lambda: None
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})"
 
     @property
-    def manifest(self) -> dict[str, Any]:
-        """The manifest's content. Raises ScorerError where this is not a run directory."""
-        try:
-            with store_errors(self.path):
-                manifest: dict[str, Any] = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError):
-            raise ScorerError(f"{self.path} is not a run directory: it has no {MANIFEST}") from None
-        except (OSError, ValueError) as error:
-            raise ScorerError(f"{self.path / MANIFEST} can't be read ({error})") from error
-        if not _is_manifest(manifest):
-            raise ScorerError(f"{self.path / MANIFEST} is not the manifest of a run: name another directory")
-        return manifest
+    def manifest(self) -> Manifest:
+        """The manifest, as it was when this object first read or last wrote it.
+
+        Raises ScorerError where this is not a run directory, or one of a newer scorer.
+        """
+        if self._manifest is None:
+            path = self.path / MANIFEST
+            try:
+                with store_errors(self.path):
+                    self._manifest = Manifest.from_json(path.read_text(encoding="utf-8"))
+            except (FileNotFoundError, NotADirectoryError):
+                raise ScorerError(f"{self.path} is not a run directory: it has no {MANIFEST}") from None
+            except (OSError, ValueError) as error:
+                raise ScorerError(f"{path} can't be read ({error}): name another directory") from error
+        return self._manifest
+
+    @property
+    def data(self) -> Dataset:
+        """The records that were scored. Raises ScorerError where there are none (LP of tables), or a file is gone."""
+        known = self.manifest
+        if not known.inputs:
+            raise ScorerError(f"{self.path} was joined from tables and has no data: join run directories instead")
+        columns, limit = known.config["columns"], known.config["limit"]
+        return Dataset(known.paths, columns=columns, limit=limit, inputs=known.inputs, counts=known.input_records)
 
     @property
     def begun(self) -> bool:
@@ -66,63 +79,52 @@ class Run:
     @property
     def complete(self) -> bool:
         """Whether every record has its row; not so where a shard was deleted since."""
-        manifest = self.manifest
-        return manifest["state"] == "complete" and not self._absent(manifest)
+        return self.manifest.state == "complete" and not self.missing()
 
-    def scores(self, columns: Sequence[str] | None = None) -> pl.DataFrame:
-        """The score table, one row a turn, in input order: all columns of scorer.scores.measures.SCHEMA, or some."""
-        return self.collect(lambda table: table if columns is None else table.select(columns))
+    @contextmanager
+    def snapshot(self) -> Iterator[ScoreTable]:
+        """The score table of the shards that are there now. Those in a store are copied while the block runs.
 
-    @property
-    def schema(self) -> pl.Schema:
-        """The columns of the score table, and their types. Raises ScorerError as `collect` does."""
-        return self._collect(self.shards()[:1], lambda table: table.head(0)).schema
-
-    def collect(self, query: Callable[[pl.LazyFrame], pl.LazyFrame]) -> pl.DataFrame:
-        """What a query of the score table gives, which is read lazily: of each shard only what the query needs.
-
-        Shards in a store are copied to the temporary folder first, whole.
-        Raises ScorerError where there are no shards, and where one can't be read.
+        Raises ScorerError where there are no shards.
         """
-        return self._collect(self.shards(), query)
-
-    def _collect(self, shards: list[Path], query: Callable[[pl.LazyFrame], pl.LazyFrame]) -> pl.DataFrame:
+        shards = self.shards()
         if not shards:
             raise ScorerError(f"{self.path} holds no scores yet: run `scorer score` to its end first")
         with local_copies(shards) as files:
-            try:
-                return query(pl.scan_parquet(files, glob=False, hive_partitioning=False)).collect(engine="streaming")
-            except (pl.exceptions.PolarsError, FileNotFoundError) as error:
-                raise ScorerError(f"{self.path}: a shard can't be read; score again with --fresh ({error})") from error
+            yield ScoreTable(self.path, files)
+
+    def scores(self, columns: Sequence[str] | None = None) -> pl.DataFrame:
+        """The score table, one row a turn, in input order: all columns of scorer.scores.measures.SCHEMA, or some."""
+        with self.snapshot() as table:
+            return table.scores(columns)
 
     def shards(self) -> list[Path]:
-        """The whole shards, in order. Of an unfinished run some may be missing, wherever several workers score."""
+        """The whole shards, in order. An unfinished run may lack any of them, wherever several workers score."""
         return sorted((path for path in list_folder(self.path / "scores") if SHARD.fullmatch(path.name)), key=_number)
 
     def missing(self) -> list[int]:
         """The numbers of the shards that the manifest's records make and that are not there."""
-        return self._absent(self.manifest)
-
-    def _absent(self, manifest: dict[str, Any]) -> list[int]:
         there = set(map(_number, self.shards()))
-        return [index for index in range(_shard_count(manifest)) if index not in there]
+        return [index for index in range(self.manifest.shard_count) if index not in there]
 
     def write_shard(self, index: int, table: pl.DataFrame) -> None:
         """Write one shard. Raises EngineError where the disk is full, ScorerError where the run's lock was lost."""
         self._check()
         write_table(self._shard(index), table)
 
-    def write_manifest(self, manifest: dict[str, Any]) -> None:
+    def write_manifest(self, manifest: Manifest) -> None:
         """Replace the manifest. Raises ScorerError where the run's lock was lost."""
         self._check()
         with replacing(self.path / MANIFEST) as temporary:
-            temporary.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            temporary.write_text(manifest.to_json(), encoding="utf-8")
+        self._manifest = manifest
 
     def clear(self) -> None:
         """Remove the manifest, all shards and what was made of the data, so that the run starts over.
 
         The manifest goes first.
         """
+        self._manifest = None
         remove([self.path / MANIFEST])
         remove(self.path / name for name in (CLUSTERS, FLAGS))
         if not is_remote(self.path):
@@ -175,11 +177,30 @@ class Run:
         return self.path / "scores" / f"part-{index:05d}.parquet"
 
 
-def _is_manifest(content: Any) -> bool:
-    if not isinstance(content, dict) or not {"state", "records", "inputs", "ranking", "identity"} <= content.keys():
-        return False
-    identity = content["identity"]
-    return isinstance(identity, dict) and "shard_rows" in (identity.get("config") or {})
+class ScoreTable:
+    """The score table of a run, read lazily from its shards on this machine's disk."""
+
+    def __init__(self, path: Path, files: list[Path]):
+        self._path, self._files = path, files
+
+    @property
+    def schema(self) -> pl.Schema:
+        """The columns, and their types. Raises ScorerError as `collect` does."""
+        return self._collect(self._files[:1], lambda table: table.head(0)).schema
+
+    def scores(self, columns: Sequence[str] | None = None) -> pl.DataFrame:
+        """All columns, or some."""
+        return self.collect(lambda table: table if columns is None else table.select(columns))
+
+    def collect(self, query: Callable[[pl.LazyFrame], pl.LazyFrame]) -> pl.DataFrame:
+        """The result of a query: of each shard only what it needs is read. Raises ScorerError for a damaged shard."""
+        return self._collect(self._files, query)
+
+    def _collect(self, files: list[Path], query: Callable[[pl.LazyFrame], pl.LazyFrame]) -> pl.DataFrame:
+        try:
+            return query(pl.scan_parquet(files, glob=False, hive_partitioning=False)).collect(engine="streaming")
+        except (pl.exceptions.PolarsError, FileNotFoundError) as error:
+            raise ScorerError(f"{self._path}: a shard can't be read; score again with --fresh ({error})") from error
 
 
 def write_table(path: Path, table: pl.DataFrame) -> None:
@@ -192,7 +213,3 @@ def write_table(path: Path, table: pl.DataFrame) -> None:
 
 def _number(shard: Path) -> int:
     return int(shard.stem.removeprefix("part-"))
-
-
-def _shard_count(manifest: dict[str, Any]) -> int:
-    return int(-(-manifest["records"] // manifest["identity"]["config"]["shard_rows"]))

@@ -44,7 +44,7 @@ def embedding_parts(run: Run) -> list[Any]:
             parts.append(np.load(path, mmap_mode="r"))
         except (OSError, ValueError) as error:
             raise ScorerError(f"{path} can't be read: run `scorer cluster {run.path}` again ({error})") from error
-    count, records = sum(map(len, parts)), run.manifest["records"]
+    count, records = sum(map(len, parts)), run.manifest.records
     if not parts or count != records:
         held = f"holds {count:,} of {records:,}" if parts else "has no"
         raise ScorerError(f"{run.path} {held} embeddings: run `scorer cluster {run.path}` first")

@@ -16,17 +16,15 @@ import re
 import socket
 import warnings
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 from scorer.background import Background
-from scorer.config import ScoreConfig
-from scorer.models.find import ModelFiles
-from scorer.runs.directory import Run
 from scorer.runs.progress import Progress
 from scorer.runs.ray_worker import SHARDS, Reader, Worker, versions
+from scorer.runs.shards import FinishedShard, Job
 from scorer.storage.paths import absolute
 from scorer.types import EngineError, ScorerError
 
@@ -117,29 +115,14 @@ def _describe_nodes(nodes: Sequence[Mapping[str, float]]) -> str:
 
 
 def score_on_ray(
-    run: Run,
-    config: ScoreConfig,
-    files: ModelFiles,
-    paths: list[str],
-    missing: list[int],
-    cluster: Cluster,
-    *,
-    strict: bool,
-    progress: Progress,
-    wrote: Callable[[int, float, str], None],
-) -> None:
-    """Score the shards numbered `missing`. `wrote` is told the tokens and seconds of each on disk, and by whom.
+    job: Job, missing: list[int], progress: Progress, *, cluster: Cluster
+) -> Generator[FinishedShard, None, None]:
+    """The Executor of a Ray cluster.
 
     Raises ScorerError where the cluster can't be reached or is too small, EngineError where it fails.
     """
-    # Names as every worker understands them, whatever its working directory.
-    paths = [absolute(path) for path in paths]
-    if files.origin == "directory":
-        config = replace(config, model=str(files.path))
-    elif files.origin == "hub":
-        config = replace(config, revision=files.revision)
-    if cluster.gpus_per_worker is None and config.device == "cuda":
-        cluster = replace(cluster, gpus_per_worker=config.tensor_parallel_size or 1)
+    if cluster.gpus_per_worker is None and job.config.device == "cuda":
+        cluster = replace(cluster, gpus_per_worker=job.config.tensor_parallel_size or 1)
     with connected(cluster.address) as ray:
         size = plan_workers(cluster, _nodes(ray))
         progress.say(f"Ray: {size.workers} workers of {size.cpus:g} CPUs and {size.gpus:g} GPUs")
@@ -151,28 +134,15 @@ def score_on_ray(
         context.print_on_execution_start = False
         # A shard is a block of its own, which any worker may take: Ray would gather 128 MiB of them for one.
         context.target_min_block_size = context.target_max_block_size = 1
-        manifest = run.manifest
-        reader = Reader(config, paths, [i["size"] for i in manifest["inputs"]], manifest.get("input_records", ()))
-        worker = (config, absolute(run.path), strict, size.cpus, versions(config.engine, files))
         passes_without_progress = 0
         while missing:
             # A pass goes on without the shards that died with their workers, but not for ever: where every worker dies,
             # Ray would start them again and again.
             context.max_errored_blocks = min(4 * size.workers, len(missing) - 1)
-            fault = ""
-            try:
-                with closing(_rows(ray, _dataset(ray, missing, reader, worker, size), size, progress)) as rows:
-                    for row in rows:
-                        if row["error"]:
-                            kind = EngineError if row["exit_code"] == EngineError.exit_code else ScorerError
-                            raise kind(row["error"])
-                        progress.advance(row["records"], row["tokens"])
-                        wrote(row["tokens"], row["seconds"], row["by"])
-            except ray.exceptions.RayError as error:
-                fault = _root_cause(str(error))
+            fault = yield from _one_pass(ray, job, missing, size, progress)
             # A pass that broke off is a cycle of references that holds its workers, and they what the next one needs.
             gc.collect()
-            before, missing = missing, run.missing()
+            before, missing = missing, job.run.missing()
             passes_without_progress = passes_without_progress + 1 if len(missing) == len(before) else 0
             if passes_without_progress == MAX_PASSES_WITHOUT_PROGRESS:
                 raise EngineError(
@@ -183,8 +153,33 @@ def score_on_ray(
                 progress.say(f"Ray: workers died; going on with the {len(missing)} shards that are not done")
 
 
-def _dataset(ray: Any, missing: list[int], reader: Reader, worker: tuple[Any, ...], size: WorkerPlan) -> Any:
+def _one_pass(
+    ray: Any, job: Job, missing: list[int], size: WorkerPlan, progress: Progress
+) -> Generator[FinishedShard, None, str]:
+    """The shards that one run of Ray Data finishes of those that are missing. Returns what ended it early, or ""."""
+    try:
+        with closing(_rows(ray, _dataset(ray, job, missing, size), size, progress)) as rows:
+            for row in rows:
+                if row["error"]:
+                    kind = EngineError if row["exit_code"] == EngineError.exit_code else ScorerError
+                    raise kind(row["error"])
+                progress.advance(row["records"], row["tokens"])
+                yield FinishedShard(row["tokens"], row["seconds"], row["by"])
+    except ray.exceptions.RayError as error:
+        return _root_cause(str(error))
+    return ""
+
+
+def _dataset(ray: Any, job: Job, missing: list[int], size: WorkerPlan) -> Any:
     """Rows that say what became of each missing shard."""
+    config, files = job.config, job.files
+    # Names as every worker understands them, whatever its working directory.
+    if files.origin == "directory":
+        config = replace(config, model=str(files.path))
+    elif files.origin == "hub":
+        config = replace(config, revision=files.revision)
+    reader = Reader(config, job.data.inputs, job.data.counts)
+    worker = (config, absolute(job.run.path), job.strict, size.cpus, versions(config.engine, files))
     workers = min(size.workers, len(missing))
     readers = math.ceil(workers / WORKERS_A_READER)
     length = math.ceil(len(missing) / readers)

@@ -18,7 +18,7 @@ from typing import Any
 import polars as pl
 
 from scorer.config import SERVERS, ScoreConfig
-from scorer.data.dataset import input_size
+from scorer.data.dataset import Dataset, InputFile, input_size
 from scorer.engines.choose import engine_versions
 from scorer.models.find import ModelFiles, find_model
 from scorer.runs.directory import Run
@@ -44,18 +44,21 @@ def versions(engine: str, files: ModelFiles) -> dict[str, str]:
 class Reader:
     """The records of a stretch of shards, a shard a row: Ray asks for the next as its workers take them."""
 
-    def __init__(self, config: ScoreConfig, paths: list[str], sizes: Sequence[int], counts: Sequence[int]):
-        self.config, self.paths, self.sizes, self.counts = config, paths, sizes, counts
+    def __init__(self, config: ScoreConfig, inputs: Sequence[InputFile], counts: Sequence[int]):
+        self.config, self.inputs, self.counts = config, inputs, counts
 
     def __call__(self, batch: Mapping[str, Any]) -> Iterator[dict[str, list[Any]]]:
         (stretch,) = batch["shards"]
+        config = self.config
         try:
-            for path, size in zip(self.paths, self.sizes, strict=True):
-                if (found := input_size(path)) != size:  # a node's own copy
-                    where = f"{path} on {platform.node()}"
-                    raise ScorerError(f"{where}: it has {found:,} bytes, and {size:,} where the run began")
-            for index, records in read_shards(self.paths, self.config, list(map(int, stretch)), self.counts):
-                yield {"index": [index], "records": [pickle.dumps(records)]}
+            for entry in self.inputs:
+                if (found := input_size(entry.path)) != entry.size:  # a node's own copy
+                    where = f"{entry.path} on {platform.node()}"
+                    raise ScorerError(f"{where}: it has {found:,} bytes, and {entry.size:,} where the run began")
+            paths = [entry.path for entry in self.inputs]
+            with Dataset(paths, columns=config.columns, limit=config.limit, counts=self.counts) as data:
+                for index, records in read_shards(data, config.shard_rows, list(map(int, stretch))):
+                    yield {"index": [index], "records": [pickle.dumps(records)]}
         except ScorerError as error:  # which a worker hands on: Ray would count it as one more lost shard
             yield {"index": [-1], "records": [pickle.dumps(error)]}
 

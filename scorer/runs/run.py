@@ -1,6 +1,6 @@
-"""Scoring a whole dataset into a run directory: what is computed, what is left of it, and in what order.
+"""Scoring a whole dataset into a run directory: resolve what is to be computed, resume what is there, execute the rest.
 
-Knows every other room by its public names; no formula, no file format, no model architecture.
+Formulas, file formats and model architectures are not known here.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scorer.config import SERVERS, ScoreConfig
-from scorer.data.dataset import InputFile, _count, _inputs, check_unchanged, inspect_input
-from scorer.data.reader import read_raw
+from scorer.data.dataset import Dataset, inspect_input
+from scorer.data.encode import Encoder
 from scorer.engines.choose import (
-    _check_length,
     check_engine,
+    check_length,
     choose_engine,
     engine_versions,
     resolve_config,
@@ -36,9 +36,10 @@ from scorer.models.load import choose_device
 from scorer.protocols import PROTOCOLS
 from scorer.requirements import require
 from scorer.runs.directory import STDIN, Run
-from scorer.runs.local import _score_here
+from scorer.runs.local import score_locally
+from scorer.runs.manifest import Manifest, differences
 from scorer.runs.progress import Progress, Silent
-from scorer.runs.shards import check_scored, open_encoder, statuses
+from scorer.runs.shards import Executor, Job, check_scored, open_encoder, statuses
 from scorer.storage.atomic import replacing
 from scorer.storage.paths import exists, expand, local_copy, to_path
 from scorer.types import ScorerError
@@ -46,17 +47,16 @@ from scorer.types import ScorerError
 if TYPE_CHECKING:
     from scorer.runs.ray_driver import Cluster
 
-
 MANIFEST_SECONDS = 1.0  # between two writings: a store takes longer for one than a GPU for a shard
-UNKNOWN = "unknown"  # in `shards_by`: who scored the shards that nobody lived to count
+UNKNOWN = "unknown"  # in `shards_by`: who scored the shards that a killed process had not counted
 FORMAT = 1  # raised whenever the meaning of a shard changes, so that an older run is not continued
-# What may change between two parts of one run: how much is computed at once and on what, and where a model of one
-# revision lies.
+# Fields that may change when a run is resumed: how much is computed at once and on how many devices, and the path of a
+# model whose revision is the same.
 RESUMABLE_FIELDS = ("batch_tokens", "model", "tensor_parallel_size", "gpu_memory_utilization", "max_model_len")
 
 
 def score(
-    data: str | Path | Sequence[str | Path],
+    data: str | Path | Sequence[str | Path] | Dataset,
     output: str | Path | None = None,
     *,
     fresh: bool = False,
@@ -67,97 +67,220 @@ def score(
 ) -> Run:
     """Score every record of `data` and return its run directory; the same call again resumes an unfinished one.
 
-    data: JSON, JSON Lines or Parquet files, or s3:// URLs of them; "-" is standard input. output: the run directory, or
-    an s3:// URL; None chooses one under
+    data: JSON, JSON Lines or Parquet files, or s3:// URLs of them; "-" is standard input; or the Dataset of another
+    run, which is not hashed and counted again. output: the run directory, or an s3:// URL; None chooses one under
     `scorer-runs`, by the first file's name and what is computed. fresh: discard what an earlier run left there. strict:
     the first record that can't be scored raises. cluster: score on Ray, and not in this process. options: the fields of
     ScoreConfig.
 
     Raises ScorerError for input, options or a directory that the user has to mend, EngineError where the machine
-    failed; what was scored until then stays.
+    failed; the shards scored until then stay.
     """
     progress = progress or Silent()
     config = ScoreConfig.from_dict(options)
-    remote = config.engine.startswith(SERVERS)
     if cluster is not None:
         require("--ray")
     check_engine(config)
-    paths = [name for p in ([data] if isinstance(data, str | Path) else data) for name in expand(str(p))]
-    if not paths:
-        raise ScorerError("no data: name at least one file, or - for standard input")
-    paths = spool(paths, output, fresh=fresh)
-    if output is not None:
-        Run(output).check_usable()
-    inputs = [inspect_input(p) for p in paths]
-    if output is not None and not fresh:
-        _check_known_fields(Run(output), config, inputs)
-    counts = [] if output is not None and Run(output).begun else _count(paths, config)
-    if cluster is None and not remote:
-        choose_device(config.device)
-    files = _find(config, progress, elsewhere=cluster is not None)
-    served = served_model(config.engine, files) if remote else None
-    engine, why = choose_engine(config, files)
-    config = resolve_config(replace(config, engine=engine), files, served, elsewhere=cluster is not None)
-    identity: dict[str, Any] = {
-        "format": FORMAT,
-        # where a server is, is no part of what it computes, and may hold a password
-        "config": config.to_dict() | ({"engine": "http"} if served else {}),
-        "model_revision": files.revision,
-        "served": served and served["identity"],
-        "inputs": [i.identity for i in inputs],
-    }
-    bound = identity | {
-        "config": {name: value for name, value in identity["config"].items() if name not in RESUMABLE_FIELDS}
-    }
-    fingerprint = hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()
-    if output is None:
-        output = Path("scorer-runs") / f"{to_path(paths[0]).name.split('.')[0]}-{fingerprint[:12]}"
-    run = Run(output)
-    with run.locked():
-        if fresh:
-            run.clear()
-        if run.shards() and run.begun:
-            manifest = run.manifest
-            _check_same_run(run, manifest["identity"], identity)
-            if manifest["inputs"] != _inputs(inputs):  # the same data lies elsewhere now
-                manifest["inputs"] = _inputs(inputs)
-                run.write_manifest(manifest)
-            if strict:
-                check_scored(read_raw(paths), statuses(run.scores(["record_id", "status"])))
-            if run.complete:
-                progress.say(f"{run.path} is complete already; --fresh would start over")
-                return run
-            manifest |= {"state": "running", "identity": identity}
-        else:
-            run.clear()  # a manifest without shards, or shards that no manifest describes: nothing to continue
-            counts = counts or _count(paths, config)
-            manifest = _manifest(config, identity, fingerprint, files, _inputs(inputs), counts) | {"server": served}
+    with _open_dataset(data, output, config, fresh) as dataset:
+        if output is not None:
+            Run(output).check_usable()
+        _inspect(dataset, config, None if output is None or fresh else Run(output))
+        model = resolve(config, elsewhere=cluster is not None, progress=progress)
+        identity = _identity(model, dataset)
+        bound = identity | {"config": {k: v for k, v in identity["config"].items() if k not in RESUMABLE_FIELDS}}
+        fingerprint = hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()
+        if output is None:
+            output = Path("scorer-runs") / f"{to_path(dataset.paths[0]).name.split('.')[0]}-{fingerprint[:12]}"
+        run = Run(output)
+        with run.locked():
+            if fresh:
+                run.clear()
+            if resumed := resume(run, dataset, identity):
+                if strict:
+                    check_scored(dataset.rows(), statuses(run.scores(["record_id", "status"])))
+                if run.complete:
+                    progress.say(f"{run.path} is complete already; --fresh would start over")
+                    return run
+            manifest = resumed or _new_manifest(model, dataset, identity, fingerprint)
             run.write_manifest(manifest)
-        what = f"{'http' if served else engine}{why and f': {why}'}; {config.dtype}; {manifest['device']}"
-        progress.say(f"loading {files.name} ({what})")
-        _score_missing(run, manifest, config, files, paths, cluster, strict, progress)
+            progress.say(f"loading {model.files.name} ({model.description}; {manifest.device})")
+            job = Job(run, dataset, model.config, model.files, model.encoder, strict)
+            executor: Executor = score_locally
+            if cluster is not None:
+                from scorer.runs.ray_driver import score_on_ray
+
+                executor = partial(score_on_ray, cluster=cluster)
+            execute(job, manifest, executor, progress)
     return run
 
 
-def _find(config: ScoreConfig, progress: Progress, *, elsewhere: bool) -> ModelFiles:
-    """The model's files, without weights where a server has them.
+def _open_dataset(
+    data: str | Path | Sequence[str | Path] | Dataset, output: str | Path | None, config: ScoreConfig, fresh: bool
+) -> Dataset:
+    if isinstance(data, Dataset):
+        return data
+    paths = [name for path in ([data] if isinstance(data, str | Path) else data) for name in expand(str(path))]
+    if not paths:
+        raise ScorerError("no data: name at least one file, or - for standard input")
+    return Dataset(spool(paths, output, fresh=fresh), columns=config.columns, limit=config.limit)
 
-    The small files come first: they tell whether the model can run here, before weights are fetched from the hub.
+
+def _inspect(data: Dataset, config: ScoreConfig, run: Run | None) -> None:
+    """Find out what `data` is. Raises ScorerError where `run` differs in what is known before the model is."""
+    before = run.manifest if run is not None and run.begun and run.shards() else None
+    if data.inputs:
+        data.check_unchanged()
+    elif before is not None:
+        data.inspect(before.inputs, before.input_records)
+    else:
+        data.inspect()
+    if run is None or before is None:
+        return
+    known = {name: value for name, value in config.to_dict().items() if value not in ("auto", None)}
+    if config.engine.startswith(SERVERS):
+        known["engine"] = "http"
+    check_same_run(run, {"format": FORMAT, "config": known, "inputs": [entry.identity for entry in data.inputs]})
+
+
+def check_same_run(run: Run, identity: Mapping[str, Any]) -> None:
+    if changes := differences(run.manifest.identity, identity, RESUMABLE_FIELDS):
+        raise ScorerError(
+            f"{run.path} holds another run ({'; '.join(changes)}): use --fresh to discard it, or another -o"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """A model to score with, and the configuration with nothing left open."""
+
+    config: ScoreConfig
+    files: ModelFiles
+    encoder: Encoder | None
+    served: Mapping[str, Any] | None  # what a server says of its model
+    description: str  # the engine, why it was chosen, and the dtype
+
+
+def resolve(config: ScoreConfig, *, elsewhere: bool, progress: Progress) -> Resolved:
+    """Find the model, and choose what `config` leaves open. elsewhere: other machines compute.
+
+    The small files come first: they tell whether the model can run, before weights are fetched from the hub. Raises
+    ScorerError where it can't.
     """
     if embedded := EMBEDDED.get(config.model):
         if embedded.context_length is None:
             raise ScorerError(f"{config.model} embeds sentences and can't score: choose another --model")
-        _check_length(config, embedded.context_length)
+        check_length(config, embedded.context_length)
+    remote = config.engine.startswith(SERVERS)
+    if not elsewhere and not remote:
+        choose_device(config.device)
     find = partial(
         find_model, config.model, revision=config.revision, allow_pickle=config.allow_pickle, report=progress.say
     )
     files = find(weights=False)
-    if config.engine.startswith(SERVERS):
-        return files
+    if remote:
+        served = served_model(config.engine, files)
+        chosen = resolve_config(config, files, served)
+        return Resolved(chosen, files, None, served, f"http; {chosen.dtype}")
     engine, _ = choose_engine(config, files)
+    encoder = open_encoder(resolve_config(replace(config, engine=engine), files, elsewhere=elsewhere), files)
+    files = find()
+    engine, why = choose_engine(config, files)
     chosen = resolve_config(replace(config, engine=engine), files, elsewhere=elsewhere)
-    open_encoder(chosen, files)
-    return find()
+    return Resolved(chosen, files, encoder, None, f"{engine}{why and f': {why}'}; {chosen.dtype}")
+
+
+def _identity(model: Resolved, data: Dataset) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        # where a server is, is no part of what it computes, and may hold a password
+        "config": model.config.to_dict() | ({"engine": "http"} if model.served else {}),
+        "model_revision": model.files.revision,
+        "served": model.served and model.served["identity"],
+        "inputs": [entry.identity for entry in data.inputs],
+    }
+
+
+def resume(run: Run, data: Dataset, identity: dict[str, Any]) -> Manifest | None:
+    """The manifest of the run to go on with; None where there is nothing, and the directory is then empty.
+
+    Raises ScorerError where the directory holds another run.
+    """
+    if not (run.shards() and run.begun):
+        run.clear()  # a manifest without shards, or shards that no manifest describes
+        if not data.counts:
+            data.inspect()
+        return None
+    check_same_run(run, identity)
+    if run.complete:
+        if run.manifest.inputs != data.inputs:  # the same data lies elsewhere now
+            run.write_manifest(replace(run.manifest, inputs=data.inputs))
+        return run.manifest
+    return replace(run.manifest, state="running", identity=identity, inputs=data.inputs)
+
+
+def _new_manifest(model: Resolved, data: Dataset, identity: dict[str, Any], fingerprint: str) -> Manifest:
+    files, config, records = model.files, model.config, sum(data.counts)
+    return Manifest(
+        fingerprint=fingerprint,
+        identity=identity,
+        inputs=data.inputs,
+        model={"name": files.name, "revision": files.revision, "origin": files.origin, "path": str(files.path)},
+        versions={"python": platform.python_version()}
+        | {name: version(name) for name in ("ifd-scorer", "torch", "transformers", "polars")}
+        | engine_versions(config.engine),
+        device=_device_name(config.device),
+        ranking={"by": PROTOCOLS[config.protocol].rank_by, "lowest": PROTOCOLS[config.protocol].lowest},
+        records=records if config.limit is None else min(records, config.limit),
+        input_records=data.counts,
+        server=model.served,
+    )
+
+
+def _device_name(device: str) -> str:
+    if device == "auto":
+        return "the server's"
+    import torch
+
+    if device == "cuda":
+        return torch.cuda.get_device_name() if torch.cuda.is_available() else device
+    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def execute(job: Job, manifest: Manifest, executor: Executor, progress: Progress) -> None:
+    """Score the shards that are missing, and complete the manifest. Raises what the executor raises."""
+    run, written = job.run, time.monotonic()
+    if missing := run.missing():
+        records, rows = manifest.records, job.config.shard_rows
+        progress.begin(records, records - sum(min(rows, records - index * rows) for index in missing))
+        try:
+            with closing(executor(job, missing, progress)) as shards:
+                for shard in shards:
+                    manifest = replace(
+                        manifest,
+                        tokens=manifest.tokens + shard.tokens,
+                        seconds=round(manifest.seconds + shard.seconds, 3),
+                        shards_by=_counted(manifest.shards_by, shard.by, 1),
+                    )
+                    if time.monotonic() - written >= MANIFEST_SECONDS:
+                        run.write_manifest(manifest)
+                        written = time.monotonic()
+        except BaseException:
+            with suppress(ScorerError):  # the error to see is the one that came before
+                run.write_manifest(manifest)
+            raise
+    job.data.check_unchanged()
+    with run.snapshot() as table:
+        rows_by_status = table.collect(
+            lambda rows: rows.group_by("status").len().sort("len", "status", descending=[True, False])
+        )
+    # Between a shard and the line that counts it a worker may be killed, and between two manifests this process.
+    if (uncounted := len(run.shards()) - sum(manifest.shards_by.values())) > 0:
+        manifest = replace(manifest, shards_by=_counted(manifest.shards_by, UNKNOWN, uncounted))
+    run.write_manifest(replace(manifest, state="complete", status=dict(rows_by_status.iter_rows())))
+
+
+def _counted(shards_by: Mapping[str, int], by: str, count: int) -> dict[str, int]:
+    return {**shards_by, by: shards_by.get(by, 0) + count}
 
 
 def spool(paths: Sequence[str], output: str | Path | None, *, fresh: bool) -> list[str]:
@@ -194,110 +317,3 @@ def _spool(run: Run, fresh: bool) -> str:
                     f"{run.path} holds a run of other standard input: give the same again, or use --fresh or another -o"
                 )
     return str(path)
-
-
-def _check_known_fields(run: Run, config: ScoreConfig, inputs: list[InputFile]) -> None:
-    """Raise ScorerError where `run` differs from what is asked for in something that is known before the model is."""
-    if run.begun and run.shards():
-        known = {name: value for name, value in config.to_dict().items() if value not in ("auto", None)}
-        if config.engine.startswith(SERVERS):
-            known["engine"] = "http"
-        now = {"format": FORMAT, "config": known, "inputs": [i.identity for i in inputs]}
-        _check_same_run(run, run.manifest["identity"], now)
-
-
-def _check_same_run(run: Run, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise ScorerError naming every field of `now` in which a run differs from what is now asked for."""
-    changes = [
-        f"{name} was {before['config'].get(name)}, is {value}"
-        for name, value in now["config"].items()
-        if before["config"].get(name) != value and name not in RESUMABLE_FIELDS
-    ]
-    changes += [f"{name} changed" for name in now if name != "config" and before.get(name) != now[name]]
-    if changes:
-        raise ScorerError(
-            f"{run.path} holds another run ({'; '.join(changes)}): use --fresh to discard it, or another -o"
-        )
-
-
-def _manifest(
-    config: ScoreConfig,
-    identity: dict[str, Any],
-    fingerprint: str,
-    files: ModelFiles,
-    inputs: list[dict[str, Any]],
-    counts: list[int],
-) -> dict[str, Any]:
-    return {
-        "state": "running",
-        "fingerprint": fingerprint,
-        "identity": identity,
-        "inputs": inputs,
-        "model": {"name": files.name, "revision": files.revision, "origin": files.origin, "path": str(files.path)},
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("ifd-scorer", "torch", "transformers", "polars")}
-        | engine_versions(config.engine),
-        "device": _device_name(config.device),
-        "ranking": {"by": PROTOCOLS[config.protocol].rank_by, "lowest": PROTOCOLS[config.protocol].lowest},
-        "records": sum(counts) if config.limit is None else min(sum(counts), config.limit),
-        "input_records": counts,
-        "status": {},
-        "tokens": 0,
-        "seconds": 0.0,  # of all engines together
-        "shards_by": {},
-    }
-
-
-def _device_name(device: str) -> str:
-    if device == "auto":
-        return "the server's"
-    import torch
-
-    if device == "cuda":
-        return torch.cuda.get_device_name() if torch.cuda.is_available() else device
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-
-
-def _score_missing(
-    run: Run,
-    manifest: dict[str, Any],
-    config: ScoreConfig,
-    files: ModelFiles,
-    paths: list[str],
-    cluster: Cluster | None,
-    strict: bool,
-    progress: Progress,
-) -> None:
-    """Score the shards that are not there yet, here or on a cluster, and finish the manifest."""
-
-    written = time.monotonic()
-
-    def wrote(tokens: int, seconds: float, by: str) -> None:
-        nonlocal written
-        manifest["tokens"] += tokens
-        manifest["seconds"] = round(manifest["seconds"] + seconds, 3)
-        manifest["shards_by"][by] = manifest["shards_by"].get(by, 0) + 1
-        if time.monotonic() - written >= MANIFEST_SECONDS:
-            run.write_manifest(manifest)
-            written = time.monotonic()
-
-    if missing := run.missing():
-        records, rows = manifest["records"], config.shard_rows
-        progress.begin(records, records - sum(min(rows, records - index * rows) for index in missing))
-        try:
-            if cluster is None:
-                _score_here(run, config, files, paths, missing, strict, progress, wrote)
-            else:
-                from scorer.runs.ray_driver import score_on_ray
-
-                score_on_ray(run, config, files, paths, missing, cluster, strict=strict, progress=progress, wrote=wrote)
-        except BaseException:
-            with suppress(ScorerError):  # the error to see is the one that came before
-                run.write_manifest(manifest)
-            raise
-    check_unchanged(manifest["inputs"])
-    status = run.collect(lambda table: table.group_by("status").len().sort("len", "status", descending=[True, False]))
-    # Between a shard and the line that counts it a worker may be killed, and between two manifests this process.
-    if (uncounted := len(run.shards()) - sum(manifest["shards_by"].values())) > 0:
-        manifest["shards_by"][UNKNOWN] = manifest["shards_by"].get(UNKNOWN, 0) + uncounted
-    run.write_manifest(manifest | {"state": "complete", "status": dict(status.iter_rows())})

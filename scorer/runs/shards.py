@@ -7,35 +7,60 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
 import polars as pl
 
 from scorer.config import ScoreConfig
+from scorer.data.dataset import Dataset
 from scorer.data.encode import Encoder
-from scorer.data.reader import RawRecord, read_raw
+from scorer.data.reader import RawRecord
 from scorer.data.records import to_record
 from scorer.engines.choose import open_engine
 from scorer.models.find import ModelFiles
 from scorer.models.load import load_tokenizer
 from scorer.protocols import PROTOCOLS
+from scorer.runs.directory import Run
 from scorer.runs.progress import Progress
 from scorer.scores.measures import score_table
 from scorer.types import EncodedTurn, Record, RowStatus, ScorerError, SpanNLL, TokenSequence
 
 
-def read_shards(
-    paths: list[str], config: ScoreConfig, missing: list[int], counts: Sequence[int] = ()
-) -> Iterator[tuple[int, list[Record]]]:
-    """The records of each shard whose number is in `missing`, which ascends; `counts` is as of `read_raw`."""
-    rows, wanted = config.shard_rows, set(missing)
-    raws = read_raw(paths, start=missing[0] * rows, limit=config.limit, counts=counts)
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A run with everything resolved that decides its scores. strict: the first record without a score raises."""
+
+    run: Run
+    data: Dataset
+    config: ScoreConfig
+    files: ModelFiles
+    encoder: Encoder | None = None  # None: opened with the engine
+    strict: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedShard:
+    """A shard that was written: its tokens, the seconds that the engine took, and the name of who scored it."""
+
+    tokens: int
+    seconds: float
+    by: str
+
+
+# Scores the shards of the given numbers (ascending), and yields each that is written; tells progress of its records.
+Executor = Callable[[Job, list[int], Progress], Generator[FinishedShard, None, None]]
+
+
+def read_shards(data: Dataset, shard_rows: int, missing: Sequence[int]) -> Iterator[tuple[int, list[Record]]]:
+    """The records of each shard whose number is in `missing`, which ascends."""
+    wanted = set(missing)
+    raws = data.rows(missing[0] * shard_rows)
     for index in range(missing[0], missing[-1] + 1):
-        chunk = list(islice(raws, rows))
+        chunk = list(islice(raws, shard_rows))
         if index in wanted:
-            yield index, [to_record(raw, config.columns) for raw in chunk]
+            yield index, [to_record(raw, data.columns) for raw in chunk]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +85,12 @@ def open_encoder(config: ScoreConfig, files: ModelFiles) -> Encoder:
 
 
 class ShardScorer:
-    """A tokenizer and an engine; opening one loads the model. `strict`: the first record without a score raises."""
+    """A tokenizer and an engine; opening one loads the model."""
 
-    def __init__(self, config: ScoreConfig, files: ModelFiles, *, strict: bool):
+    def __init__(self, config: ScoreConfig, files: ModelFiles, *, strict: bool, encoder: Encoder | None = None):
         self.strict = strict
         self.protocol = PROTOCOLS[config.protocol]
-        self.encoder = open_encoder(config, files)
+        self.encoder = encoder or open_encoder(config, files)
         self.engine = open_engine(config, files)
         # What is loaded stays: to look for garbage among its half a million objects took an eighth of tokenising.
         gc.collect()
@@ -114,6 +139,3 @@ def check_scored(rows: Iterable[Record | RawRecord], statuses: Iterable[tuple[in
         if not status.scored:
             source = next(row.source for row in rows if row.record_id == record_id)
             raise ScorerError(f"{source}: {status} (--strict refuses what can't be scored)")
-
-
-Wrote = Callable[[int, float, str], None]  # told of each shard on disk: its tokens, its seconds, and who scored it

@@ -7,25 +7,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
-from scorer.data.dataset import check_unchanged
-from scorer.data.reader import RawRecord, read_raw
+from scorer.data.dataset import Dataset
+from scorer.data.reader import RawRecord
 from scorer.data.writer import RecordWriter
 from scorer.protocols import PROTOCOLS
 from scorer.requirements import require
-from scorer.runs.directory import Run
+from scorer.runs.directory import Run, ScoreTable
 from scorer.runs.extras import clusters, embedding_parts, embeddings
 from scorer.scores.aggregate import KEYS, measures_of, per_record
 from scorer.scores.measures import ALONE, LEARNING, SCHEMA
 from scorer.scores.shares import parse_keep
 from scorer.selection.diversity import facility_location
-from scorer.selection.flags import FLAGS, SCORE_FLAGS, STORED
+from scorer.selection.flags import FLAGS, SCORE_FLAGS, STORED, TEXT_FLAGS
 from scorer.selection.inputs import column_groups, flags
 from scorer.selection.ranking import SelectConfig, Selection, select_records
 from scorer.storage.paths import expand, is_remote, to_path
@@ -61,49 +61,47 @@ def select(
     manifest = run.manifest
     if not run.complete:
         raise ScorerError(f"{run.path} is unfinished: run the same `scorer score` command again to finish it")
-    ranking = manifest["ranking"]
+    ranking = manifest.ranking
     lowest = (by in LEARNING or (ranking["lowest"] and by is None)) if lowest is None else lowest
     by = by or ranking["by"]
-    paths = [entry["path"] for entry in manifest["inputs"]]
     sizes: dict[str, Any] = {"keep": keep, "diverse": diverse, "pool": pool}
-    config = check_options(paths, output, **sizes, by=by, lowest=lowest, rejected=rejected, scored=True, **options)
-    selection = _choose(run, config)
-    if output is None and rejected is None:
-        return selection
-    if not paths:
-        raise ScorerError(f"{run.path} was joined from tables and has no data to write: join run directories instead")
-    check_unchanged(manifest["inputs"])
-    # Both are finished before one is put in its place: a record that can't be written leaves neither.
-    with ExitStack() as stack:
-        limit = manifest["identity"]["config"]["limit"]
-        if output is not None:
-            writer = stack.enter_context(RecordWriter(output))
-            _write(writer, paths, limit, _notes(selection.kept) if with_scores else None, selection.kept)
-        if rejected is not None:
-            writer = stack.enter_context(RecordWriter(rejected))
-            _write(writer, paths, limit, _notes(selection.rejected), selection.rejected)
+    config = check_options(
+        manifest.paths, output, **sizes, by=by, lowest=lowest, rejected=rejected, scored=True, **options
+    )
+    reads_text = config.per is not None or set(config.drop_flagged) & set(TEXT_FLAGS)
+    writes = output is not None or rejected is not None
+    with run.data if reads_text or writes else nullcontext() as data:
+        selection = _choose(run, data, config)
+        if data is not None and writes:
+            data.check_unchanged()
+            _write(data, selection, output, with_scores, rejected)
     return selection
 
 
-def _choose(run: Run, config: SelectConfig) -> Selection:
+def _choose(run: Run, data: Dataset | None, config: SelectConfig) -> Selection:
     """The selection, given what the configuration asks for beside the scores."""
-    schema = run.schema
+    with run.snapshot() as shards:
+        return _select_from(shards, run, data, config)
+
+
+def _select_from(shards: ScoreTable, run: Run, data: Dataset | None, config: SelectConfig) -> Selection:
+    schema = shards.schema
     one_of("by", config.by, measures_of(schema))
     parts = [] if config.pool is None else embedding_parts(run)
     groups = clusters(run) if config.per_cluster else None
     looked_at = [name for name, _ in SCORE_FLAGS.values()] if config.drop_flagged else []
     names = dict.fromkeys((*KEYS, config.by, "ifd", *looked_at))
-    scores = run.scores([name for name in names if name in schema])  # the others only of what is kept
-    flagged = flags(run, scores, config.drop_flagged) if config.drop_flagged else None
-    if config.per is not None:
-        groups = column_groups(run, config.per)
+    scores = shards.scores([name for name in names if name in schema])  # the others only of what is kept
+    flagged = flags(run, data, scores, config.drop_flagged) if config.drop_flagged else None
+    if config.per is not None and data is not None:
+        groups = column_groups(data, config.per)
 
     def spread(ids: pl.Series, size: int) -> list[int]:
         return facility_location(embeddings(parts, ids), size)
 
     selection = select_records(scores, config, groups=groups, flags=flagged, spread=spread)
     kept = selection.kept.select("record_id", "rank")
-    rows = run.collect(lambda table: table.join(kept.lazy(), on="record_id", how="semi"))
+    rows = shards.collect(lambda table: table.join(kept.lazy(), on="record_id", how="semi"))
     whole = per_record(rows, config.aggregate).drop("reason")
     return replace(selection, kept=kept.join(whole, on="record_id", how="left", maintain_order="left"))
 
@@ -162,31 +160,66 @@ def check_column(data: Sequence[str], column: str | None, limit: int | None) -> 
     if column is None:
         return
     paths = [name for path in data for name in expand(path)]
-    rows = (raw.value for raw in read_raw(paths, limit=limit))
-    if not any(isinstance(row, dict) and row.get(column) is not None for row in rows):
+    with Dataset(paths, limit=limit) as dataset:
+        if any(isinstance(raw.value, dict) and raw.value.get(column) is not None for raw in dataset.rows()):
+            return
         raise ScorerError(f"per: no record of {', '.join(paths)} has a value of '{column}'")
 
 
 def _write(
-    writer: RecordWriter,
-    paths: list[str],
-    limit: int | None,
-    notes: dict[int, dict[str, Any]] | None,
-    table: pl.DataFrame,
+    data: Dataset,
+    selection: Selection,
+    output: str | Path | None,
+    with_scores: bool,
+    rejected: str | Path | None,
 ) -> None:
-    """Write the records of `table`, in its order, each with its note."""
-    ids = table["record_id"].to_list()
-    wanted = set(ids)
-    chosen = (raw for raw in read_raw(paths, limit=limit) if raw.record_id in wanted)
-    if ids != sorted(ids):
-        held = {raw.record_id: raw for raw in chosen}  # ranked: the file's order is not the wanted one
-        chosen = (held[i] for i in ids)
-    for raw in chosen:
-        if notes is None:
-            writer.write(raw.value, text=raw.text, source=raw.source)
+    """Write the records to one file or both, in one pass over the data.
+
+    Both are finished before one is put in its place: a record that can't be written leaves neither.
+    """
+    with ExitStack() as files:
+        targets: dict[int, _Target] = {}  # by record
+        made: list[_Target] = []
+        if output is not None:
+            made.append(_Target(files.enter_context(RecordWriter(output)), selection.kept, noted=with_scores))
+        if rejected is not None:
+            made.append(_Target(files.enter_context(RecordWriter(rejected)), selection.rejected, noted=True))
+        for target in made:
+            targets |= dict.fromkeys(target.ids, target)
+        for raw in data.rows():
+            if raw.record_id in targets:
+                targets[raw.record_id].add(raw)
+        for target in made:
+            target.finish()
+
+
+class _Target:
+    """A file that is written, the records that go there, and their notes."""
+
+    def __init__(self, writer: RecordWriter, table: pl.DataFrame, *, noted: bool):
+        self.writer, self.ids = writer, table["record_id"].to_list()
+        self.notes = {row["record_id"]: row for row in table.iter_rows(named=True)} if noted else None
+        self.ranked = self.ids != sorted(
+            self.ids
+        )  # then records are held until the end: the data's order is not theirs
+        self.held: dict[int, RawRecord] = {}
+
+    def add(self, raw: RawRecord) -> None:
+        if self.ranked:
+            self.held[raw.record_id] = raw
         else:
-            writer.write(_noted(raw, notes[raw.record_id]), source=raw.source)
-    writer.finish()
+            self._write(raw)
+
+    def finish(self) -> None:
+        for record_id in self.ids if self.ranked else ():
+            self._write(self.held[record_id])
+        self.writer.finish()
+
+    def _write(self, raw: RawRecord) -> None:
+        if self.notes is None:
+            self.writer.write(raw.value, text=raw.text, source=raw.source)
+        else:
+            self.writer.write(_noted(raw, self.notes[raw.record_id]), source=raw.source)
 
 
 def _noted(raw: RawRecord, note: dict[str, Any]) -> dict[str, Any]:
@@ -195,10 +228,6 @@ def _noted(raw: RawRecord, note: dict[str, Any]) -> dict[str, Any]:
     if SCORES_KEY in raw.value:
         raise ScorerError(f"{raw.source} has a field '{SCORES_KEY}' already: rename it, or write no scores")
     return {**raw.value, SCORES_KEY: note}
-
-
-def _notes(table: pl.DataFrame) -> dict[int, dict[str, Any]]:
-    return {row["record_id"]: row for row in table.iter_rows(named=True)}
 
 
 def _file(where: str) -> str:

@@ -4,37 +4,34 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import polars as pl
 
-from scorer.data.reader import read_raw
-from scorer.data.records import read_records
+from scorer.data.dataset import Dataset
 from scorer.runs.directory import FLAGS, Run
 from scorer.runs.extras import _table
 from scorer.selection.flags import SCORE_FLAGS, TEXT_FLAGS, score_flags, text_flags
 from scorer.types import ScorerError
 
 
-def column_groups(run: Run, column: str) -> pl.DataFrame:
+def column_groups(data: Dataset, column: str) -> pl.DataFrame:
     """record_id Int64, group String: the value of a column of the data, of anything but text its JSON; null if absent.
 
     Raises ScorerError where no record has the column.
     """
     ids, values = [], []
-    for raw in _raw(run):
+    for raw in data.rows():
         value = raw.value.get(column) if isinstance(raw.value, dict) else None
         ids.append(raw.record_id)
         values.append(
             value if value is None or isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
         )
     if not any(value is not None for value in values):
-        raise ScorerError(f"per: no record of {', '.join(_paths(run))} has a value of '{column}'")
+        raise ScorerError(f"per: no record of {', '.join(data.paths)} has a value of '{column}'")
     return pl.DataFrame({"record_id": ids, "group": values}, schema={"record_id": pl.Int64, "group": pl.String})
 
 
-def flags(run: Run, scores: pl.DataFrame, names: Sequence[str]) -> pl.DataFrame:
+def flags(run: Run, data: Dataset | None, scores: pl.DataFrame, names: Sequence[str]) -> pl.DataFrame:
     """record_id, and a Boolean column for each of `names`, which are of scorer.selection.flags.FLAGS.
 
     Raises ScorerError where a flag needs what the run does not have.
@@ -46,21 +43,10 @@ def flags(run: Run, scores: pl.DataFrame, names: Sequence[str]) -> pl.DataFrame:
     found = []
     if of_scores:
         found.append(score_flags(scores, of_scores))
-    if of_text:
-        config = run.manifest["identity"]["config"]
-        records = read_records(_paths(run), columns=config["columns"], limit=config["limit"])
-        found.append(text_flags(records, of_text))
+    if of_text and data is not None:
+        found.append(text_flags(data.records(), of_text))
     if stored:
         found.append(_table(run, FLAGS, stored, " --flags"))
     for frame in found:
         table = table.join(frame, on="record_id", how="left", maintain_order="left")
     return table
-
-
-def _paths(run: Run) -> list[str]:
-    return [entry["path"] for entry in run.manifest["inputs"]]
-
-
-def _raw(run: Run) -> Any:
-    paths: Sequence[str | Path] = _paths(run)
-    return read_raw(paths, limit=run.manifest["identity"]["config"]["limit"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +82,9 @@ def test_columns_and_ends(command: Commands, runs: tuple[Path, Path], tmp_path: 
 def test_tables(runs: tuple[Path, Path], tmp_path: Path, suffix: str) -> None:
     table = pl.DataFrame({"record_id": range(8), "ifd": SECOND}).reverse()  # joined by id, in any order
     path = tmp_path / f"table{suffix}"
-    write = {".csv": table.write_csv, ".parquet": table.write_parquet, ".jsonl": table.write_ndjson}
-    write.get(suffix, table.write_json)(path)
+    writers: dict[str, Callable[[Path], object]]
+    writers = {".csv": table.write_csv, ".parquet": table.write_parquet, ".jsonl": table.write_ndjson}
+    writers.get(suffix, table.write_json)(path)
     of_runs, of_table = (compare([runs[0], other], at="60%")[0] for other in (runs[1], path))
     assert of_table.agreement == of_runs.agreement  # type: ignore[union-attr]
 

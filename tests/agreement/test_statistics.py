@@ -117,7 +117,7 @@ def test_intervals_of_selections_are_of_their_size() -> None:
     for _ in range(99):
         v = draw.normal(size=2000)
         again.append(agree(v, v + draw.normal(size=2000), [Fraction(1, 10)], resamples=0).whole[0])
-    spread = float(np.std([c.overlap.value for c in again]))
+    spread = float(np.std([c.overlap.value or 0.0 for c in again]))
     for figure in (cut.overlap, inside.overlap):
         assert figure.low is not None
         assert figure.high is not None

@@ -127,22 +127,22 @@ def test_whole_parts_are_kept_and_the_rest_made(scored: Run, monkeypatch: pytest
     assert (parts(scored) == whole).all()
     assert (folder / names[0]).stat().st_mtime_ns == first
     assert not list(folder.glob(".*"))
-    with pytest.raises(ScorerError, match="embeddings of other max_tokens: use --fresh"):
+    with pytest.raises(ScorerError, match=r"other embeddings \(max_tokens changed\): use --fresh"):
         cluster(scored, clusters=3, max_tokens=8, device="cpu")
     kept = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(kept | {"format": 1}))  # of a version with its own pooling
-    with pytest.raises(ScorerError, match="embeddings of other format: use --fresh"):
+    with pytest.raises(ScorerError, match=r"other embeddings \(format changed\): use --fresh"):
         cluster(scored, clusters=3, device="cpu")
     (folder / "manifest.json").write_text(json.dumps(kept))
     monkeypatch.undo()
-    assert "embeddings of other part_rows" in command("cluster", scored.path, "--clusters", 3).line()
+    assert "other embeddings (part_rows changed)" in command("cluster", scored.path, "--clusters", 3).line()
     command("cluster", scored.path, "--clusters", 3, "--fresh").done()
     assert len(list(folder.glob("*.npy"))) == 1
     assert not (scored.path / "flags.parquet").exists()
 
 
 def test_changed_data_is_refused(scored: Run) -> None:
-    path = Path(scored.manifest["inputs"][0]["path"])
+    path = Path(scored.manifest.paths[0])
     path.write_text(json.dumps(ROWS[0]) + "\n")
     with pytest.raises(ScorerError, match="changed since it was scored"):
         cluster(scored, device="cpu")

@@ -7,7 +7,7 @@ import hashlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ import polars as pl
 import pytest
 import zstandard
 
-from scorer.data.dataset import InputFile, count_records, inspect_input
-from scorer.data.reader import read_raw
+from scorer.data.dataset import Dataset, InputFile, inspect_input
+from scorer.data.reader import InputReader, RawRecord
 from scorer.data.writer import RecordWriter
 from scorer.types import RowStatus, ScorerError
 
@@ -30,6 +30,17 @@ def write(path: Path, rows: Iterable[Any]) -> Path:
         for row in rows:
             writer.write(row)
     return path
+
+
+def read_raw(
+    paths: Sequence[Path], *, start: int = 0, limit: int | None = None, counts: Sequence[int] = ()
+) -> Iterator[RawRecord]:
+    with Dataset(paths, limit=limit, counts=counts) as data:
+        yield from data.rows(start)
+
+
+def count_records(path: Path) -> int:
+    return InputReader(path).scan(lambda raw: True, None, keep=False).rows
 
 
 def values(*paths: Path, start: int = 0, limit: int | None = None) -> list[Any]:
@@ -182,7 +193,7 @@ def test_names_that_are_not_utf8_are_to_be_renamed(tmp_path: Path, name: bytes) 
     except OSError:
         pytest.skip("this file system takes UTF-8 names only")
     shown = f"{tmp_path}/{name.decode('utf-8', 'backslashreplace')}"
-    for read in (inspect_input, lambda path: count_records(path)):
+    for read in (inspect_input, lambda path: Dataset([path])):
         with pytest.raises(ScorerError, match="rename it") as caught:
             read(path)
         assert str(caught.value).encode().startswith(shown.encode())
@@ -208,13 +219,19 @@ def test_inspect_input_describes_the_bytes_on_disk(tmp_path: Path) -> None:
     path = tmp_path / "d.jsonl.gz"
     path.write_bytes(b"abc")
     digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, example B.1
-    assert inspect_input(path) == InputFile(str(path), 3, digest)
+    found = inspect_input(path)
+    assert found == InputFile(str(path), 3, digest, modified_ns=path.stat().st_mtime_ns)
+    path.write_bytes(b"abd")
+    os.utime(path, ns=(0, path.stat().st_mtime_ns))
+    assert inspect_input(path, found).identity != found.identity
 
 
 PEAK = """
 import resource, sys
-from scorer.data.records import read_records
-rows = sum(len(record.turns) for record in read_records([sys.argv[1]]))
+from scorer.data.dataset import Dataset
+data = Dataset([sys.argv[1]])
+data.inspect()
+rows = sum(len(record.turns) for record in data.records())
 print(rows, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
 """
 

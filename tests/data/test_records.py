@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,19 @@ import polars as pl
 import pytest
 
 from scorer.config import ScoreConfig
+from scorer.data.dataset import Dataset
 from scorer.data.reader import RawRecord
-from scorer.data.records import read_records, to_record
+from scorer.data.records import to_record
 from scorer.types import Message, Record, RowStatus, ScorerError, Turn
 
 GOOD = {"instruction": "Name a colour.", "input": "", "output": "Red."}
+
+
+def read_records(paths: Sequence[Path], *, columns: Mapping[str, str] | None = None) -> Iterator[Record]:
+    """The records of files that have a known format."""
+    with Dataset(paths, columns=columns) as data:
+        data.inspect()
+        yield from data.records()
 
 
 def record(value: Any, columns: dict[str, str] | None = None) -> Record:
@@ -229,10 +238,8 @@ def test_file_without_a_known_format_is_refused_by_its_columns(tmp_path: Path) -
     array = tmp_path / "other.json"
     array.write_text('[{"question": "q", "answer": "a"}, {}]')
     for path in (table, array):
-        reading = read_records([good, path])
-        assert next(reading).status is RowStatus.OK
         with pytest.raises(ScorerError) as caught:
-            list(reading)
+            list(read_records([good, path]))
         text = str(caught.value)
         assert str(path) in text
         assert "question, answer" in text
@@ -241,9 +248,6 @@ def test_file_without_a_known_format_is_refused_by_its_columns(tmp_path: Path) -
         assert next(read_records([path], columns={"prompt": "question", "response": "answer"})).turns == single(
             "q", "a"
         )
-        # a run that was cut off inside the file, or after it, is refused as well
-        with pytest.raises(ScorerError, match="no row has a known format"):
-            list(read_records([path], start=1))
     with pytest.raises(ScorerError, match=r"no row has q and a \(its first row holds instruction, input, output\)"):
         list(read_records([good], columns={"prompt": "q", "response": "a"}))
     with pytest.raises(ScorerError, match="its first row is not JSON"):
@@ -269,7 +273,7 @@ def test_one_row_with_all_keys_of_a_format_makes_a_file_known(tmp_path: Path) ->
 
 def test_resume_after_the_only_known_row(tmp_path: Path) -> None:
     path = lines(tmp_path / "d.jsonl", GOOD, {"a": 1}, {"b": 2})
-    assert [r.status for r in read_records([path], start=1)] == [RowStatus.UNKNOWN_FORMAT] * 2
+    assert [r.status for r in Dataset([path]).records(1)] == [RowStatus.UNKNOWN_FORMAT] * 2
 
 
 def test_parquet_conversations(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from scorer.data.reader import read_raw
+from scorer.data.dataset import Dataset
 from scorer.data.writer import RecordWriter
 from scorer.storage.atomic import replacing
 from scorer.types import ScorerError
@@ -33,7 +33,7 @@ def write(path: Path, rows: Iterable[Any]) -> Path:
 
 
 def values(path: Path) -> list[Any]:
-    return [raw.value for raw in read_raw([path])]
+    return [raw.value for raw in Dataset([path]).rows()]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -127,10 +127,10 @@ def test_json_has_no_infinity(tmp_path: Path, name: str) -> None:
 def test_a_line_s_own_text_is_written(tmp_path: Path, name: str) -> None:
     line = '{"a":1e999,"b":0.10000000000000000001, "b" : "\\u00e9é"}'
     (tmp_path / "in.jsonl").write_text(line)
-    [raw] = read_raw([tmp_path / "in.jsonl"])
+    [raw] = Dataset([tmp_path / "in.jsonl"]).rows()
     with RecordWriter(tmp_path / name) as writer:
         writer.write(raw.value, text=raw.text)
-    [back] = read_raw([tmp_path / name])
+    [back] = Dataset([tmp_path / name]).rows()
     assert back.text == line
 
 

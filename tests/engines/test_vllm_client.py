@@ -104,9 +104,9 @@ def test_a_served_model_scores_and_comes_back_in_the_middle(tiny: Tiny, tmp_path
         command(*common, "-o", "served", "--engine", url, VLLM_API_KEY=KEY).done()
         assert_same(Run(tmp_path / "served").scores(), expected)
         manifest = Run(tmp_path / "served").manifest
-        assert manifest["server"]["dtype"] == "float32"
-        assert KEY not in json.dumps(manifest)
-        assert str(port) not in json.dumps(manifest["identity"])
+        assert (manifest.server or {})["dtype"] == "float32"
+        assert KEY not in manifest.to_json()
+        assert str(port) not in json.dumps(manifest.identity)
 
         pool = urllib3.PoolManager(headers={"Authorization": f"Bearer {KEY}"})
         for sequence, words in (

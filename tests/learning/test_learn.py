@@ -103,17 +103,17 @@ def test_tables_of_every_format_are_joined(tmp_path: Path) -> None:
     assert table["lp1"].to_list() == [0.8, None, 1.25]
     assert table["status"].to_list() == ["ok", "missing_field", "ok"]
     assert run.complete
-    assert run.manifest["ranking"] == {"by": "lp1", "lowest": True}
+    assert run.manifest.ranking == {"by": "lp1", "lowest": True}
     assert "complete already" in command("lp", "--runs", *paths, "-o", "run").done()
     assert select(run, keep=1).kept["record_id"].to_list() == [7]
-    assert "has no data to write" in command("select", "run", "-o", "kept.jsonl", "--keep", "1").line()
+    assert "has no data" in command("select", "run", "-o", "kept.jsonl", "--keep", "1").line()
     assert (
         "--runs computes nothing: leave out --epochs"
         in command("lp", "--runs", *paths, "-o", "other", "--epochs", 2).line()
     )
     assert "holds another run" in command("lp", "--runs", *paths[:2], "-o", "run").line()
     command("lp", "--runs", *paths[:2], "-o", "run", "--fresh").done()
-    assert run.manifest["ranking"]["by"] == "lp1_approx"
+    assert run.manifest.ranking["by"] == "lp1_approx"
 
 
 def test_tables_that_do_not_match_are_refused_with_counts(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_runs_bring_their_data(tiny: Callable[[str], ModelFiles], write_jsonl: W
     assert selection.kept["record_id"].to_list() == sorted(((first - second) / first).arg_sort().to_list()[:2])
     assert [json.loads(line)["n"] for line in (tmp_path / "kept.jsonl").open()] == selection.kept["record_id"].to_list()
     limited = score(data, tmp_path / "limited", model=str(tiny("gpt2").path), limit=3, **options)
-    with pytest.raises(ScorerError, match="the runs differ in limit"):
+    with pytest.raises(ScorerError, match=r"the runs differ \(limit was"):
         join_runs([runs[0], limited.path], tmp_path / "other")
 
 

@@ -38,7 +38,7 @@ SHARED = {name for name, count in Counter(top for d in INSTALLED.values() for to
 
 def needed(name: str, extras: Sequence[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
     """What a distribution declares for this machine, with and without extras: names, and extras of them."""
-    for text in INSTALLED[name].requires or ():
+    for text in INSTALLED[canonicalize_name(name)].requires or ():
         requirement = Requirement(text)
         if requirement.marker is None or any(requirement.marker.evaluate({"extra": extra}) for extra in ("", *extras)):
             yield canonicalize_name(requirement.name), tuple(sorted(requirement.extras))
@@ -95,7 +95,7 @@ def make_environment(folder: Path, wheel: Path, *extras: str) -> Environment:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(path)], check=True, timeout=SECONDS)
     site = Path(sysconfig.get_path("purelib", vars={"base": str(path), "platbase": str(path)}))
     for name in (*closure(extras), "pip"):
-        distribution = INSTALLED[name]
+        distribution = INSTALLED[canonicalize_name(name)]
         home = Path(str(distribution.locate_file("")))
         for top in tops(distribution) - SHARED:
             (site / top).symlink_to(home / top)

@@ -66,7 +66,7 @@ def end(process: subprocess.Popen[str] | Running, code: int = 0) -> str:
 
 def writers(run: Path) -> set[int]:
     """The processes that have written shards, as the manifest has it: it is written once a second."""
-    by = Run(run).manifest["shards_by"] if Run(run).begun else {}
+    by = Run(run).manifest.shards_by if Run(run).begun else {}
     return {int(name.rpartition("process ")[2]) for name in by}
 
 

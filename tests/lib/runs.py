@@ -10,6 +10,7 @@ import polars as pl
 
 from scorer.data.dataset import inspect_input
 from scorer.runs.directory import Run
+from scorer.runs.manifest import Manifest
 from scorer.scores.measures import SCHEMA
 
 
@@ -29,15 +30,15 @@ def make_run(path: Path, rows: list[dict[str, Any]], **columns: list[Any]) -> Ru
     with run.locked():
         run.write_shard(0, table)
         run.write_manifest(
-            {
-                "state": "complete",
-                "identity": {
+            Manifest(
+                state="complete",
+                identity={
                     "config": {"limit": None, "columns": None, "shard_rows": max(1, len(rows))},
                     "inputs": [entry.identity],
                 },
-                "inputs": [{"path": str(data)} | entry.identity],
-                "ranking": {"by": "ifd", "lowest": False},
-                "records": len(rows),
-            }
+                inputs=(entry,),
+                ranking={"by": "ifd", "lowest": False},
+                records=len(rows),
+            )
         )
     return run

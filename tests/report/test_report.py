@@ -135,7 +135,7 @@ def test_what_it_says(runs: tuple[Path, Path], tmp_path: Path) -> None:
     shown = [unescape(text) for text in re.findall(r'<pre dir="auto">(.*?)</pre>', text, re.DOTALL)]
     assert shown[:2] == [ROWS[13]["instruction"], ROWS[13]["output"]]
     manifests = re.findall(r"<details>.*?<pre>(.*?)</pre>", text, re.DOTALL)
-    assert [json.loads(unescape(m)) for m in manifests] == [Run(run).manifest for run in runs]
+    assert [json.loads(unescape(m)) for m in manifests] == [Run(run).manifest.to_dict() for run in runs]
 
 
 def test_a_long_text_is_cut_and_says_so(tmp_path: Path) -> None:

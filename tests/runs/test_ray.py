@@ -9,12 +9,15 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 from ray.cluster_utils import Cluster as Nodes
 
 from scorer.config import ScoreConfig
+from scorer.data.dataset import inspect_input
 from scorer.models.find import ModelFiles
 from scorer.runs.directory import Run
 from scorer.runs.ray_driver import Cluster, WorkerPlan, plan_workers
@@ -96,7 +99,7 @@ def test_two_workers_give_the_local_table_and_survive_a_death(
 ) -> None:
     command("score", *arguments, "-o", "local").done()
     expected = Run(tmp_path / "local").scores()
-    assert Run(tmp_path / "local").manifest["shards_by"] == {"this process": 301}
+    assert Run(tmp_path / "local").manifest.shards_by == {"this process": 301}
 
     running = start(tmp_path, "score", *arguments, "-o", "spread", "--ray", "local", "--workers", 2)
     stopped_in_the_middle(tmp_path / "spread").kill()
@@ -104,9 +107,9 @@ def test_two_workers_give_the_local_table_and_survive_a_death(
     end(running)
     same(tmp_path / "spread", expected)
     manifest = Run(tmp_path / "spread").manifest
-    assert sum(manifest["shards_by"].values()) == 301
-    assert len(manifest["shards_by"]) >= 2
-    assert max(manifest["shards_by"].values()) < 301
+    assert sum(manifest.shards_by.values()) == 301
+    assert len(manifest.shards_by) >= 2
+    assert max(manifest.shards_by.values()) < 301
 
 
 @pytest.mark.slow
@@ -160,9 +163,9 @@ def test_an_input_that_goes_away_is_named(
 def test_another_copy_on_a_node_is_refused(tmp_path: Path) -> None:
     data = tmp_path / "data.json"
     data.write_text(json.dumps(alpaca(3)))
-    size = data.stat().st_size
-    for of, words in ((size, None), (size + 1, "bytes, and")):
-        (row,) = Reader(ScoreConfig(), [str(data)], [of], [3])({"shards": [[0]]})
+    here = inspect_input(data)
+    for entry, words in ((here, None), (replace(here, size=here.size + 1), "bytes, and")):
+        (row,) = Reader(ScoreConfig(), [entry], [3])({"shards": [[0]]})
         found = pickle.loads(row["records"][0])
         assert (row["index"] == [0] and len(found) == 3) if words is None else words in str(found)
 
@@ -185,6 +188,10 @@ def test_a_worker_that_always_dies_ends_the_run(
     assert shards(tmp_path / "run") == 0
 
 
+def _more_than(run: Path, count: int) -> bool:
+    return shards(run) > count
+
+
 @pytest.mark.slow
 def test_a_pass_that_breaks_off_leaves_its_workers_room_to_the_next(
     nodes: Nodes, command: Commands, arguments: list[object], tmp_path: Path
@@ -192,8 +199,8 @@ def test_a_pass_that_breaks_off_leaves_its_workers_room_to_the_next(
     limit = ("--workers", 1, "--limit", 301)
     running = command.start("score", *arguments, "-o", "run", "--ray", nodes.address, *limit)
     for _ in range(3):  # more shards die with them than one pass bears
-        before = shards(tmp_path / "run")
-        wait(lambda before=before: shards(tmp_path / "run") > before + 5)
+        more = shards(tmp_path / "run") + 5
+        wait(partial(_more_than, tmp_path / "run", more))
         (worker,) = all_workers(nodes)
         worker.kill()
     err = end(running)

@@ -134,7 +134,7 @@ def test_workers_nodes_and_drivers_die(
     assert "resuming after" in said
     assert "workers died; going on with" in said
     same(run, expected)
-    assert sum(Run(run).manifest["shards_by"].values()) == ROWS / SHARD_ROWS
+    assert sum(Run(run).manifest.shards_by.values()) == ROWS / SHARD_ROWS
     wait(lambda: not all_workers(nodes))
 
 

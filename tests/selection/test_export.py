@@ -246,8 +246,9 @@ def test_conversations_are_kept_whole(command: Commands, options: list[str], tmp
     for how in ("mean", "min", "max", "last"):
         command("select", "run", "-o", "a.jsonl", "--aggregate", how, "--keep", 2, "--no-max-ifd").done()
         values = {i: scores.filter(record_id=i)["ifd"].to_list() for i in range(6)}
-        value = {"mean": lambda v: sum(v) / 3, "min": min, "max": max, "last": lambda v: v[-1]}[how]
-        best = sorted(sorted(values, key=lambda i: -value(values[i]))[:2])
+        aggregates: dict[str, Callable[[list[float]], float]]
+        aggregates = {"mean": lambda v: sum(v) / 3, "min": min, "max": max, "last": lambda v: v[-1]}
+        best = sorted(sorted(values, key=lambda i: -aggregates[how](values[i]))[:2])
         assert read_jsonl(tmp_path / "a.jsonl") == [rows[i] for i in best]
 
 

@@ -36,7 +36,7 @@ def test_gibberish_is_far_out_in_robust_deviations() -> None:
     assert flagged(score_flags(scores(ppl_alone=[math.exp(v) for v in logs]), ["gibberish"]), "gibberish") == []
     # 7 values, median 3, deviations 2 1 0 0 1 2 x: median 1; 0.6745 (x - 3) > 3.5 from x = 8.19
     for far, ids in ((8.1, []), (8.3, [6]), (-10.0, [])):
-        values = [math.exp(v) for v in (1.0, 2.0, 3.0, 3.0, 4.0, 5.0, far)]
+        values: list[float | None] = [math.exp(v) for v in (1.0, 2.0, 3.0, 3.0, 4.0, 5.0, far)]
         assert flagged(score_flags(scores(ppl_alone=values), ["gibberish"]), "gibberish") == ids
     same: list[float | None] = [2.0, 2.0, 2.0, 9.0]  # no deviation to measure by
     assert flagged(score_flags(scores(ppl_alone=same), ["gibberish"]), "gibberish") == []

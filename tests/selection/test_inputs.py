@@ -30,7 +30,7 @@ def run(tmp_path: Path) -> Run:
     rows = [{"instruction": f"q{i}", "output": ANSWERS.get(i, f"a{i}"), "n": i} for i in range(COUNT)]
     for i, row in enumerate(rows):
         if LANGUAGES[i % 4] is not None:
-            row["lang"] = LANGUAGES[i % 4]  # type: ignore[assignment]
+            row["lang"] = LANGUAGES[i % 4]
     ppl = [100.0 + i if i != 7 else 1e9 for i in range(COUNT)]
     return make_run(tmp_path / "run", rows, ifd=[i / COUNT for i in range(COUNT)], ppl_alone=ppl)
 
@@ -79,7 +79,7 @@ def test_per_cluster(command: Commands, run: Run, tmp_path: Path) -> None:
 def test_per_column(command: Commands, run: Run, tmp_path: Path) -> None:
     command("select", "run", "-o", "a.jsonl", "--per", "lang", "--keep", 8).done()
     assert chosen(tmp_path / "a.jsonl") == list(range(12, 20))  # the two best of each four
-    assert column_groups(run, "lang")["group"].to_list()[:4] == ["de", "fr", None, "3"]
+    assert column_groups(run.data, "lang")["group"].to_list()[:4] == ["de", "fr", None, "3"]
     line = command("select", "run", "-o", "b.jsonl", "--per", "language").line()
     assert "no record of" in line
     assert "'language'" in line

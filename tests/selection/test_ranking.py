@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 
 from scorer.protocols import PROTOCOLS
+from scorer.scores.aggregate import AGGREGATES
 from scorer.scores.shares import parse_keep
-from scorer.selection.ranking import AGGREGATES, ORDERS, SelectConfig, Selection, select_records
+from scorer.selection.ranking import ORDERS, SelectConfig, Selection, select_records
 from scorer.types import RowStatus, ScorerError
 
 SCHEMA = {
