@@ -113,7 +113,7 @@ def test_tables_of_every_format_are_joined(tmp_path: Path) -> None:
     )
     assert "holds another run" in command("lp", "--runs", *paths[:2], "-o", "run").line()
     command("lp", "--runs", *paths[:2], "-o", "run", "--fresh").done()
-    assert run.manifest.ranking["by"] == "lp1_approx"
+    assert Run(run.path).manifest.ranking["by"] == "lp1_approx"
 
 
 def test_tables_that_do_not_match_are_refused_with_counts(tmp_path: Path) -> None:
