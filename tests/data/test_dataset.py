@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,10 @@ sys.addaudithook(lambda event, given: OPENED.update([str(given[0])]) if event ==
 
 
 @pytest.fixture
-def opened() -> Iterator[Counter[str]]:
+def opened() -> Counter[str]:
     """How often Python has opened each path since the test began."""
     OPENED.clear()
-    yield OPENED
+    return OPENED
 
 
 def inputs(folder: Path) -> list[Path]:
