@@ -6,7 +6,7 @@ Knows run directories, raw records and files, and gathers what a selection needs
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -17,43 +17,29 @@ import polars as pl
 from scorer.data.dataset import check_unchanged
 from scorer.data.reader import RawRecord, read_raw
 from scorer.data.writer import RecordWriter
+from scorer.options import from_options
 from scorer.protocols import PROTOCOLS
 from scorer.requirements import require
 from scorer.runs.directory import Run
 from scorer.runs.extras import clusters, embedding_parts, embeddings
 from scorer.scores.aggregate import KEYS, measures_of, per_record
 from scorer.scores.measures import ALONE, LEARNING, SCHEMA
-from scorer.scores.shares import parse_keep
+from scorer.selection.config import SelectConfig
 from scorer.selection.diversity import facility_location
 from scorer.selection.flags import FLAGS, SCORE_FLAGS, STORED
 from scorer.selection.inputs import column_groups, flags
-from scorer.selection.ranking import SelectConfig, Selection, select_records
+from scorer.selection.ranking import Selection, select_records
 from scorer.storage.paths import expand, is_remote, to_path
 from scorer.types import ScorerError, one_of
 
 SCORES_KEY = "scorer"  # what a record's scores and reason are written under
 
 
-def select(
-    run: Run | str | Path,
-    output: str | Path | None = None,
-    *,
-    keep: str | float | int | None = None,
-    by: str | None = None,
-    lowest: bool | None = None,
-    diverse: str | float | int | None = None,
-    pool: str | float | int | None = None,
-    with_scores: bool = False,
-    rejected: str | Path | None = None,
-    **options: Any,
-) -> Selection:
+def select(run: Run | str | Path, output: str | Path | None = None, **options: Any) -> Selection:
     """Choose records of a finished run, and write them to `output` as they came.
 
-    keep: a share ("10%", 0.1) or a number of records; None is 10%, but for `diverse`. by, lowest: what to rank by; None
-    is the protocol's own, and the lowest of LP. diverse: instead of `keep`, so many by facility location, from the best
-    `pool` (None is 20%).
-    with_scores: add each record's scores under the key `scorer`. rejected: a file for every other record, with the
-    reason under the same key. options: the other fields of SelectConfig. The formats are those of the suffixes.
+    options: the fields of SelectConfig; the ranking of the run's protocol is the default of `by` and `lowest`, and the
+    lowest of LP. The formats of `output` and `rejected` are those of their suffixes.
 
     Raises ScorerError where the run is unfinished, where its data changed since, and where a file can't be written.
     """
@@ -61,13 +47,10 @@ def select(
     manifest = run.manifest
     if not run.complete:
         raise ScorerError(f"{run.path} is unfinished: run the same `scorer score` command again to finish it")
-    ranking = manifest["ranking"]
-    lowest = (by in LEARNING or (ranking["lowest"] and by is None)) if lowest is None else lowest
-    by = by or ranking["by"]
     paths = [entry["path"] for entry in manifest["inputs"]]
-    sizes: dict[str, Any] = {"keep": keep, "diverse": diverse, "pool": pool}
-    config = check_options(paths, output, **sizes, by=by, lowest=lowest, rejected=rejected, scored=True, **options)
-    selection = _choose(run, config)
+    config = _ranked_as(from_options(SelectConfig, options), manifest["ranking"])
+    check_options(paths, output, config, scored=True)
+    selection, rejected = _choose(run, config), config.rejected
     if output is None and rejected is None:
         return selection
     if not paths:
@@ -78,21 +61,29 @@ def select(
         limit = manifest["identity"]["config"]["limit"]
         if output is not None:
             writer = stack.enter_context(RecordWriter(output))
-            _write(writer, paths, limit, _notes(selection.kept) if with_scores else None, selection.kept)
+            _write(writer, paths, limit, _notes(selection.kept) if config.with_scores else None, selection.kept)
         if rejected is not None:
             writer = stack.enter_context(RecordWriter(rejected))
             _write(writer, paths, limit, _notes(selection.rejected), selection.rejected)
     return selection
 
 
+def _ranked_as(config: SelectConfig, ranking: Mapping[str, Any]) -> SelectConfig:
+    """The configuration with the column and the end of a manifest's ranking, unless it names its own."""
+    lowest = config.lowest
+    if lowest is None:
+        lowest = config.by in LEARNING or (ranking["lowest"] and config.by is None)
+    return replace(config, by=config.by or ranking["by"], lowest=lowest)
+
+
 def _choose(run: Run, config: SelectConfig) -> Selection:
     """The selection, given what the configuration asks for beside the scores."""
     schema = run.schema
-    one_of("by", config.by, measures_of(schema))
-    parts = [] if config.pool is None else embedding_parts(run)
+    one_of("by", config.column, measures_of(schema))
+    parts = [] if config.diverse is None else embedding_parts(run)
     groups = clusters(run) if config.per_cluster else None
     looked_at = [name for name, _ in SCORE_FLAGS.values()] if config.drop_flagged else []
-    names = dict.fromkeys((*KEYS, config.by, "ifd", *looked_at))
+    names = dict.fromkeys((*KEYS, config.column, "ifd", *looked_at))
     scores = run.scores([name for name in names if name in schema])  # the others only of what is kept
     flagged = flags(run, scores, config.drop_flagged) if config.drop_flagged else None
     if config.per is not None:
@@ -109,46 +100,26 @@ def _choose(run: Run, config: SelectConfig) -> Selection:
 
 
 def check_options(
-    paths: Sequence[str],
-    output: str | Path | None,
-    *,
-    keep: str | float | int | None = None,
-    by: str | None = None,
-    lowest: bool | None = None,
-    diverse: str | float | int | None = None,
-    pool: str | float | int | None = None,
-    with_scores: bool = False,
-    rejected: str | Path | None = None,
-    scored: bool = False,
-    **options: Any,
-) -> SelectConfig:
-    """The configuration of a selection from the data `paths`, as far as it is known before there are scores.
+    paths: Sequence[str], output: str | Path | None, config: SelectConfig, *, scored: bool = False
+) -> None:
+    """Raise ScorerError for options that `select` would refuse, as far as that is known before there are scores.
 
-    scored: there are scores, so that `by` may be any column of them, and clusters and embeddings may have been made.
-    Raises ScorerError for all that `select` would refuse of its options, so that nobody waits for scores first.
+    scored: the data `paths` have scores, so that `by` may be any column of them, and clusters and embeddings may exist.
     """
-    targets = [str(path) for path in (output, rejected) if path is not None]
+    targets = [str(path) for path in (output, config.rejected) if path is not None]
     for target in targets:
         RecordWriter(target)
     _check_not_overwriting(targets, paths if scored else [name for path in paths for name in expand(path)])
-    if diverse is not None:
+    if config.diverse is not None:
         require("--diverse")
-    for name in options.get("drop_flagged", ()):
+    for name in config.drop_flagged:
         one_of("drop_flagged", name, FLAGS)
     if not scored:
-        if by is not None:
-            one_of("by", by, tuple(name for name, dtype in SCHEMA.items() if dtype.is_numeric() and name not in KEYS))
-        if diverse is not None or options.get("per_cluster") or set(options.get("drop_flagged", ())) & set(STORED):
+        if config.by is not None:
+            measures = tuple(name for name, dtype in SCHEMA.items() if dtype.is_numeric() and name not in KEYS)
+            one_of("by", config.by, measures)
+        if config.diverse is not None or config.per_cluster or set(config.drop_flagged) & set(STORED):
             raise ScorerError("clusters and embeddings come after scores: use `scorer score`, `cluster` and `select`")
-    if diverse is None:
-        if pool is not None:
-            raise ScorerError("pool: --from says what --diverse chooses from; give --diverse too")
-        keep = "10%" if keep is None else keep
-        return SelectConfig(keep=parse_keep(keep), by=by or "ifd", lowest=bool(lowest), **options)
-    if keep is not None:
-        raise ScorerError("keep: --diverse says how many are kept, and --from of how many; leave --keep out")
-    first = parse_keep("20%" if pool is None else pool)
-    return SelectConfig(keep=parse_keep(diverse), pool=first, by=by or "ifd", lowest=bool(lowest), **options)
 
 
 def check_measure(by: str | None, protocol: str) -> None:

@@ -105,7 +105,7 @@ def test_rows_over_fifty_unless_told(scored: Run, tmp_path: Path) -> None:
     assert cluster(scored, min_mean_size=6, device="cpu")["cluster"].drop_nulls().n_unique() == 4  # 26 / 6
     with pytest.raises(ScorerError, match="26 records with text can't make 27 clusters"):
         cluster(scored, clusters=27, device="cpu")
-    with pytest.raises(ScorerError, match="min_mean_size: 0 is below 1"):
+    with pytest.raises(ScorerError, match="min_mean_size: 0 is not a whole number of at least 1"):
         cluster(scored, min_mean_size=0)
     with pytest.raises(ScorerError, match="not a run directory"):
         cluster(tmp_path / "nowhere")

@@ -109,7 +109,7 @@ def test_tables_of_every_format_are_joined(tmp_path: Path) -> None:
     assert "has no data to write" in command("select", "run", "-o", "kept.jsonl", "--keep", "1").line()
     assert (
         "--runs computes nothing: leave out --epochs"
-        in command("lp", "--runs", *paths, "-o", "other", "--epochs", 2).line()
+        in command("lp", "--runs", *paths, "-o", "other", "--epochs", 2).usage_error()
     )
     assert "holds another run" in command("lp", "--runs", *paths[:2], "-o", "run").line()
     command("lp", "--runs", *paths[:2], "-o", "run", "--fresh").done()
