@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -43,32 +44,30 @@ def parse_names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(","))
 
 
+def parse_pairs(texts: Sequence[str]) -> dict[str, str]:
+    """`a=b`, `c=d` as a dict. Raises ValueError."""
+    pairs: dict[str, str] = {}
+    for key, equals, value in (text.partition("=") for text in texts):
+        if not key or not equals:
+            raise ValueError(f"'{key}{equals}{value}': write it as KEY=VALUE")
+        if key.strip() in pairs:
+            raise ValueError(f"{key.strip()} is given twice")
+        pairs[key.strip()] = value
+    return pairs
+
+
 def parse_columns(text: str) -> dict[str, str]:
     """`prompt=question,response=answer` as a dict. Raises ValueError."""
-    columns: dict[str, str] = {}
-    for key, _, name in (part.partition("=") for part in text.split(",")):
-        if not key or not name:
-            raise ValueError("write it as prompt=NAME,response=NAME")
-        if key.strip() in columns:
-            raise ValueError(f"{key.strip()} is given twice; name one column")
-        columns[key.strip()] = name.strip()
-    return columns
+    return {key: name.strip() for key, name in parse_pairs(text.split(",")).items()}
 
 
-def parse_vllm_args(texts: Sequence[str]) -> dict[str, Any] | None:
+def parse_vllm_args(texts: Sequence[str]) -> dict[str, Any]:
     """`enforce_eager=false`, `block_size=32` as a dict of JSON values; what is not JSON is a string."""
-    arguments: dict[str, Any] = {}
-    for pair in texts:
-        key, equals, value = pair.partition("=")
-        if not key or not equals:
-            raise ValueError(f"'{pair}': write it as KEY=VALUE")
-        if key in arguments:
-            raise ValueError(f"{key} is given twice")
-        try:
+    arguments: dict[str, Any] = dict(parse_pairs(texts))
+    for key, value in arguments.items():
+        with suppress(ValueError):
             arguments[key] = json.loads(value)
-        except ValueError:
-            arguments[key] = value
-    return arguments or None
+    return arguments
 
 
 def parse_workers(text: str) -> int | None:
@@ -133,8 +132,10 @@ class ScoreConfig:
         if self.engine not in ("auto", "vllm") and (set_ := self.vllm_options()):
             raise ScorerError(f"{', '.join(set_)}: for the vllm engine, and not for {self.engine}")
         if self.columns is not None:
-            for column in self.columns:
+            for column, name in self.columns.items():
                 one_of("columns", column, COLUMNS)
+                if not name:
+                    raise ScorerError(f"columns: {column} has no name; write it as {column}=NAME")
             if not ({"prompt", "response"} <= (named := set(self.columns) - {"system"}) or named == {"messages"}):
                 raise ScorerError(
                     "columns: name prompt=... and response=... (input=... is optional), or messages=...; "
@@ -239,5 +240,5 @@ class ClusterConfig(EmbedderConfig):
     iterations: int = option(CLUSTERS, 20, "Iterations of k-means.")
     seed: int = option(CLUSTERS, 42, "Seed for k-means.", minimum=0)
     flags: bool = option(CLUSTERS, False, "Also flag far responses and near-duplicates.")
-    far_below: float = option(CLUSTERS, 0.1, "Cosine below which a response is flagged as far.")
-    duplicate_above: float = option(CLUSTERS, 0.98, "Cosine above which a record is a near-duplicate.")
+    far_below: float = option(CLUSTERS, 0.1, "Flag a response whose cosine with its instruction is below this.")
+    duplicate_above: float = option(CLUSTERS, 0.98, "Flag a record whose cosine with an earlier one is above this.")

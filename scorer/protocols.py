@@ -58,34 +58,24 @@ class Protocol:
     name: str
     source: str
     template: Template | None  # None: the model's own chat template
-    join: Join
     alone: AloneView | None  # None: conditioned only
     max_length: int = 1024  # tokens of the conditioned view; cut at the right
+    join: Join = Join.RETOKENISED
     score_eos: bool = False  # whether the EOS text follows the response and is scored
     rank_by: str = "ifd"  # the column that `select` ranks by, unless told
     lowest: bool = False  # whether low values of it are worth keeping
 
 
-SUPERFILTERING_ALONE = AloneView(slack=1)
 CHERRY_ALONE = AloneView(prefix="### Response:", slack=4)
 ALIGNED_ALONE = AloneView(document_bos=True, slack=1)
 
 PROTOCOLS: Mapping[str, Protocol] = {
     p.name: p
     for p in (
-        Protocol("superfiltering", "arXiv 2402.00530", PLAIN, Join.RETOKENISED, SUPERFILTERING_ALONE),
-        Protocol("cherry", "arXiv 2308.12032", ALPACA, Join.RETOKENISED, CHERRY_ALONE, 512, rank_by="ifd_loss"),
-        Protocol(
-            "small2large",
-            "arXiv 2402.10430",
-            ALPACA,
-            Join.RETOKENISED,
-            alone=None,
-            max_length=512,
-            score_eos=True,
-            rank_by="ppl_conditioned",
-        ),
-        Protocol("aligned", "both views score the same tokens", PLAIN, Join.CONCATENATED, ALIGNED_ALONE),
-        Protocol("chat", "the model's own chat template", None, Join.CONCATENATED, ALIGNED_ALONE),
+        Protocol("superfiltering", "arXiv 2402.00530", PLAIN, AloneView(slack=1)),
+        Protocol("cherry", "arXiv 2308.12032", ALPACA, CHERRY_ALONE, 512, rank_by="ifd_loss"),
+        Protocol("small2large", "arXiv 2402.10430", ALPACA, None, 512, score_eos=True, rank_by="ppl_conditioned"),
+        Protocol("aligned", "both views score the same tokens", PLAIN, ALIGNED_ALONE, join=Join.CONCATENATED),
+        Protocol("chat", "the model's own chat template", None, ALIGNED_ALONE, join=Join.CONCATENATED),
     )
 }

@@ -162,7 +162,7 @@ WRONG_USAGE = {
     ("--dtype", "int8"): ("bfloat16", "float16", "float32"),
     ("--device", "tpu"): ("cpu", "cuda"),
     ("--max-length", "many"): ("--max-length", "integer"),
-    ("--columns", "prompt"): ("prompt=NAME,response=NAME",),
+    ("--columns", "prompt"): ("--columns", "KEY=VALUE"),
     ("--columns", "prompt=a, prompt=b,response=c"): ("--columns", "prompt", "twice"),
     ("--engin", "packed"): ("--engine",),
     ("--fsesh",): ("--fresh",),

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -212,12 +212,8 @@ def is_done(run: Run, manifest: dict[str, Any], progress: Progress) -> bool:
 def discard(run: Run) -> None:
     """Remove everything of an earlier run."""
     run.clear()
-    for path in (*_epoch_folders(run.path), run.path / "checkpoints"):
+    for path in (*run.path.glob("epoch-*"), run.path / "checkpoints"):
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _epoch_folders(path: Path) -> Iterator[Path]:
-    return (folder for folder in path.glob("epoch-*") if folder.is_dir())
 
 
 def _clean(checkpoints: Path, keep: bool) -> None:

@@ -6,7 +6,7 @@ Knows run directories, raw records and files, and gathers what a selection needs
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -50,8 +50,8 @@ def select(run: Run | str | Path, output: str | Path | None = None, **options: A
     paths = [entry["path"] for entry in manifest["inputs"]]
     config = _ranked_as(from_options(SelectConfig, options), manifest["ranking"])
     check_options(paths, output, config, scored=True)
-    selection, rejected = _choose(run, config), config.rejected
-    if output is None and rejected is None:
+    selection = _choose(run, config)
+    if output is None and config.rejected is None:
         return selection
     if not paths:
         raise ScorerError(f"{run.path} was joined from tables and has no data to write: join run directories instead")
@@ -59,12 +59,13 @@ def select(run: Run | str | Path, output: str | Path | None = None, **options: A
     # Both are finished before one is put in its place: a record that can't be written leaves neither.
     with ExitStack() as stack:
         limit = manifest["identity"]["config"]["limit"]
-        if output is not None:
-            writer = stack.enter_context(RecordWriter(output))
-            _write(writer, paths, limit, _notes(selection.kept) if config.with_scores else None, selection.kept)
-        if rejected is not None:
-            writer = stack.enter_context(RecordWriter(rejected))
-            _write(writer, paths, limit, _notes(selection.rejected), selection.rejected)
+        for path, table, noted in (
+            (output, selection.kept, config.with_scores),
+            (config.rejected, selection.rejected, True),
+        ):
+            if path is not None:
+                writer = stack.enter_context(RecordWriter(path))
+                _write(writer, read_raw(paths, limit=limit), table, noted=noted)
     return selection
 
 
@@ -138,25 +139,20 @@ def check_column(data: Sequence[str], column: str | None, limit: int | None) -> 
         raise ScorerError(f"per: no record of {', '.join(paths)} has a value of '{column}'")
 
 
-def _write(
-    writer: RecordWriter,
-    paths: list[str],
-    limit: int | None,
-    notes: dict[int, dict[str, Any]] | None,
-    table: pl.DataFrame,
-) -> None:
-    """Write the records of `table`, in its order, each with its note."""
+def _write(writer: RecordWriter, records: Iterable[RawRecord], table: pl.DataFrame, *, noted: bool) -> None:
+    """Write the records of `table`, in its order, each with its row as a note if `noted`."""
     ids = table["record_id"].to_list()
+    notes = {row["record_id"]: row for row in table.iter_rows(named=True)} if noted else {}
     wanted = set(ids)
-    chosen = (raw for raw in read_raw(paths, limit=limit) if raw.record_id in wanted)
+    chosen = (raw for raw in records if raw.record_id in wanted)
     if ids != sorted(ids):
         held = {raw.record_id: raw for raw in chosen}  # ranked: the file's order is not the wanted one
         chosen = (held[i] for i in ids)
     for raw in chosen:
-        if notes is None:
-            writer.write(raw.value, text=raw.text, source=raw.source)
-        else:
+        if noted:
             writer.write(_noted(raw, notes[raw.record_id]), source=raw.source)
+        else:
+            writer.write(raw.value, text=raw.text, source=raw.source)
     writer.finish()
 
 
@@ -166,10 +162,6 @@ def _noted(raw: RawRecord, note: dict[str, Any]) -> dict[str, Any]:
     if SCORES_KEY in raw.value:
         raise ScorerError(f"{raw.source} has a field '{SCORES_KEY}' already: rename it, or write no scores")
     return {**raw.value, SCORES_KEY: note}
-
-
-def _notes(table: pl.DataFrame) -> dict[int, dict[str, Any]]:
-    return {row["record_id"]: row for row in table.iter_rows(named=True)}
 
 
 def _file(where: str) -> str:
