@@ -271,7 +271,7 @@ def cluster(run: str, **options: Any) -> None:
     unset="the protocol's, or the only one",
 )
 @options_of(SelectConfig, "lowest")
-@command_option(SELECTION, "--at", default="1%,3%,5%,10%,15%", help="Shares of the records to compare selections at.")
+@command_option(SELECTION, "--at", default="1%,3%,5%,10%,15%", help="Shares of the records to select and compare.")
 @command_option(
     "Options", "--resamples", type=int, default=200, help="Bootstrap resamples; at most 50 for Kendall's tau."
 )
@@ -303,7 +303,7 @@ def compare(runs: tuple[str, ...], **options: Any) -> None:
 def report(runs: tuple[str, ...], output: str, pictures: str | None, **options: Any) -> None:
     """A web page about finished runs: distributions, length, clusters, samples; it opens offline.
 
-    Each further RUN, of the same data, is compared with the first.
+    Each further RUN must have the same data, and is compared with the first.
     """
     from scorer.console import line
     from scorer.report.report import report as write_report

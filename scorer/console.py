@@ -90,9 +90,9 @@ class ConsoleProgress:
 
 
 def _standard_output() -> Console:
-    """Standard output; where it is no terminal, of any width, so that nothing is cut or wrapped.
+    """Standard output; if it is not a terminal, so wide that nothing is cut or wrapped.
 
-    Raises ScorerError where it is closed.
+    Raises ScorerError if it is closed.
     """
     if sys.stdout is None:
         raise ScorerError("standard output is closed: give it a file, or a program to read it")

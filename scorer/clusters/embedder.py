@@ -61,7 +61,7 @@ class Embedder:
         self.tokens = 0  # embedded so far, without those of the prompt
 
     def embed(self, texts: Sequence[str]) -> Matrix:
-        """float32 [len(texts), D], each row of unit length; of an empty text, zeros."""
+        """float32 [len(texts), D], each row of unit length, or zeros for an empty text."""
         matrix = np.zeros((len(texts), self.width), dtype=np.float32)
         with quiet():
             lengths = self._lengths(texts)

@@ -24,8 +24,9 @@ Size = str | int | float | Fraction  # what parse_keep takes: "10%", 0.1, 5000
 class SelectConfig:
     """Which records to keep, and how they are written.
 
-    by: a numeric column of the score table. max_ifd: a table without any ifd (of a protocol with no alone view) has
-        nothing to limit; the limit of 1 is Superfiltering's (arXiv 2402.00530).
+    by: a numeric column of the score table; None is ifd, or in `select` the protocol's.
+    max_ifd: a table without any ifd (from a protocol with no alone view) has nothing to limit; the limit of 1 is
+        Superfiltering's (arXiv 2402.00530).
     random: draws from the records that a ranking by `by` would have ranked.
     rounding: exact gives each group its share of `keep` by largest remainder, and passes on what a group can't fill;
         paper gives each ceil(its size / round(1 / share)), numpy.array_split's first part (arXiv 2402.10430).

@@ -59,7 +59,7 @@ def select_records(
 
     groups: record_id and `group`, any sortable dtype; records that it lacks make a group of their own, as null does.
         Needed for `per` and `per_cluster`. A group's size is that of all its records, failed ones included.
-    flags: record_id and Boolean columns, of which `drop_flagged` names some; null is not flagged.
+    flags: record_id and Boolean columns, some of them named by `drop_flagged`; null is not flagged.
     spread: given the record_ids of the pool, ascending, and a number, positions of so many diverse ones, best first.
 
     Raises ScorerError where `config.column` is no measure of the table, a key column is absent, or a turn stands twice.
@@ -74,7 +74,7 @@ def select_records(
     pool = pl.DataFrame({"position": pl.int_range(total, dtype=pl.UInt32, eager=True), "group": group})
     pool = pool.with_columns(value=records[config.column]).filter(reason.is_null())
 
-    outcome = pl.zeros(total, pl.UInt8, eager=True)  # of those in the pool, an index into FATES
+    outcome = pl.zeros(total, pl.UInt8, eager=True)  # for records in the pool, an index into OUTCOMES
     if config.bucket is not None:
         outcome = outcome.scatter(pool["position"], OUTCOMES.index("other_bucket"))
         pool = _bucket(pool, config.bucket, _counts(pool["group"], len(sizes)))
@@ -166,7 +166,7 @@ def _bucket(pool: pl.DataFrame, bucket: str, counts: list[int]) -> pl.DataFrame:
 
 
 def _ranked(pool: pl.DataFrame, quotas: list[int], lowest: bool) -> pl.Series:
-    """Positions, best first, of the best of each group; equal values go by position."""
+    """Positions of the best records of each group, best first; equal values go by position."""
     ranking = pool.sort("value", descending=not lowest, maintain_order=True)
     position = _places(ranking["group"], len(quotas))
     return ranking.filter(position < pl.Series(quotas, dtype=pl.UInt32).gather(ranking["group"]))["position"]
