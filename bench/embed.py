@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from scorer.clusters.embedder import Embedder, EmbedderConfig
+from scorer.clusters.embedder import Embedder
 from scorer.clusters.embeddings import TEXTS
+from scorer.config import EmbedderConfig
 from scorer.data.dataset import Dataset
 from scorer.models.find import find_model
 from scorer.models.load import choose_device

@@ -33,7 +33,8 @@ from scorer.models.load import choose_device
 from scorer.runs.directory import Run
 from scorer.runs.manifest import Manifest
 from scorer.scores.shares import parse_keep
-from scorer.selection.ranking import SelectConfig, select_records
+from scorer.selection.config import SelectConfig
+from scorer.selection.ranking import select_records
 from scorer.types import ScorerError
 
 REFERENCE, PACKED32, PACKED16 = "reference float32", "packed float32", "packed bfloat16"

@@ -14,7 +14,8 @@ import polars as pl
 from rich.console import Console
 
 from scorer.clusters.cluster import cluster
-from scorer.learning.learn import Training, learn
+from scorer.config import Training
+from scorer.learning.learn import learn
 from scorer.report.report import report
 from scorer.selection.export import select
 

@@ -28,8 +28,8 @@ from tokenizers.models import BPE
 from transformers import GPT2Config, PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
+from scorer.config import Cluster
 from scorer.runs.directory import Run
-from scorer.runs.ray_driver import Cluster
 from scorer.runs.run import score
 
 SHARD_ROWS = 50

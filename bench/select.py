@@ -11,7 +11,8 @@ import numpy as np
 import polars as pl
 
 from scorer.scores.measures import SCHEMA
-from scorer.selection.ranking import SelectConfig, select_records
+from scorer.selection.config import SelectConfig
+from scorer.selection.ranking import select_records
 
 
 def run(rows: int, clusters: int) -> dict[str, Any]:

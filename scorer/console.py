@@ -1,7 +1,7 @@
 """What the command line shows: progress, the summary of a run, the outcome of a selection, comparisons, models.
 
-What a command exists to say (`compare`, `models`) goes to standard output; progress, summaries and messages go to
-standard error. Knows rich; computes nothing.
+The results of `compare` and `models` go to standard output; progress, summaries and messages go to standard error.
+Knows rich; computes nothing.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class ConsoleProgress:
         line(message)
 
     def begin(self, records: int, done: int) -> None:
-        """Scoring begins: `records` in all, of which an earlier run did `done`."""
+        """Start the bar at `done` of `records`."""
         if done:
             self.say(f"resuming after {done:,} of {records:,} records")
         self.records, self.done = records, done
@@ -74,7 +74,7 @@ class ConsoleProgress:
         self.bar.start()
 
     def advance(self, records: int, tokens: int) -> None:
-        """So many more records are done."""
+        """Count more finished records, and their tokens."""
         self.done += records
         self.scored += records
         self.tokens += tokens
@@ -90,9 +90,9 @@ class ConsoleProgress:
 
 
 def _standard_output() -> Console:
-    """Standard output; where it is no terminal, of any width, so that nothing is cut or wrapped.
+    """Standard output; if it is not a terminal, so wide that nothing is cut or wrapped.
 
-    Raises ScorerError where it is closed.
+    Raises ScorerError if it is closed.
     """
     if sys.stdout is None:
         raise ScorerError("standard output is closed: give it a file, or a program to read it")
@@ -136,7 +136,7 @@ def show_selection(selection: Selection, output: str) -> None:
 
 
 def show_comparison(rows: Sequence[Pair] | Sequence[Contents]) -> None:
-    """One table for each two that were compared, on standard output."""
+    """A table per pair of sources, on standard output."""
     output = _standard_output()
     line = partial(output.print, soft_wrap=True)
     for row in rows:

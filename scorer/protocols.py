@@ -56,57 +56,26 @@ class Protocol:
     """How a record's text becomes its two token sequences. It changes the score, so it is named in every manifest."""
 
     name: str
-    template: Template | None  # None: the model's own chat template
-    join: Join
-    alone: AloneView | None  # None: conditioned only
-    max_length: int  # tokens of the conditioned view; cut at the right
-    score_eos: bool  # whether the EOS text follows the response and is scored
-    rank_by: str  # the column that `select` ranks by, unless told
-    lowest: bool  # whether low values of it are worth keeping
     source: str
+    template: Template | None  # None: the model's own chat template
+    alone: AloneView | None  # None: conditioned only
+    max_length: int = 1024  # tokens of the conditioned view; cut at the right
+    join: Join = Join.RETOKENISED
+    score_eos: bool = False  # whether the EOS text follows the response and is scored
+    rank_by: str = "ifd"  # the column that `select` ranks by, unless told
+    lowest: bool = False  # whether low values of it are worth keeping
 
+
+CHERRY_ALONE = AloneView(prefix="### Response:", slack=4)
+ALIGNED_ALONE = AloneView(document_bos=True, slack=1)
 
 PROTOCOLS: Mapping[str, Protocol] = {
     p.name: p
     for p in (
-        Protocol(
-            "superfiltering", PLAIN, Join.RETOKENISED, AloneView(slack=1), 1024, False, "ifd", False, "arXiv 2402.00530"
-        ),
-        Protocol(
-            "cherry",
-            ALPACA,
-            Join.RETOKENISED,
-            AloneView(prefix="### Response:", slack=4),
-            512,
-            False,
-            "ifd_loss",
-            False,
-            "arXiv 2308.12032",
-        ),
-        Protocol(
-            "small2large", ALPACA, Join.RETOKENISED, None, 512, True, "ppl_conditioned", False, "arXiv 2402.10430"
-        ),
-        Protocol(
-            "aligned",
-            PLAIN,
-            Join.CONCATENATED,
-            AloneView(document_bos=True, slack=1),
-            1024,
-            False,
-            "ifd",
-            False,
-            "both views score the same tokens",
-        ),
-        Protocol(
-            "chat",
-            None,
-            Join.CONCATENATED,
-            AloneView(document_bos=True, slack=1),
-            1024,
-            False,
-            "ifd",
-            False,
-            "the model's own chat template",
-        ),
+        Protocol("superfiltering", "arXiv 2402.00530", PLAIN, AloneView(slack=1)),
+        Protocol("cherry", "arXiv 2308.12032", ALPACA, CHERRY_ALONE, 512, rank_by="ifd_loss"),
+        Protocol("small2large", "arXiv 2402.10430", ALPACA, None, 512, score_eos=True, rank_by="ppl_conditioned"),
+        Protocol("aligned", "both views score the same tokens", PLAIN, ALIGNED_ALONE, join=Join.CONCATENATED),
+        Protocol("chat", "the model's own chat template", None, ALIGNED_ALONE, join=Join.CONCATENATED),
     )
 }

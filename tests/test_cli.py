@@ -9,17 +9,19 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import click
 import polars as pl
 import pytest
 
 from scorer.commands import cli
-from scorer.config import ScoreConfig
+from scorer.config import Cluster, ClusterConfig, ScoreConfig, Training
 from scorer.models.find import ModelFiles
-from scorer.selection.ranking import SelectConfig
+from scorer.options import describe
+from scorer.selection.config import SelectConfig
+from scorer.selection.flags import FLAGS
 from tests.lib.command import CONSOLE_SCRIPT, Commands, alpaca
 
 ROOT = Path(__file__).parents[1]
@@ -82,57 +84,102 @@ def test_every_option_has_help_and_shows_its_default(name: str) -> None:
             assert re.search(r"\[(default: \S+|.*required)", record[1]), record
 
 
-def test_options_of_the_library_are_options_of_the_command() -> None:
-    scoring = {field.name for field in fields(ScoreConfig)}
-    selecting = {field.name for field in fields(SelectConfig)}
-    assert scoring <= {parameter.name for parameter in ALL["scorer score"].params}
-    assert selecting <= {parameter.name for parameter in ALL["scorer select"].params}
-    assert scoring | selecting <= {parameter.name for parameter in ALL["scorer filter"].params}
-    for config, name in ((ScoreConfig(), "scorer score"), (SelectConfig(1), "scorer select")):
-        defaults = ALL[name].make_context(name, ["data", "-o", "output"]).params
-        for field in fields(config):
-            if field.name not in ("keep", "by", "lowest"):  # which are of the protocol
-                assert defaults[field.name] == getattr(config, field.name), field.name
+CONFIGS: dict[str, tuple[tuple[type[Any], dict[str, Any]], ...]] = {  # and the defaults that the command replaces
+    "scorer score": ((ScoreConfig, {}), (Cluster, {"address": None})),
+    "scorer select": ((SelectConfig, {}),),
+    "scorer filter": ((ScoreConfig, {}), (Cluster, {"address": None}), (SelectConfig, {})),
+    "scorer lp": ((Training, {}),),
+    "scorer cluster": ((ClusterConfig, {}),),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_field_is_one_option(name: str) -> None:
+    defaults = ALL[name].make_context(name, ["data", "-o", "output"] if name != "scorer cluster" else ["run"]).params
+    for config, replaced in CONFIGS[name]:
+        for field, kind, info in describe(config):
+            (found,) = (parameter for parameter in ALL[name].params if parameter.name == field.name)
+            assert isinstance(found, click.Option)
+            assert defaults[field.name] == replaced.get(field.name, field.default)
+            if info.choices:
+                assert isinstance(found.type, click.Choice)
+                assert tuple(found.type.choices) == info.choices
+            elif info.parse is None:
+                assert found.type.name == {int: "integer", float: "float", bool: "boolean"}.get(kind, "text")
+            assert re.fullmatch(r"(?!Of ).*[.\])]", info.help)
+            assert found.help is not None
+            assert found.help.startswith(info.help)
+
+
+GROUPS_SHOWN = {
+    "scorer score": ["Data", "Model", "Engine", "vLLM", "Ray", "Output", "Options"],
+    "scorer select": ["Selection", "Output", "Options"],
+    "scorer filter": ["Data", "Model", "Engine", "vLLM", "Ray", "Selection", "Output", "Options"],
+    "scorer lp": ["Data", "Model", "Engine", "vLLM", "Training", "Output", "Options"],
+    "scorer cluster": ["Model", "Engine", "Clusters", "Output", "Options"],
+    "scorer compare": ["Selection", "Output", "Options"],
+    "scorer report": ["Selection", "Output", "Options"],
+    "scorer serve": ["Model", "Engine", "vLLM", "Options"],
+    "scorer models": ["Options", "Commands"],
+    "scorer models fetch": ["Model", "Options"],
+}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_help_has_the_options_by_group(command: Commands, name: str) -> None:
+    shown = command(*name.split()[1:], "--help").shown()
+    assert re.findall(r"^(\w+):$", shown, re.MULTILINE) == GROUPS_SHOWN[name]
+
+
+def test_flags_are_named_in_the_help() -> None:
+    (info,) = (info for field, _, info in describe(SelectConfig) if field.name == "drop_flagged")
+    assert all(name in info.help for name in FLAGS)
 
 
 WRONG_OPTIONS = {
     ("--engine", "fast"): ("auto, packed, reference, vllm",),
     ("--engine", "http://127.0.0.1:9"): ("http://127.0.0.1:9 does not answer",),
     ("--engine", "packed", "--quantization", "fp8"): ("quantization", "packed"),
-    ("--vllm-arg", "block_size"): ("--vllm-arg", "KEY=VALUE"),
-    ("--vllm-arg", "block_size=1", "--vllm-arg", "block_size=2"): ("block_size", "twice"),
     ("--gpu-memory-utilization", "1.5"): ("gpu_memory_utilization", "at most 1"),
     ("--tensor-parallel-size", "0"): ("tensor_parallel_size", "at least 1"),
-    ("--protocol", "best"): ("superfiltering", "cherry", "small2large", "aligned", "chat"),
-    ("--dtype", "int8"): ("bfloat16", "float16", "float32"),
-    ("--device", "tpu"): ("cpu", "cuda"),
-    ("--max-length", "many"): ("--max-length", "integer"),
     ("--max-length", "0"): ("max_length", "at least 1"),
     ("--max-length", "100000"): ("max_length", "1024"),
     ("--shard-rows", "-1"): ("shard_rows", "at least 1"),
     ("--batch-tokens", "0"): ("batch_tokens", "at least 1"),
     ("--limit", "0"): ("limit", "at least 1"),
-    ("--columns", "prompt"): ("prompt=NAME,response=NAME",),
     ("--columns", "prompt=a"): ("prompt=", "response="),
-    ("--columns", "prompt=a, prompt=b,response=c"): ("--columns", "prompt", "twice"),
     ("--columns", "question=a,response=b"): ("prompt", "response", "messages"),
     ("--revision", "main"): ("--revision",),
-    ("--engin", "packed"): ("--engine",),
-    ("--fsesh",): ("--fresh",),
     ("--model", "no-such-model"): ("no-such-model", "smollm2-135m", "gpt2"),
     ("--model", "."): ("config.json",),
 }
 
 
-@pytest.mark.parametrize("option", WRONG_OPTIONS)
+WRONG_USAGE = {
+    ("--vllm-arg", "block_size"): ("--vllm-arg", "KEY=VALUE"),
+    ("--vllm-arg", "block_size=1", "--vllm-arg", "block_size=2"): ("block_size", "twice"),
+    ("--protocol", "best"): ("superfiltering", "cherry", "small2large", "aligned", "chat"),
+    ("--dtype", "int8"): ("bfloat16", "float16", "float32"),
+    ("--device", "tpu"): ("cpu", "cuda"),
+    ("--max-length", "many"): ("--max-length", "integer"),
+    ("--columns", "prompt"): ("--columns", "KEY=VALUE"),
+    ("--columns", "prompt=a, prompt=b,response=c"): ("--columns", "prompt", "twice"),
+    ("--engin", "packed"): ("--engine",),
+    ("--fsesh",): ("--fresh",),
+    ("--workers", "2"): ("for --ray", "--workers"),
+}
+
+
+@pytest.mark.parametrize("option", [*WRONG_OPTIONS, *WRONG_USAGE])
 def test_a_wrong_option_names_the_right_ones(
     command: Commands, tiny: Callable[[str], ModelFiles], tmp_path: Path, option: tuple[str, ...]
 ) -> None:
     (tmp_path / "d.json").write_text('[{"instruction": "a", "output": "some text"}]')
     given = ("score", "d.json", "-o", "run", "--model", tiny("gpt2").path, "--device", "cpu", *option)
-    line = command(*given).line()
+    ended = command(*given)
+    line = ended.usage_error() if option in WRONG_USAGE else ended.line()
     assert line.startswith("scorer: ")
-    for word in WRONG_OPTIONS[option]:
+    for word in (WRONG_OPTIONS | WRONG_USAGE)[option]:
         assert word in line
     assert not (tmp_path / "run").exists()
 
@@ -166,7 +213,7 @@ WRONG_FILES: dict[str, tuple[bytes | None, str]] = {
     ],
 )
 def test_no_option_is_dropped(command: Commands, arguments: tuple[object, ...], words: str) -> None:
-    assert words in command(*arguments).line()
+    assert words in command(*arguments).usage_error()
 
 
 @pytest.mark.parametrize("name", WRONG_FILES)
@@ -220,10 +267,10 @@ def test_without_arguments_and_unknown_commands(command: Commands) -> None:
     ended = command()
     assert ended.code == 0
     assert "Usage: scorer" in ended.out
-    assert "'store'" in command("store").line()
-    assert "DATA" in command("score").line()
-    assert "--output" in command("score", "d.json").line()
-    assert "RUN" in command("select").line()
+    assert "'store'" in command("store").usage_error()
+    assert "DATA" in command("score").usage_error()
+    assert "--output" in command("score", "d.json").usage_error()
+    assert command("select").err == ("Usage: scorer select [OPTIONS] RUN\nscorer: Missing argument 'RUN'.\n")
     assert command("--version").out.startswith("scorer, version ")
 
 

@@ -34,7 +34,7 @@ WINGS = (
 )
 COMMAND_LINE = {"scorer.console", "scorer.commands", "scorer.__main__"}
 # What the command line may import before a command needs more.
-COMMANDS_AT_THEIR_TOP = {"click", "scorer.config", "scorer.protocols", "scorer.types"}
+COMMANDS_AT_THEIR_TOP = {"click", "scorer.config", "scorer.options", "scorer.selection.config", "scorer.types"}
 # Wings and modules that never import torch, not even inside a function, nor anything of ours that does.
 TORCH_FREE_WINGS = {"base", "storage", "scores", "data", "selection", "agreement", "report"}
 TORCH_FREE_RUNS = {

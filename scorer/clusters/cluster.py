@@ -16,9 +16,12 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from scorer.clusters.embedder import EMBEDDER, MAX_TOKENS, EmbedderConfig, Matrix
+from scorer.clusters.embedder import Matrix
 from scorer.clusters.embeddings import embed
+from scorer.config import ClusterConfig
+from scorer.data.dataset import Dataset
 from scorer.models.load import choose_device
+from scorer.options import from_options
 from scorer.requirements import require
 from scorer.runs.directory import CLUSTERS, EMBEDDINGS, FLAGS, Run, write_table
 from scorer.runs.progress import Progress, Silent
@@ -29,66 +32,54 @@ BLOCK_ROWS = 4096
 
 
 def cluster(
-    run: Run | str | Path,
-    *,
-    clusters: int | None = None,
-    min_mean_size: int = 50,
-    embedder: str = EMBEDDER,
-    max_tokens: int = MAX_TOKENS,
-    iterations: int = 20,
-    seed: int = 42,
-    device: str = "auto",
-    allow_pickle: bool = False,
-    trust_remote_code: bool = False,
-    flags: bool = False,
-    far_below: float = 0.1,
-    duplicate_above: float = 0.98,
-    fresh: bool = False,
-    progress: Progress | None = None,
+    run: Run | str | Path, *, fresh: bool = False, progress: Progress | None = None, **options: Any
 ) -> pl.DataFrame:
     """Embed the records of a run, cluster them, and return what is written to RUN/clusters.parquet.
 
-    clusters: how many; None: records with text / min_mean_size, rounded down, at least 1. A record without text has a
-    null cluster. flags: write RUN/flags.parquet too. A response is far_from_instruction where the cosine of its
-    embedding and its instruction's is below `far_below` (null where either has no text); a record is a near_duplicate
-    where the cosine with one of a smaller record_id is above `duplicate_above`. fresh: discard embeddings found there.
+    options: the fields of ClusterConfig; with `flags`, RUN/flags.parquet is written too. fresh: discard embeddings of
+    an earlier call.
 
     Raises ScorerError where the run has no data or its data changed, and where there are fewer records than clusters.
     """
     require("cluster")
-    counts = {"clusters": clusters, "min_mean_size": min_mean_size, "max_tokens": max_tokens, "iterations": iterations}
-    for name, value in counts.items():
-        if value is not None and value < 1:
-            raise ScorerError(f"{name}: {value} is below 1")
+    config = from_options(ClusterConfig, options)
     run, progress = run if isinstance(run, Run) else Run(run), progress or Silent()
     run.require_disk("clustering")
     data = run.data
     data.check_unchanged()
-    if clusters is not None and clusters > run.manifest.records:
-        raise ScorerError(f"{run.manifest.records:,} records can't make {clusters:,} clusters: give fewer --clusters")
+    records = run.manifest.records
+    if config.clusters is not None and config.clusters > records:
+        raise ScorerError(f"{records:,} records can't make {config.clusters:,} clusters: give fewer --clusters")
+    choose_device(config.device)
     with run.locked(), data:
         if fresh:
             shutil.rmtree(run.path / EMBEDDINGS, ignore_errors=True)
-        config = EmbedderConfig(embedder, max_tokens, choose_device(device), allow_pickle, trust_remote_code)
         parts = embed(run, data, "part", config, progress)
         filled = np.concatenate([np.asarray(part).any(axis=1) for part in parts])
         records = int(filled.sum())
-        k = clusters or max(1, records // min_mean_size)
+        k = config.clusters or max(1, records // config.min_mean_size)
         progress.say(f"k-means: {records:,} records into {k:,} clusters")
-        labels, distances = kmeans(parts, filled, k, iterations=iterations, seed=seed)
+        labels, distances = kmeans(parts, filled, k, iterations=config.iterations, seed=config.seed)
         columns = {"cluster": pl.Series(labels, dtype=pl.Int64), "distance": pl.Series(distances, dtype=pl.Float32)}
         places = pl.Series(np.flatnonzero(filled), dtype=pl.Int64)
         ids = pl.DataFrame({"record_id": pl.int_range(len(filled), eager=True, dtype=pl.Int64)})
         table = ids.join(pl.DataFrame({"record_id": places, **columns}), on="record_id", how="left")
         table = table.sort("record_id")
         write_table(run.path / CLUSTERS, table)
-        if flags:
-            instructions, responses = (embed(run, data, kind, config, progress) for kind in ("instruction", "response"))
-            far = pl.concat([_far(one, two, far_below) for one, two in zip(instructions, responses, strict=True)])
-            copies = pl.Series(near_duplicates(parts, duplicate_above))
-            write_table(run.path / FLAGS, ids.with_columns(far_from_instruction=far, near_duplicate=copies))
-            progress.say(f"flags: {far.sum():,} far_from_instruction, {copies.sum():,} near_duplicate")
+        if config.flags:
+            _write_flags(run, data, parts, config, progress)
     return table
+
+
+def _write_flags(run: Run, data: Dataset, parts: Sequence[Matrix], config: ClusterConfig, progress: Progress) -> None:
+    instructions, responses = (embed(run, data, kind, config, progress) for kind in ("instruction", "response"))
+    far = pl.concat([_far(one, two, config.far_below) for one, two in zip(instructions, responses, strict=True)])
+    copies = pl.Series(near_duplicates(parts, config.duplicate_above))
+    ids = pl.int_range(len(far), eager=True, dtype=pl.Int64)
+    write_table(
+        run.path / FLAGS, pl.DataFrame({"record_id": ids, "far_from_instruction": far, "near_duplicate": copies})
+    )
+    progress.say(f"flags: {far.sum():,} far_from_instruction, {copies.sum():,} near_duplicate")
 
 
 def kmeans(

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,26 +15,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from scorer.config import EmbedderConfig
 from scorer.models.find import ModelFiles
 from scorer.models.folders import embedder_modules
+from scorer.models.load import choose_device
 from scorer.models.quiet import loading, quiet
 from scorer.types import ScorerError
 
 Matrix = np.ndarray[tuple[int, int], np.dtype[np.float32]]
-EMBEDDER = "all-minilm-l6-v2"
-MAX_TOKENS = 256
 BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}  # padded
-
-
-@dataclass(frozen=True, slots=True)
-class EmbedderConfig:
-    """Which sentence-transformers model embeds, how much of a text, and what the model may do on this machine."""
-
-    embedder: str = EMBEDDER  # an embedded name, a local folder or a hub model
-    max_tokens: int = MAX_TOKENS  # of a text; or the model's own limit, if that is lower
-    device: str = "cpu"
-    allow_pickle: bool = False
-    trust_remote_code: bool = False
 
 
 class Embedder:
@@ -47,6 +35,7 @@ class Embedder:
     """
 
     def __init__(self, files: ModelFiles, config: EmbedderConfig):
+        device = choose_device(config.device)
         options = {"dtype": torch.float32} | ({} if config.allow_pickle else {"use_safetensors": True})
         with loading(files.path):
             if not config.trust_remote_code:
@@ -55,7 +44,7 @@ class Embedder:
 
             self.model = SentenceTransformer(
                 str(files.path),
-                device=config.device,
+                device=device,
                 local_files_only=True,
                 trust_remote_code=config.trust_remote_code,
                 model_kwargs=options,
@@ -67,12 +56,12 @@ class Embedder:
             "prompt": self.model.prompts.get(self.model.default_prompt_name),
             "sentence_transformers": version("sentence-transformers"),
         }
-        self.batch_tokens = BATCH_TOKENS[config.device]
-        self.workers = torch.get_num_threads() if config.device == "cpu" and not config.trust_remote_code else 1
+        self.batch_tokens = BATCH_TOKENS[device]
+        self.workers = torch.get_num_threads() if device == "cpu" and not config.trust_remote_code else 1
         self.tokens = 0  # embedded so far, without those of the prompt
 
     def embed(self, texts: Sequence[str]) -> Matrix:
-        """float32 [len(texts), D], each row of unit length; of an empty text, zeros."""
+        """float32 [len(texts), D], each row of unit length, or zeros for an empty text."""
         matrix = np.zeros((len(texts), self.width), dtype=np.float32)
         with quiet():
             lengths = self._lengths(texts)

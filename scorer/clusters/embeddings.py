@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from scorer.clusters.embedder import Embedder, EmbedderConfig, Matrix
+from scorer.clusters.embedder import Embedder, Matrix
+from scorer.config import EmbedderConfig
 from scorer.data.dataset import Dataset
 from scorer.models.find import ModelFiles, find_model
 from scorer.runs.directory import EMBEDDINGS, Run

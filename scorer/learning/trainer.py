@@ -21,6 +21,7 @@ from transformers.utils import logging
 from scorer.models.find import ModelFiles
 from scorer.models.folders import SMALL_FILES
 from scorer.models.load import load_causal_lm
+from scorer.runs.progress import Progress
 from scorer.storage.atomic import storage_error
 from scorer.types import EngineError, TokenSequence
 
@@ -31,7 +32,7 @@ WEIGHT_INDEX = "*.index.json"
 
 @dataclass(frozen=True, slots=True)
 class TrainingPlan:
-    """One training, whole: `scorer.learning.learn.Training` with everything chosen."""
+    """`scorer.config.Training` with everything chosen, and what the model may do on this machine."""
 
     schedule_epochs: int
     learning_rate: float
@@ -43,43 +44,41 @@ class TrainingPlan:
     seed: int
     save_steps: int
     device: str
+    trust_remote_code: bool
+    allow_pickle: bool
 
 
 def train_to(
-    epoch: int,
-    files: ModelFiles,
-    rows: Sequence[TokenSequence],
-    folder: Path,
-    plan: TrainingPlan,
-    *,
-    trust_remote_code: bool = False,
-    allow_pickle: bool = False,
-    say: Callable[[str], None],
-    advance: Callable[[int], None],
+    epoch: int, files: ModelFiles, rows: Sequence[TokenSequence], folder: Path, plan: TrainingPlan, progress: Progress
 ) -> Path:
     """The model as it is after `epoch` epochs: FOLDER/epoch-N, in the layout of its source, which `find_model` takes.
 
     Training goes on from the last whole checkpoint in `folder`. The loss is the mean over the target tokens of each
-    effective batch. `advance` is told how many rows each step took. On CUDA with autocast to bfloat16, weights in
-    float32; on CPU all in float32. Raises EngineError where memory or disk is full.
+    effective batch. On CUDA with autocast to bfloat16, weights in float32; on CPU all in float32. Raises EngineError
+    where memory or disk is full.
     """
     model_folder = folder / f"epoch-{epoch}"
     if model_folder.exists():
         return model_folder
     steps = math.ceil(len(rows) / plan.batch_size)
+    tokens = sum(len(row.token_ids) for row in rows)
+
+    def advance(done: int) -> None:
+        progress.advance(done, done * tokens // len(rows))
+
     try:
         checkpoint, step = _last_checkpoint(folder, most=epoch * steps)
         if step < epoch * steps:
             if checkpoint is not None and step % steps:
-                say(f"training goes on after step {step:,} of {epoch * steps:,}")
+                progress.say(f"training goes on after step {step:,} of {epoch * steps:,}")
                 advance(step % steps * plan.batch_size)
             model = load_causal_lm(
                 files,
                 dtype="float32",
                 device=plan.device,
                 attn_implementation="sdpa",
-                trust_remote_code=trust_remote_code,
-                allow_pickle=allow_pickle,
+                trust_remote_code=plan.trust_remote_code,
+                allow_pickle=plan.allow_pickle,
             )
             _train(model, rows, folder, plan, _Until(epoch, steps, len(rows), plan, advance), checkpoint)
             checkpoint, step = _last_checkpoint(folder, most=epoch * steps)

@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from scorer.background import Background
+from scorer.config import Cluster
 from scorer.runs.progress import Progress
 from scorer.runs.ray_worker import SHARDS, Reader, Worker, versions
 from scorer.runs.shards import FinishedShard, Job
@@ -45,29 +46,6 @@ GONE_SECONDS = 600  # without any node that a worker fits on, until the run ends
 # they do, whatever was left to it before: they start again on the nodes that are left.
 READER_CPUS = 0
 WORKERS_A_READER = 2  # of a weak model on a large GPU: bench/SCALING.md has the rows/s of both
-
-
-@dataclass(frozen=True, slots=True)
-class Cluster:
-    """Where a run is spread to, and how: `local` starts a Ray of this machine, else the address of one that runs.
-
-    workers: engines; None: as many as there are GPUs for, and one where there is none. gpus_per_worker: shares are
-    allowed; None: on GPUs as many as the model is spread over. cpus_per_worker: None: 1 beside a GPU, else an even
-    share of all CPUs.
-    """
-
-    address: str = "local"
-    workers: int | None = None
-    gpus_per_worker: float | None = None
-    cpus_per_worker: float | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("workers", "gpus_per_worker", "cpus_per_worker"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ScorerError(f"{name}: {value} is not above 0")
-        if self.gpus_per_worker is not None and self.gpus_per_worker > 1 and self.gpus_per_worker % 1:
-            raise ScorerError(f"gpus_per_worker: {self.gpus_per_worker} is neither a share of one GPU nor whole GPUs")
 
 
 @dataclass(frozen=True, slots=True)

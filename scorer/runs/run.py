@@ -17,9 +17,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from scorer.config import SERVERS, ScoreConfig
+from scorer.config import SERVERS, Cluster, ScoreConfig
 from scorer.data.dataset import Dataset, inspect_input
 from scorer.data.encode import Encoder
 from scorer.engines.choose import (
@@ -43,9 +43,6 @@ from scorer.runs.shards import Executor, Job, check_scored, open_encoder, status
 from scorer.storage.atomic import replacing
 from scorer.storage.paths import exists, expand, local_copy, to_path
 from scorer.types import ScorerError
-
-if TYPE_CHECKING:
-    from scorer.runs.ray_driver import Cluster
 
 MANIFEST_SECONDS = 1.0  # between two writings: a store takes longer for one than a GPU for a shard
 UNKNOWN = "unknown"  # in `shards_by`: who scored the shards that a killed process had not counted

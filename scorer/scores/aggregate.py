@@ -5,18 +5,12 @@ Pure Polars: it knows the key columns and that all other numbers are measures, n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import polars as pl
 
 from scorer.types import SCORED, ScorerError
 
-AGGREGATES: dict[str, Callable[[pl.Expr], pl.Expr]] = {
-    "mean": pl.Expr.mean,
-    "min": pl.Expr.min,
-    "max": pl.Expr.max,
-    "last": pl.Expr.last,
-}
 KEYS = ("record_id", "turn", "status")
 NOT_MEASURES = (*KEYS, "rank", "reason")  # the last two name columns of a Selection
 
@@ -28,7 +22,7 @@ def measures_of(schema: Mapping[str, pl.DataType]) -> tuple[str, ...]:
 
 def per_record(scores: pl.DataFrame, aggregate: str = "mean") -> pl.DataFrame:
     """One row for each record of a score table, by record_id: record_id, reason (null where a turn is scored, else the
-    status of the first turn), and the measures over the scored turns by one of AGGREGATES.
+    status of the first turn), and the measures over the scored turns by one of scorer.config.AGGREGATES.
     """
     if missing := [name for name in KEYS if name not in scores.columns]:
         raise ScorerError(f"not a score table: it has no column {', '.join(missing)}")
@@ -53,7 +47,7 @@ def per_record(scores: pl.DataFrame, aggregate: str = "mean") -> pl.DataFrame:
     # Marked as sorted either way: Polars sums slices and gathered rows in different orders.
     turns = table.filter(scored).with_columns(pl.col(floats).fill_nan(None)).set_sorted("record_id")
     records = turns.group_by("record_id", maintain_order=True).agg(
-        AGGREGATES[aggregate](pl.col(name)) for name in measures
+        getattr(pl.col(name), aggregate)() for name in measures
     )
     first = table.select("record_id", "status").unique("record_id", keep="first", maintain_order=True)
     found = records.with_columns(found=True)

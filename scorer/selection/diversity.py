@@ -38,7 +38,7 @@ def facility_location(embeddings: npt.NDArray[np.float32], size: int, *, neighbo
     if size == 0:
         return []
     starts, rows, similar = _columns(embeddings, min(neighbours, n - 1))
-    covered = np.zeros(n)  # of each row, its similarity to the nearest chosen one
+    covered = np.zeros(n)  # the similarity of each row to the nearest chosen one
     sums = np.add.reduceat(similar, starts[:-1])  # every column has its own row at least
     heap = [(-gain, j) for j, gain in enumerate(sums.tolist())]
     heapify(heap)

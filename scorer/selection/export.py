@@ -6,7 +6,7 @@ Knows run directories, raw records and files, and gathers what a selection needs
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -17,43 +17,29 @@ import polars as pl
 from scorer.data.dataset import Dataset
 from scorer.data.reader import RawRecord
 from scorer.data.writer import RecordWriter
+from scorer.options import from_options
 from scorer.protocols import PROTOCOLS
 from scorer.requirements import require
 from scorer.runs.directory import Run, ScoreTable
 from scorer.runs.extras import clusters, embedding_parts, embeddings
 from scorer.scores.aggregate import KEYS, measures_of, per_record
 from scorer.scores.measures import ALONE, LEARNING, SCHEMA
-from scorer.scores.shares import parse_keep
+from scorer.selection.config import SelectConfig
 from scorer.selection.diversity import facility_location
 from scorer.selection.flags import FLAGS, SCORE_FLAGS, STORED, TEXT_FLAGS
 from scorer.selection.inputs import column_groups, flags
-from scorer.selection.ranking import SelectConfig, Selection, select_records
+from scorer.selection.ranking import Selection, select_records
 from scorer.storage.paths import expand, is_remote, to_path
 from scorer.types import ScorerError, one_of
 
 SCORES_KEY = "scorer"  # what a record's scores and reason are written under
 
 
-def select(
-    run: Run | str | Path,
-    output: str | Path | None = None,
-    *,
-    keep: str | float | int | None = None,
-    by: str | None = None,
-    lowest: bool | None = None,
-    diverse: str | float | int | None = None,
-    pool: str | float | int | None = None,
-    with_scores: bool = False,
-    rejected: str | Path | None = None,
-    **options: Any,
-) -> Selection:
+def select(run: Run | str | Path, output: str | Path | None = None, **options: Any) -> Selection:
     """Choose records of a finished run, and write them to `output` as they came.
 
-    keep: a share ("10%", 0.1) or a number of records; None is 10%, but for `diverse`. by, lowest: what to rank by; None
-    is the protocol's own, and the lowest of LP. diverse: instead of `keep`, so many by facility location, from the best
-    `pool` (None is 20%).
-    with_scores: add each record's scores under the key `scorer`. rejected: a file for every other record, with the
-    reason under the same key. options: the other fields of SelectConfig. The formats are those of the suffixes.
+    options: the fields of SelectConfig; the ranking of the run's protocol is the default of `by` and `lowest`, and the
+    lowest of LP. The formats of `output` and `rejected` are those of their suffixes.
 
     Raises ScorerError where the run is unfinished, where its data changed since, and where a file can't be written.
     """
@@ -61,36 +47,34 @@ def select(
     manifest = run.manifest
     if not run.complete:
         raise ScorerError(f"{run.path} is unfinished: run the same `scorer score` command again to finish it")
-    ranking = manifest.ranking
-    lowest = (by in LEARNING or (ranking["lowest"] and by is None)) if lowest is None else lowest
-    by = by or ranking["by"]
-    sizes: dict[str, Any] = {"keep": keep, "diverse": diverse, "pool": pool}
-    config = check_options(
-        manifest.paths, output, **sizes, by=by, lowest=lowest, rejected=rejected, scored=True, **options
-    )
+    config = _ranked_as(from_options(SelectConfig, options), manifest.ranking)
+    check_options(manifest.paths, output, config, scored=True)
+    writes = output is not None or config.rejected is not None
     reads_text = config.per is not None or set(config.drop_flagged) & set(TEXT_FLAGS)
-    writes = output is not None or rejected is not None
-    with run.data if reads_text or writes else nullcontext() as data:
-        selection = _choose(run, data, config)
+    with run.data if writes or reads_text else nullcontext() as data, run.snapshot() as scores:
+        selection = _choose(scores, run, data, config)
         if data is not None and writes:
             data.check_unchanged()
-            _write(data, selection, output, with_scores, rejected)
+            _write_all(data, selection, output, config)
     return selection
 
 
-def _choose(run: Run, data: Dataset | None, config: SelectConfig) -> Selection:
+def _ranked_as(config: SelectConfig, ranking: Mapping[str, Any]) -> SelectConfig:
+    """The configuration with the column and the end of a manifest's ranking, unless it names its own."""
+    lowest = config.lowest
+    if lowest is None:
+        lowest = config.by in LEARNING or (ranking["lowest"] and config.by is None)
+    return replace(config, by=config.by or ranking["by"], lowest=lowest)
+
+
+def _choose(shards: ScoreTable, run: Run, data: Dataset | None, config: SelectConfig) -> Selection:
     """The selection, given what the configuration asks for beside the scores."""
-    with run.snapshot() as shards:
-        return _select_from(shards, run, data, config)
-
-
-def _select_from(shards: ScoreTable, run: Run, data: Dataset | None, config: SelectConfig) -> Selection:
     schema = shards.schema
-    one_of("by", config.by, measures_of(schema))
-    parts = [] if config.pool is None else embedding_parts(run)
+    one_of("by", config.column, measures_of(schema))
+    parts = [] if config.diverse is None else embedding_parts(run)
     groups = clusters(run) if config.per_cluster else None
     looked_at = [name for name, _ in SCORE_FLAGS.values()] if config.drop_flagged else []
-    names = dict.fromkeys((*KEYS, config.by, "ifd", *looked_at))
+    names = dict.fromkeys((*KEYS, config.column, "ifd", *looked_at))
     scores = shards.scores([name for name in names if name in schema])  # the others only of what is kept
     flagged = flags(run, data, scores, config.drop_flagged) if config.drop_flagged else None
     if config.per is not None and data is not None:
@@ -107,46 +91,26 @@ def _select_from(shards: ScoreTable, run: Run, data: Dataset | None, config: Sel
 
 
 def check_options(
-    paths: Sequence[str],
-    output: str | Path | None,
-    *,
-    keep: str | float | int | None = None,
-    by: str | None = None,
-    lowest: bool | None = None,
-    diverse: str | float | int | None = None,
-    pool: str | float | int | None = None,
-    with_scores: bool = False,
-    rejected: str | Path | None = None,
-    scored: bool = False,
-    **options: Any,
-) -> SelectConfig:
-    """The configuration of a selection from the data `paths`, as far as it is known before there are scores.
+    paths: Sequence[str], output: str | Path | None, config: SelectConfig, *, scored: bool = False
+) -> None:
+    """Raise ScorerError for options that `select` would refuse, as far as that is known before there are scores.
 
-    scored: there are scores, so that `by` may be any column of them, and clusters and embeddings may have been made.
-    Raises ScorerError for all that `select` would refuse of its options, so that nobody waits for scores first.
+    scored: the data `paths` have scores, so that `by` may be any column of them, and clusters and embeddings may exist.
     """
-    targets = [str(path) for path in (output, rejected) if path is not None]
+    targets = [str(path) for path in (output, config.rejected) if path is not None]
     for target in targets:
         RecordWriter(target)
     _check_not_overwriting(targets, paths if scored else [name for path in paths for name in expand(path)])
-    if diverse is not None:
+    if config.diverse is not None:
         require("--diverse")
-    for name in options.get("drop_flagged", ()):
+    for name in config.drop_flagged:
         one_of("drop_flagged", name, FLAGS)
     if not scored:
-        if by is not None:
-            one_of("by", by, tuple(name for name, dtype in SCHEMA.items() if dtype.is_numeric() and name not in KEYS))
-        if diverse is not None or options.get("per_cluster") or set(options.get("drop_flagged", ())) & set(STORED):
+        if config.by is not None:
+            measures = tuple(name for name, dtype in SCHEMA.items() if dtype.is_numeric() and name not in KEYS)
+            one_of("by", config.by, measures)
+        if config.diverse is not None or config.per_cluster or set(config.drop_flagged) & set(STORED):
             raise ScorerError("clusters and embeddings come after scores: use `scorer score`, `cluster` and `select`")
-    if diverse is None:
-        if pool is not None:
-            raise ScorerError("pool: --from says what --diverse chooses from; give --diverse too")
-        keep = "10%" if keep is None else keep
-        return SelectConfig(keep=parse_keep(keep), by=by or "ifd", lowest=bool(lowest), **options)
-    if keep is not None:
-        raise ScorerError("keep: --diverse says how many are kept, and --from of how many; leave --keep out")
-    first = parse_keep("20%" if pool is None else pool)
-    return SelectConfig(keep=parse_keep(diverse), pool=first, by=by or "ifd", lowest=bool(lowest), **options)
 
 
 def check_measure(by: str | None, protocol: str) -> None:
@@ -166,60 +130,32 @@ def check_column(data: Sequence[str], column: str | None, limit: int | None) -> 
         raise ScorerError(f"per: no record of {', '.join(paths)} has a value of '{column}'")
 
 
-def _write(
-    data: Dataset,
-    selection: Selection,
-    output: str | Path | None,
-    with_scores: bool,
-    rejected: str | Path | None,
-) -> None:
-    """Write the records to one file or both, in one pass over the data.
-
-    Both are finished before one is put in its place: a record that can't be written leaves neither.
-    """
-    with ExitStack() as files:
-        targets: dict[int, _Target] = {}  # by record
-        made: list[_Target] = []
-        if output is not None:
-            made.append(_Target(files.enter_context(RecordWriter(output)), selection.kept, noted=with_scores))
-        if rejected is not None:
-            made.append(_Target(files.enter_context(RecordWriter(rejected)), selection.rejected, noted=True))
-        for target in made:
-            targets |= dict.fromkeys(target.ids, target)
-        for raw in data.rows():
-            if raw.record_id in targets:
-                targets[raw.record_id].add(raw)
-        for target in made:
-            target.finish()
+def _write_all(data: Dataset, selection: Selection, output: str | Path | None, config: SelectConfig) -> None:
+    """Write the files that are asked for. Both are finished before one is put in its place: it is both or neither."""
+    with ExitStack() as stack:
+        for path, table, noted in (
+            (output, selection.kept, config.with_scores),
+            (config.rejected, selection.rejected, True),
+        ):
+            if path is not None:
+                _write(stack.enter_context(RecordWriter(path)), data.rows(), table, noted=noted)
 
 
-class _Target:
-    """A file that is written, the records that go there, and their notes."""
-
-    def __init__(self, writer: RecordWriter, table: pl.DataFrame, *, noted: bool):
-        self.writer, self.ids = writer, table["record_id"].to_list()
-        self.notes = {row["record_id"]: row for row in table.iter_rows(named=True)} if noted else None
-        self.ranked = self.ids != sorted(
-            self.ids
-        )  # then records are held until the end: the data's order is not theirs
-        self.held: dict[int, RawRecord] = {}
-
-    def add(self, raw: RawRecord) -> None:
-        if self.ranked:
-            self.held[raw.record_id] = raw
+def _write(writer: RecordWriter, records: Iterable[RawRecord], table: pl.DataFrame, *, noted: bool) -> None:
+    """Write the records of `table`, in its order, each with its row as a note if `noted`."""
+    ids = table["record_id"].to_list()
+    notes = {row["record_id"]: row for row in table.iter_rows(named=True)} if noted else {}
+    wanted = set(ids)
+    chosen = (raw for raw in records if raw.record_id in wanted)
+    if ids != sorted(ids):
+        held = {raw.record_id: raw for raw in chosen}  # ranked: the file's order is not the wanted one
+        chosen = (held[i] for i in ids)
+    for raw in chosen:
+        if noted:
+            writer.write(_noted(raw, notes[raw.record_id]), source=raw.source)
         else:
-            self._write(raw)
-
-    def finish(self) -> None:
-        for record_id in self.ids if self.ranked else ():
-            self._write(self.held[record_id])
-        self.writer.finish()
-
-    def _write(self, raw: RawRecord) -> None:
-        if self.notes is None:
-            self.writer.write(raw.value, text=raw.text, source=raw.source)
-        else:
-            self.writer.write(_noted(raw, self.notes[raw.record_id]), source=raw.source)
+            writer.write(raw.value, text=raw.text, source=raw.source)
+    writer.finish()
 
 
 def _noted(raw: RawRecord, note: dict[str, Any]) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def score_flags(scores: pl.DataFrame, names: Collection[str]) -> pl.DataFrame:
     for name in names:
         column = SCORE_FLAGS[name][0]
         if column not in scores.columns or not scores[column].count():
-            raise ScorerError(f"drop_flagged: {name} looks at {column}, of which there is no value: leave {name} out")
+            raise ScorerError(f"drop_flagged: {name} needs {column}, which has no value here: leave {name} out")
     flags = [SCORE_FLAGS[name][1](pl.col(SCORE_FLAGS[name][0]).fill_nan(None)).alias(name) for name in names]
     return scores.select("record_id", *flags).group_by("record_id").agg(pl.col(names).any()).sort("record_id")
 

@@ -15,7 +15,7 @@ from scorer.types import ScorerError
 
 
 def column_groups(data: Dataset, column: str) -> pl.DataFrame:
-    """record_id Int64, group String: the value of a column of the data, of anything but text its JSON; null if absent.
+    """record_id Int64, group String: the value of a column of the data, as JSON unless it is text; null if absent.
 
     Raises ScorerError where no record has the column.
     """

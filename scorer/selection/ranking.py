@@ -14,82 +14,10 @@ from random import Random
 
 import polars as pl
 
-from scorer.scores.aggregate import AGGREGATES, measures_of, per_record
-from scorer.scores.shares import ROUNDINGS, _checked_keep, exact_quotas, largest_remainder, paper_quotas, split_bounds
+from scorer.scores.aggregate import measures_of, per_record
+from scorer.scores.shares import exact_quotas, largest_remainder, paper_quotas, split_bounds
+from scorer.selection.config import BUCKETS, SelectConfig
 from scorer.types import ScorerError, one_of
-
-ORDERS = ("input", "rank")
-BUCKETS = ("low", "mid", "high")  # thirds of the values, ascending
-
-
-@dataclass(frozen=True, slots=True)
-class SelectConfig:
-    """Which records to keep. `keep` is what `parse_keep` gives.
-
-    by: the numeric column to rank by; the highest values are kept, or with `lowest` the lowest.
-    max_ifd: records whose ifd is not below it are dropped (Superfiltering, arXiv 2402.00530, keeps those below 1); None
-        is no limit. A table without any ifd (of a protocol with no alone view) has nothing to limit.
-    random: keep a sample, drawn by `seed` from the records that a ranking by `by` would have ranked.
-    aggregate: how the scored turns of a record become one value, per column.
-    order: of the kept records: as they came, or best first.
-    per, per_cluster: share `keep` out over the groups that the values of a column of the data make, or the clusters.
-    rounding: exact gives each group its share of `keep` by largest remainder, and passes on what a group can't fill;
-        paper gives each ceil(its size / round(1 / share)), numpy.array_split's first part (arXiv 2402.10430).
-    bucket: rank only a third of the values, per group (arXiv 2402.10430); the first of uneven thirds is the larger.
-    drop_flagged: names of flags; records that bear one are dropped.
-    pool: keep so many by rank first, and `keep` of those by diversity (Superfiltering.D, arXiv 2402.00530).
-    """
-
-    keep: int | Fraction
-    by: str = "ifd"
-    lowest: bool = False
-    max_ifd: float | None = 1.0
-    random: bool = False
-    seed: int = 42
-    aggregate: str = "mean"
-    order: str = "input"
-    per: str | None = None
-    per_cluster: bool = False
-    rounding: str = "exact"
-    bucket: str | None = None
-    drop_flagged: tuple[str, ...] = ()
-    pool: int | Fraction | None = None
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.keep, int | Fraction):
-            raise ScorerError(f"keep: {self.keep!r} is not yet a share or a number; give parse_keep({self.keep!r})")
-        _checked_keep(self.keep, self.keep)
-        one_of("aggregate", self.aggregate, AGGREGATES)
-        one_of("order", self.order, ORDERS)
-        one_of("rounding", self.rounding, ROUNDINGS)
-        if self.bucket is not None:
-            one_of("bucket", self.bucket, BUCKETS)
-        if self.pool is not None:
-            _checked_keep(self.pool, self.pool)
-        if self.per is not None and self.per_cluster:
-            raise ScorerError("per: records are grouped by a column or by cluster, not by both")
-        if self.rounding == "paper" and not isinstance(self.first, Fraction):
-            raise ScorerError(
-                f"rounding: the paper's needs a share such as 10%, not a number of records ({self.first})"
-            )
-        if isinstance(self.drop_flagged, str):
-            raise ScorerError(f"drop_flagged: {self.drop_flagged!r} is no tuple of names")
-        for name in ("lowest", "random", "per_cluster"):
-            if not isinstance(getattr(self, name), bool):
-                raise ScorerError(f"{name}: {getattr(self, name)!r} is not True or False")
-        limit = self.max_ifd
-        if limit is not None and (
-            not isinstance(limit, int | float) or isinstance(limit, bool) or not 0 < limit < math.inf
-        ):
-            raise ScorerError(f"max_ifd: {limit!r} is not a number above 0 (or None, for no limit)")
-        # random.Random takes -1 for 1, so that two seeds would draw one sample.
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
-            raise ScorerError(f"seed: {self.seed!r} is not a whole number of at least 0")
-
-    @property
-    def first(self) -> int | Fraction:
-        """How many records are kept by rank."""
-        return self.keep if self.pool is None else self.pool
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,12 +58,12 @@ def select_records(
 
     groups: record_id and `group`, any sortable dtype; records that it lacks make a group of their own, as null does.
         Needed for `per` and `per_cluster`. A group's size is that of all its records, failed ones included.
-    flags: record_id and Boolean columns, of which `drop_flagged` names some; null is not flagged.
+    flags: record_id and Boolean columns, some of them named by `drop_flagged`; null is not flagged.
     spread: given the record_ids of the pool, ascending, and a number, positions of so many diverse ones, best first.
 
-    Raises ScorerError where `config.by` is no measure of the table, a key column is absent, or a turn stands twice.
+    Raises ScorerError where `config.column` is no measure of the table, a key column is absent, or a turn stands twice.
     """
-    one_of("by", config.by, measures_of(scores.schema))
+    one_of("by", config.column, measures_of(scores.schema))
     records = per_record(scores, config.aggregate)
     measures = measures_of(records.schema)
     limited = config.max_ifd is not None and "ifd" in measures and records["ifd"].count() > 0
@@ -143,9 +71,9 @@ def select_records(
     total = records.height
     group, sizes = _grouped(records["record_id"], groups if config.per or config.per_cluster else None)
     pool = pl.DataFrame({"position": pl.int_range(total, dtype=pl.UInt32, eager=True), "group": group})
-    pool = pool.with_columns(value=records[config.by]).filter(reason.is_null())
+    pool = pool.with_columns(value=records[config.column]).filter(reason.is_null())
 
-    outcome = pl.zeros(total, pl.UInt8, eager=True)  # of those in the pool, an index into FATES
+    outcome = pl.zeros(total, pl.UInt8, eager=True)  # for records in the pool, an index into OUTCOMES
     if config.bucket is not None:
         outcome = outcome.scatter(pool["position"], OUTCOMES.index("other_bucket"))
         pool = _bucket(pool, config.bucket, _counts(pool["group"], len(sizes)))
@@ -153,13 +81,13 @@ def select_records(
     asked = _quotas(config, total, sizes)
     room = _counts(pool["group"], len(sizes))
     quotas = exact_quotas(sum(asked), sizes, room) if config.rounding == "exact" else list(map(min, asked, room))
-    positions = _drawn(pool, quotas, config.seed) if config.random else _ranked(pool, quotas, config.lowest)
+    positions = _drawn(pool, quotas, config.seed) if config.random else _ranked(pool, quotas, bool(config.lowest))
 
     requested = sum(asked)
-    if config.pool is not None:
+    if config.diverse is not None:
         if spread is None:
-            raise ScorerError("pool: diversity needs embeddings")
-        requested = _count(config.keep, total)
+            raise ScorerError("diverse: diversity needs embeddings")
+        requested = _count(config.size, total)
         if requested > sum(asked):
             raise ScorerError(f"diverse: {requested:,} records can't be kept of the {sum(asked):,} that rank first")
         outcome = outcome.scatter(positions, OUTCOMES.index("not_diverse"))
@@ -180,11 +108,12 @@ OUTCOMES = ("below_cut", "other_bucket", "not_diverse", "kept")
 
 def _reasons(records: pl.DataFrame, config: SelectConfig, limited: bool, flags: pl.DataFrame | None) -> pl.Series:
     """Why a record can't be ranked; null where it can."""
-    unusable = pl.col(config.by).is_null() | pl.col(config.by).is_infinite()
+    unusable = pl.col(config.column).is_null() | pl.col(config.column).is_infinite()
     if limited:
         unusable |= pl.col("ifd").is_null()
     reasons = ["reason", pl.when(unusable).then(pl.lit("null_score"))]
-    table = records.select("record_id", "reason", config.by, *(["ifd"] if limited and config.by != "ifd" else []))
+    measures = (config.column, "ifd") if limited else (config.column,)
+    table = records.select("record_id", "reason", *dict.fromkeys(measures))
     if config.drop_flagged:
         if flags is None or not set(config.drop_flagged) <= set(flags.columns):
             raise ScorerError(f"drop_flagged: the flags {', '.join(config.drop_flagged)} are not all there")
@@ -220,9 +149,9 @@ def _count(keep: int | Fraction, total: int) -> int:
 
 
 def _quotas(config: SelectConfig, total: int, sizes: list[int]) -> list[int]:
-    if isinstance(config.first, Fraction) and config.rounding == "paper":
-        return paper_quotas(config.first, sizes)
-    return largest_remainder(_count(config.first, total), sizes) if sizes else [_count(config.first, total)]
+    if isinstance(config.by_rank, Fraction) and config.rounding == "paper":
+        return paper_quotas(config.by_rank, sizes)
+    return largest_remainder(_count(config.by_rank, total), sizes) if sizes else [_count(config.by_rank, total)]
 
 
 def _bucket(pool: pl.DataFrame, bucket: str, counts: list[int]) -> pl.DataFrame:
@@ -236,7 +165,7 @@ def _bucket(pool: pl.DataFrame, bucket: str, counts: list[int]) -> pl.DataFrame:
 
 
 def _ranked(pool: pl.DataFrame, quotas: list[int], lowest: bool) -> pl.Series:
-    """Positions, best first, of the best of each group; equal values go by position."""
+    """Positions of the best records of each group, best first; equal values go by position."""
     ranking = pool.sort("value", descending=not lowest, maintain_order=True)
     position = _places(ranking["group"], len(quotas))
     return ranking.filter(position < pl.Series(quotas, dtype=pl.UInt32).gather(ranking["group"]))["position"]

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 from scorer.clusters import embeddings
 from scorer.clusters.cluster import BLOCK_ROWS, cluster, kmeans, near_duplicates
-from scorer.clusters.embedder import Embedder, EmbedderConfig
+from scorer.clusters.embedder import Embedder
+from scorer.config import EmbedderConfig
 from scorer.models.find import ModelFiles, find_model
 from scorer.runs.directory import Run
 from scorer.runs.run import score
@@ -105,7 +106,7 @@ def test_rows_over_fifty_unless_told(scored: Run, tmp_path: Path) -> None:
     assert cluster(scored, min_mean_size=6, device="cpu")["cluster"].drop_nulls().n_unique() == 4  # 26 / 6
     with pytest.raises(ScorerError, match="26 records with text can't make 27 clusters"):
         cluster(scored, clusters=27, device="cpu")
-    with pytest.raises(ScorerError, match="min_mean_size: 0 is below 1"):
+    with pytest.raises(ScorerError, match="min_mean_size: 0 is not a whole number of at least 1"):
         cluster(scored, min_mean_size=0)
     with pytest.raises(ScorerError, match="not a run directory"):
         cluster(tmp_path / "nowhere")

@@ -18,7 +18,8 @@ from sentence_transformers.base.modules import Dense, Transformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, StaticEmbedding
 from transformers import BertConfig, BertModel
 
-from scorer.clusters.embedder import Embedder, EmbedderConfig
+from scorer.clusters.embedder import Embedder
+from scorer.config import EmbedderConfig
 from scorer.models.find import find_model
 from scorer.types import ScorerError
 from tests.conftest import byte_tokenizer
@@ -30,7 +31,8 @@ QUIET = """
 import json, sys
 seen = []
 sys.addaudithook(lambda event, _: seen.append(event) if event in ("socket.connect", "socket.getaddrinfo") else None)
-from scorer.clusters.embedder import Embedder, EmbedderConfig
+from scorer.clusters.embedder import Embedder
+from scorer.config import EmbedderConfig
 from scorer.models.find import find_model
 from scorer.types import ScorerError
 try:

@@ -12,8 +12,9 @@ import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
+from scorer.config import Training
 from scorer.learning.join import join_runs
-from scorer.learning.learn import Training, learn
+from scorer.learning.learn import learn
 from scorer.models.find import ModelFiles
 from scorer.runs.directory import Run
 from scorer.runs.run import score
@@ -109,7 +110,7 @@ def test_tables_of_every_format_are_joined(tmp_path: Path) -> None:
     assert "has no data" in command("select", "run", "-o", "kept.jsonl", "--keep", "1").line()
     assert (
         "--runs computes nothing: leave out --epochs"
-        in command("lp", "--runs", *paths, "-o", "other", "--epochs", 2).line()
+        in command("lp", "--runs", *paths, "-o", "other", "--epochs", 2).usage_error()
     )
     assert "holds another run" in command("lp", "--runs", *paths[:2], "-o", "run").line()
     command("lp", "--runs", *paths[:2], "-o", "run", "--fresh").done()

@@ -40,6 +40,13 @@ class Ended:
         assert self.err.count("\n") == 1, self
         return self.err
 
+    def usage_error(self) -> str:
+        """What a user is told whose command line is wrong: the command's usage line, one line more, and exit code 2."""
+        assert (self.code, self.out) == (2, ""), self
+        usage, line = self.err.splitlines()
+        assert usage.startswith("Usage: scorer"), self
+        return line
+
     def done(self) -> str:
         """Standard error of a process that did what it was asked to."""
         assert self.code == 0, self

@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 from ray.cluster_utils import Cluster as Nodes
 
-from scorer.config import ScoreConfig
+from scorer.config import Cluster, ScoreConfig
 from scorer.data.dataset import inspect_input
 from scorer.models.find import ModelFiles
 from scorer.runs.directory import Run
-from scorer.runs.ray_driver import Cluster, WorkerPlan, plan_workers
+from scorer.runs.ray_driver import WorkerPlan, plan_workers
 from scorer.runs.ray_worker import Reader
 from scorer.types import ScorerError
 from tests.lib.command import Commands, alpaca, shards, start, wait

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 
 from scorer.scores.shares import exact_quotas, largest_remainder, paper_quotas, split_bounds
-from scorer.selection.ranking import BUCKETS, SelectConfig, Selection, select_records
+from scorer.selection.config import BUCKETS, SelectConfig
+from scorer.selection.ranking import Selection, select_records
 from scorer.types import ScorerError
 
 TENTH = Fraction(1, 10)
@@ -178,12 +179,12 @@ def test_diversity_chooses_from_the_best() -> None:
         return [2, 0][:size]
 
     scores = table([0.1, 0.9, 0.2, 0.8, 0.7, 0.3, 0.4, 0.5, 0.6, None])
-    selection = select_records(scores, SelectConfig(Fraction(1, 5), pool=Fraction(2, 5), order="rank"), spread=spread)
+    selection = select_records(scores, SelectConfig(diverse=0.2, pool=0.4, order="rank"), spread=spread)
     assert asked == [([1, 3, 4, 8], 2)]  # shares of all ten
     assert kept(selection) == [4, 1]
     assert Counter(selection.rejected["reason"].to_list()) == {"not_diverse": 2, "below_cut": 5, "bad_json": 1}
     with pytest.raises(ScorerError, match="5 records can't be kept of the 4"):
-        select_records(scores, SelectConfig(5, pool=4), spread=spread)
+        select_records(scores, SelectConfig(diverse=5, pool=4), spread=spread)
 
 
 @pytest.mark.parametrize(
@@ -193,8 +194,10 @@ def test_diversity_chooses_from_the_best() -> None:
         ({"keep": 5, "rounding": "paper"}, "paper's needs a share"),
         ({"rounding": "up"}, "rounding: 'up' is not one of exact, paper"),
         ({"bucket": "top"}, "bucket: 'top' is not one of low, mid, high"),
-        ({"pool": 0}, "keep: '0'"),
-        ({"drop_flagged": "refusal"}, "no tuple"),
+        ({"pool": "20%"}, "give --diverse too"),
+        ({"diverse": 5}, "leave --keep out"),
+        ({"keep": None, "diverse": 5, "pool": 0}, "keep: '0'"),
+        ({"drop_flagged": "refusal"}, "not a tuple"),
     ],
 )
 def test_a_wrong_option_is_refused(options: dict[str, Any], message: str) -> None:
@@ -234,14 +237,15 @@ def test_what_holds_for_every_table(
     assert sorted(chosen + dropped) == list(range(len(records)))  # each record once, in one of the two
     reasons = selection.rejected["reason"].to_list()
     could = len(chosen) + reasons.count("below_cut")
+    share = Fraction(str(config.keep))
     if config.rounding == "exact":
-        assert selection.requested == int(config.keep * len(records) + Fraction(1, 2))
+        assert selection.requested == int(share * len(records) + Fraction(1, 2))
         assert len(chosen) == min(selection.requested, could)  # exact, whatever the groups
     sizes = Counter(key for _, key in records)
     for key, count in Counter(records[i][1] for i in chosen).items():
         assert count <= sizes[key]
         if config.rounding == "paper":
-            assert count <= -(-sizes[key] // round(1 / config.keep))
+            assert count <= -(-sizes[key] // round(1 / share))
     assert selection.kept.sort("rank")["rank"].to_list() == list(range(1, len(chosen) + 1))
     order = data.draw(st.permutations(range(len(records))))
     shuffled = select_records(scores[order], config, groups=keys[order[::-1]])

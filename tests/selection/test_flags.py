@@ -50,7 +50,7 @@ def test_a_record_is_flagged_by_any_turn() -> None:
 
 
 def test_a_measure_that_is_not_there() -> None:
-    with pytest.raises(ScorerError, match="gibberish looks at ppl_alone"):
+    with pytest.raises(ScorerError, match="gibberish needs ppl_alone"):
         score_flags(scores(ifd=[0.5], ppl_alone=[None]), ["gibberish"])
 
 

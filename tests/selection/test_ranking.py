@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 
+from scorer.config import AGGREGATES
 from scorer.protocols import PROTOCOLS
-from scorer.scores.aggregate import AGGREGATES
 from scorer.scores.shares import parse_keep
-from scorer.selection.ranking import ORDERS, SelectConfig, Selection, select_records
+from scorer.selection.config import ORDERS, SelectConfig
+from scorer.selection.ranking import Selection, select_records
 from scorer.types import RowStatus, ScorerError
 
 SCHEMA = {
@@ -245,7 +246,7 @@ def test_random_is_the_same_for_a_seed_and_only_then() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"keep": 0.1}, r"parse_keep\(0\.1\)"),
+        ({"keep": 1.5}, "keep: '1.5'"),
         ({"keep": 0}, "keep: '0'"),
         ({"aggregate": "median"}, "aggregate: 'median' is not one of mean, min, max, last"),
         ({"order": "best"}, "order: 'best' is not one of input, rank"),
@@ -327,7 +328,7 @@ def test_what_holds_for_every_table(
     assert ranked["rank"].to_list() == list(range(1, len(chosen) + 1))
     expected = ranked if config.order == "rank" else ranked.sort("record_id")
     assert_frame_equal(selection.kept, expected)
-    values = [float(v) for v in ranked[config.by]]
+    values = [float(v) for v in ranked[config.column]]
     assert all(map(math.isfinite, values))
     if not config.random:
         pairs = [(v if config.lowest else -v, i) for v, i in zip(values, ranked["record_id"], strict=True)]

@@ -1,0 +1,78 @@
+"""Options as fields of dataclasses: a field holds its option's name, type, default, help text, group and limits.
+
+Knows neither the command line, which is built from these fields in scorer.commands, nor any single option.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import Field, dataclass, field, fields
+from types import NoneType
+from typing import Any, TypeVar, get_args, get_type_hints
+
+from scorer.types import ScorerError, one_of
+
+# The headings of `--help`, in order.
+GROUPS = ("Data", "Model", "Engine", "vLLM", "Ray", "Selection", "Training", "Clusters", "Output")
+DATA, MODEL, ENGINE, VLLM, RAY, SELECTION, TRAINING, CLUSTERS, OUTPUT = GROUPS
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True, slots=True)
+class OptionInfo:
+    """What a field's metadata says about its option.
+
+    unset: what `--help` shows as the default where that is None, False or empty. flags: the option's name, if it is not
+    `--` and the field's. minimum: the least whole number. parse: the text of the command line (or with `multiple` the
+    texts) to the field's value; raises ValueError.
+    """
+
+    group: str
+    help: str
+    unset: str = "no"
+    flags: str | None = None
+    choices: tuple[str, ...] = ()
+    metavar: str | None = None
+    minimum: int = 1
+    parse: Callable[[Any], Any] | None = None
+    multiple: bool = False
+
+
+def option(group: str, default: Any, help: str, **details: Any) -> Any:
+    """A dataclass field that is an option; `details` are the other fields of OptionInfo."""
+    return field(default=default, metadata={"option": OptionInfo(group, help, **details)})
+
+
+def same_option(config: type[Any], name: str) -> Any:
+    """A field with the default and the metadata of another dataclass's field."""
+    return next(field(default=f.default, metadata=f.metadata) for f in fields(config) if f.name == name)
+
+
+def describe(config: type[Any]) -> Iterator[tuple[Field[Any], Any, OptionInfo]]:
+    """The fields of a dataclass of options, in order: the field, its type beside None, its option."""
+    hints = get_type_hints(config)
+    for f in fields(config):
+        kinds = get_args(hints[f.name])
+        yield f, kinds[0] if NoneType in kinds else hints[f.name], f.metadata["option"]
+
+
+def check_fields(config: Any) -> None:
+    """Raise ScorerError unless each choice, whole number and Boolean of a dataclass of options is valid."""
+    for f, kind, found in describe(type(config)):
+        value = getattr(config, f.name)
+        if value is None and f.default is None:
+            continue
+        if found.choices:
+            one_of(f.name, value, found.choices)
+        elif kind is bool and not isinstance(value, bool):
+            raise ScorerError(f"{f.name}: {value!r} is not True or False")
+        elif kind is int and (type(value) is not int or value < found.minimum):
+            raise ScorerError(f"{f.name}: {value!r} is not a whole number of at least {found.minimum}")
+
+
+def from_options(config: type[Config], options: Mapping[str, Any]) -> Config:
+    """A dataclass of options; an unknown name raises ScorerError."""
+    known = {f.name for f in fields(config)}  # type: ignore[arg-type]
+    if unknown := sorted(set(options) - known):
+        raise ScorerError(f"unknown option {', '.join(unknown)}; the options are {', '.join(sorted(known))}")
+    return config(**options)

@@ -1,0 +1,123 @@
+"""What a selection is asked to do: the options of `scorer select`, frozen and validated.
+
+Knows names and limits only; neither tables nor files.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+from scorer.config import AGGREGATES, parse_names
+from scorer.options import OUTPUT, SELECTION, check_fields, option
+from scorer.scores.shares import ROUNDINGS, parse_keep
+from scorer.types import ScorerError
+
+BUCKETS = ("low", "mid", "high")  # thirds of the values, ascending
+ORDERS = ("input", "rank")
+Size = str | int | float | Fraction  # what parse_keep takes: "10%", 0.1, 5000
+
+
+@dataclass(frozen=True, slots=True)
+class SelectConfig:
+    """Which records to keep, and how they are written.
+
+    by: a numeric column of the score table; None is ifd, or in `select` the protocol's.
+    max_ifd: a table without any ifd (from a protocol with no alone view) has nothing to limit; the limit of 1 is
+        Superfiltering's (arXiv 2402.00530).
+    random: draws from the records that a ranking by `by` would have ranked.
+    rounding: exact gives each group its share of `keep` by largest remainder, and passes on what a group can't fill;
+        paper gives each ceil(its size / round(1 / share)), numpy.array_split's first part (arXiv 2402.10430).
+    bucket: per group (arXiv 2402.10430); the first of uneven thirds is the larger.
+    diverse: keep `pool` records by rank first, and so many of those by diversity (Superfiltering.D, arXiv 2402.00530).
+    """
+
+    keep: Size | None = option(SELECTION, None, "Share, or number, of records to keep.", unset="10%", metavar="SIZE")
+    by: str | None = option(SELECTION, None, "Column to rank by.", unset="the protocol's, mostly ifd", metavar="COLUMN")
+    lowest: bool | None = option(
+        SELECTION,
+        None,
+        "Which end of the ranking to keep.",
+        unset="lowest for LP, else highest",
+        flags="--lowest/--highest",
+    )
+    max_ifd: float | None = option(SELECTION, 1.0, "Drop records whose ifd is not below this.")
+    random: bool = option(SELECTION, False, "Draw at random instead of ranking.")
+    seed: int = option(SELECTION, 42, "Seed for --random.", minimum=0)
+    aggregate: str = option(SELECTION, "mean", "How the turns of a conversation become one value.", choices=AGGREGATES)
+    per: str | None = option(
+        SELECTION, None, "Give each value of this column of the data a quota.", unset="none", metavar="COLUMN"
+    )
+    per_cluster: bool = option(SELECTION, False, "Give each cluster a quota.")
+    rounding: str = option(
+        SELECTION,
+        "exact",
+        "How quotas are rounded: to exact totals, or each up as in the paper's code.",
+        choices=ROUNDINGS,
+    )
+    bucket: str | None = option(
+        SELECTION, None, "Keep only this third of the values (per group).", unset="all", choices=BUCKETS
+    )
+    diverse: Size | None = option(
+        SELECTION, None, "Keep this many by facility location, instead of --keep.", metavar="SIZE"
+    )
+    pool: Size | None = option(
+        SELECTION,
+        None,
+        "How many of the best records --diverse chooses from.",
+        unset="20%",
+        flags="--from",
+        metavar="SIZE",
+    )
+    drop_flagged: tuple[str, ...] = option(
+        SELECTION,
+        (),
+        "Drop records flagged ifd_above_1, gibberish, empty_or_link_only, refusal, far_from_instruction or "
+        "near_duplicate.",
+        unset="none",
+        metavar="NAME,...",
+        parse=parse_names,
+    )
+    order: str = option(OUTPUT, "input", "Order of the kept records.", choices=ORDERS)
+    with_scores: bool = option(OUTPUT, False, "Add each record's scores under the key 'scorer'.")
+    rejected: str | Path | None = option(
+        OUTPUT, None, "Write all other records to FILE, with the reason.", unset="not written", metavar="FILE"
+    )
+
+    def __post_init__(self) -> None:
+        if self.diverse is None and self.pool is not None:
+            raise ScorerError("pool: --from says what --diverse chooses from; give --diverse too")
+        if self.diverse is not None and self.keep is not None:
+            raise ScorerError("keep: --diverse says how many are kept, and --from of how many; leave --keep out")
+        check_fields(self)
+        if self.per is not None and self.per_cluster:
+            raise ScorerError("per: records are grouped by a column or by cluster, not by both")
+        first, _ = self.by_rank, self.size  # both are parsed, so that a wrong one raises here
+        if self.rounding == "paper" and not isinstance(first, Fraction):
+            raise ScorerError(f"rounding: the paper's needs a share such as 10%, not a number of records ({first})")
+        if isinstance(self.drop_flagged, str):
+            raise ScorerError(f"drop_flagged: {self.drop_flagged!r} is not a tuple of names")
+        limit = self.max_ifd
+        if limit is not None and (
+            not isinstance(limit, int | float) or isinstance(limit, bool) or not 0 < limit < math.inf
+        ):
+            raise ScorerError(f"max_ifd: {limit!r} is not a number above 0 (or None, for no limit)")
+
+    @property
+    def column(self) -> str:
+        """The column to rank by."""
+        return self.by or "ifd"
+
+    @property
+    def size(self) -> int | Fraction:
+        """How many records are kept."""
+        if self.diverse is not None:
+            return parse_keep(self.diverse)
+        return parse_keep("10%" if self.keep is None else self.keep)
+
+    @property
+    def by_rank(self) -> int | Fraction:
+        """How many records are kept by rank, before diversity."""
+        return self.size if self.diverse is None else parse_keep("20%" if self.pool is None else self.pool)
