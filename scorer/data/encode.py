@@ -22,13 +22,14 @@ CHARACTERS = 1 << 20  # of the texts that are tokenised at once: their encodings
 READABLE = (RowStatus.OK, RowStatus.EMPTY_RESPONSE, RowStatus.EMPTY_PROMPT)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Piece:
-    """The text of one turn: its prompt as it continues the sequence so far, and the response."""
+    """One turn of a sequence: its prompt as it continues the text before, its response, and the ids of `_texts`."""
 
     turn: int
     prompt: str
     response: str
+    ids: Sequence[list[int]] = ()
 
 
 class Encoder:
@@ -65,12 +66,12 @@ class Encoder:
         The two views of a turn stand side by side.
         """
         plans = [self._plan(record) for record in records]
-        texts = [text for _, segments in plans for pieces in segments for text in self._texts(pieces)]
-        ids = self._tokenise(texts)
-        sequences: list[TokenSequence] = []
-        for rows, segments in plans:
-            for pieces in segments:
-                sequences += self._sequences(rows, pieces, ids)
+        pieces = [piece for _, segments in plans for segment in segments for piece in segment]
+        texts = [self._texts(piece) for piece in pieces]
+        ids = self._tokenise([text for own in texts for text in own])
+        for piece, own in zip(pieces, texts, strict=True):
+            piece.ids = [next(ids) for _ in own]
+        sequences = [s for rows, segments in plans for segment in segments for s in self._sequences(rows, segment)]
         return [row for rows, _ in plans for row in rows], sequences
 
     def _tokenise(self, texts: list[str]) -> Iterator[list[int]]:
@@ -133,36 +134,31 @@ class Encoder:
             history.append({"role": "assistant", "content": turn.response})
         return segments
 
-    def _texts(self, pieces: list[_Piece]) -> Iterator[str]:
-        """What `_sequences` needs tokenised, in its order.
+    def _texts(self, piece: _Piece) -> list[str]:
+        """The texts to tokenise: prompt and response, or the prompt, the whole text and the response alone.
 
         Turns are tokenised apart, so that no later turn changes the tokens that an earlier one is scored on.
         """
-        for piece in pieces:
-            if self.protocol.join == Join.CONCATENATED:
-                yield from (piece.prompt, piece.response)
-                continue
-            yield from (piece.prompt, piece.prompt + piece.response)
-            if self.protocol.alone is not None:
-                yield self.protocol.alone.prefix + piece.response
+        if self.protocol.join == Join.CONCATENATED:
+            return [piece.prompt, piece.response]
+        alone = [] if self.protocol.alone is None else [self.protocol.alone.prefix + piece.response]
+        return [piece.prompt, piece.prompt + piece.response, *alone]
 
-    def _sequences(
-        self, rows: list[EncodedTurn], pieces: list[_Piece], ids: Iterator[list[int]]
-    ) -> Iterator[TokenSequence]:
+    def _sequences(self, rows: list[EncodedTurn], pieces: list[_Piece]) -> Iterator[TokenSequence]:
+        """The conditioned sequence of some turns, then their alone ones; sets the turns' status in `rows`."""
         record_id, alone = rows[0].record_id, self.protocol.alone
         conditioned = list(self.bos)
         targets: list[Span] = []
         alones: list[TokenSequence] = []
         for piece in pieces:
-            prompt = next(ids)
+            prompt, rest = piece.ids[0], piece.ids[1]
             start = len(conditioned) + len(prompt)
             if self.protocol.join == Join.CONCATENATED:
-                response = next(ids)
-                conditioned += prompt + response
-                alone_ids = self.alone_start + response
+                conditioned += prompt + rest
+                alone_ids = self.alone_start + rest
             else:
-                conditioned += next(ids)
-                alone_ids = [] if alone is None else self.bos + next(ids)
+                conditioned += rest
+                alone_ids = [] if alone is None else self.bos + piece.ids[2]
             row = rows[piece.turn]
             if row.status != RowStatus.OK:
                 continue
