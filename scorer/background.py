@@ -1,7 +1,4 @@
-"""Work in a thread of its own that can be given up. Knows nothing of the work.
-
-Those of concurrent.futures are waited for when a process ends, whatever they wait for themselves.
-"""
+"""Work in a thread that can be cancelled. At exit, Python waits for concurrent.futures' threads but not for it."""
 
 from __future__ import annotations
 
@@ -12,11 +9,11 @@ from threading import TIMEOUT_MAX, Thread
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
-STOP_SECONDS = 30.0  # for Ray Data to stop it takes two, and more on a busy machine
+STOP_SECONDS = 30.0  # Ray Data takes two to stop, and more on a busy machine
 
 
 class Background(Generic[T]):
-    """One call, begun at once."""
+    """One call in a thread, begun at once."""
 
     def __init__(self, work: Callable[..., T], *arguments: Any):
         self._done: Future[T] = Future()
@@ -31,12 +28,12 @@ class Background(Generic[T]):
         self._thread.start()
 
     def result(self) -> T:
-        """What the call returns, once it does. Raises what it raises."""
-        # A wait without a limit goes on after a Ctrl-C: Polars' handler of it asks the system for that.
+        """Wait for the call, and return or raise what it does."""
+        # A wait without a limit ignores Ctrl-C once Polars has installed its signal handler.
         return self._done.result(TIMEOUT_MAX)
 
     def cancel(self, seconds: float = STOP_SECONDS) -> None:
-        """Interrupt the call at its next step in Python, if it has not ended, and wait at most so long for its end."""
+        """Interrupt the call at its next Python instruction, and wait at most `seconds` for its end."""
         if self._thread.is_alive():
             thread, interrupt = ctypes.c_ulong(self._thread.ident or 0), ctypes.py_object(SystemExit)
             ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, interrupt)

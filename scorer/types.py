@@ -1,7 +1,4 @@
-"""The words every room shares: records, token sequences, their scores, statuses and errors.
-
-Imports nothing of ours, and no heavy library. It does not know how any of these are made.
-"""
+"""The types that every module shares: records, token sequences, their scores, statuses and errors."""
 
 from __future__ import annotations
 
@@ -11,19 +8,19 @@ from enum import StrEnum
 
 
 class ScorerError(Exception):
-    """A fault that the user can mend; its text says what to do. The command line prints it on one line."""
+    """An error that the user can mend; its text says how. The command line prints it on one line."""
 
     exit_code = 2
 
 
 class EngineError(ScorerError):
-    """The machine failed, not the input (an engine died, a disk filled up): the same command resumes."""
+    """The machine failed, not the input (an engine died, a disk is full): the same command resumes."""
 
     exit_code = 1
 
 
 class RowStatus(StrEnum):
-    """Why a row of the score table has the scores that it has. All but OK and TRUNCATED mean null scores."""
+    """Whether a row of the score table was scored, or why not: all but OK and TRUNCATED have null scores."""
 
     OK = "ok"
     TRUNCATED = "truncated"  # scored, on the tokens that the length limit left
@@ -50,7 +47,7 @@ SCORED = tuple(status.value for status in RowStatus if status.scored)  # as they
 
 
 class View(StrEnum):
-    """The two sights of a response: after its prompt, and by itself."""
+    """The two sequences in which a response is scored: after its prompt, and alone."""
 
     CONDITIONED = "conditioned"
     ALONE = "alone"
@@ -114,7 +111,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class TokenSequence:
-    """What an engine is given: token ids, and the spans of them to score, in order and apart."""
+    """The input of an engine: token ids, and the spans to score, in order and without overlap."""
 
     record_id: int
     view: View
@@ -124,7 +121,7 @@ class TokenSequence:
 
 @dataclass(frozen=True, slots=True)
 class SpanNLL:
-    """What an engine gives back: the sum over a span of -log p(token | all before it), in nats, and its length.
+    """The output of an engine: the sum over a span of -log p(token | all before it), in nats, and its length.
 
     `nll_sum` is None unless `status` is OK.
     """

@@ -1,7 +1,4 @@
-"""Record -> the conditioned and the alone TokenSequence of its turns, by a protocol.
-
-Knows tokenizers and protocols; not where records come from, nor what an engine does with the tokens.
-"""
+"""Records -> the conditioned and the alone TokenSequence of each turn, by a protocol."""
 
 from __future__ import annotations
 
@@ -15,10 +12,10 @@ from jinja2 import TemplateError
 from scorer.protocols import Join, Protocol
 from scorer.types import EncodedTurn, Message, Record, RowStatus, ScorerError, Span, TokenSequence, Turn, View
 
-# What a template raises by itself, and what it makes Python raise.
+# A template raises errors of its own, and makes Python raise others.
 TEMPLATE_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
-CHARACTERS = 1 << 20  # of the texts that are tokenised at once: their encodings take fifty times as much memory
-# A turn of these statuses can stand in the history of the next one: its text is known.
+CHARACTERS = 1 << 20  # tokenised at once: encodings take fifty times as much memory as their text
+# A turn of these statuses has text, and can be in the history of later turns.
 READABLE = (RowStatus.OK, RowStatus.EMPTY_RESPONSE, RowStatus.EMPTY_PROMPT)
 
 
@@ -120,7 +117,7 @@ class Encoder:
         written = ""
         for number, turn in enumerate(turns):
             history += [_chat_message(message, turn.input) for message in turn.prompt]
-            if turn.status == RowStatus.OK:  # any other is history only: nothing asks the template for its prompt
+            if turn.status == RowStatus.OK:  # any other turn is history only
                 try:
                     text = self.tokenizer.apply_chat_template(history, tokenize=False, add_generation_prompt=True)
                 except TEMPLATE_ERRORS:

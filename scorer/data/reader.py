@@ -45,7 +45,7 @@ class RawRecord:
     source: str  # "data.jsonl:17" (1-based line) or "data.json[16]", "data.parquet[16]" (0-based row)
     value: Any
     status: RowStatus = RowStatus.OK  # or BAD_JSON
-    text: str | None = None  # of a line that is JSON: the line itself, without its end
+    text: str | None = None  # the line, without its end, where it is JSON
 
 
 Rows = Generator[RawRecord, None, int]  # returns the record id after the file's last row
@@ -69,7 +69,7 @@ class InputReader:
 
     def __init__(self, path: Path):
         self.path, self._suffix = path, known_suffix(path)
-        self._values: list[Any] | None = None  # of an array that was scanned, until it is read
+        self._values: list[Any] | None = None  # a scanned array, until it is read
         with contextlib.ExitStack() as files, read_errors(path):
             self._local = files.enter_context(local_copy(path))
             self._file: BinaryIO = files.enter_context(open(self._local, "rb", buffering=BUFFER_BYTES))
@@ -88,13 +88,13 @@ class InputReader:
         first, found, count = None, False, 0
         with read_errors(self.path):
             self._file.seek(0)
-            hashing = _HashingReader(self._file)
+            hashed = _HashedFile(self._file)
+            file = io.BufferedReader(hashed, BUFFER_BYTES)
             if self._suffix == ".parquet":
-                hashing.read_to_end()
                 count = self._height()
                 rows: Iterable[RawRecord] = self.rows(0, 0, limit)
             else:
-                is_lines, head, stream = self._sniff(hashing)
+                is_lines, head, stream = self._sniff(file)
                 if is_lines:
                     for number, line in _numbered(chain(head, stream)):
                         if not found and (limit is None or count < limit):
@@ -107,12 +107,13 @@ class InputReader:
                     count = len(values)
                     rows = self._array_rows(values, 0, 0, limit)
                     self._values = values if keep else None
-                hashing.read_to_end()
+            while file.read(BUFFER_BYTES):
+                pass
             for raw in rows:
                 first, found = first or raw, fits(raw)
                 if found:
                     break
-        return Scan(hashing.size, hashing.digest.hexdigest(), count, first, found)
+        return Scan(hashed.size, hashed.sha256.hexdigest(), count, first, found)
 
     def rows(self, first_id: int = 0, start: int = 0, stop: int | None = None) -> Rows:
         """The rows with `start <= record_id < stop`, where the file's first row has `first_id`.
@@ -179,9 +180,8 @@ class InputReader:
             return []
         if not data.lstrip().startswith(b"["):
             found = "a JSON object" if data.lstrip().startswith(b"{") else "other text"
-            raise ScorerError(
-                f"{self.path}: {found} where an array is expected; write [record, ...], or one record a line"
-            )
+            problem = f"{found} where an array is expected"
+            raise ScorerError(f"{self.path}: {problem}; write [record, ...], or one record a line")
         try:
             return cast(list[Any], json.loads(data.decode("utf-8")))
         except UnicodeDecodeError as error:
@@ -280,38 +280,20 @@ def _parse(line: bytes) -> tuple[Any, RowStatus, str | None]:
         return line.decode("utf-8", "backslashreplace"), RowStatus.BAD_JSON, None
 
 
-class _HashingReader(io.BufferedReader):
-    """Reads a file from where it is, and hashes every byte once."""
+class _HashedFile(io.RawIOBase):
+    """Reads a file from where it is, and hashes each byte."""
 
     def __init__(self, file: BinaryIO):
-        self._hashed = _Hashed(file)
-        super().__init__(self._hashed, BUFFER_BYTES)
-
-    @property
-    def size(self) -> int:
-        return self._hashed.size
-
-    @property
-    def digest(self) -> Any:
-        return self._hashed.digest
-
-    def read_to_end(self) -> None:
-        while self.read(BUFFER_BYTES):
-            pass
-
-
-class _Hashed(io.RawIOBase):
-    def __init__(self, file: BinaryIO):
-        self._file, self.digest, self.size = file, hashlib.sha256(), 0
+        self._file, self.sha256, self.size = file, hashlib.sha256(), 0
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        count = self._file.readinto(buffer)  # type: ignore[attr-defined]
-        self.digest.update(memoryview(buffer)[:count])
+        count: int = self._file.readinto(buffer)  # type: ignore[attr-defined]
+        self.sha256.update(memoryview(buffer)[:count])
         self.size += count
-        return cast(int, count)
+        return count
 
 
 class _ZstdReader(io.RawIOBase):

@@ -1,7 +1,6 @@
-"""Datasets in: raw rows -> records, by the formats that instruction data comes in.
+"""Raw rows -> records, by the formats that instruction data comes in.
 
-A row that does not fit becomes a record with a status; it is never dropped and never guessed at. It does not know
-how files are read (scorer.data.reader), nor what is done with a text.
+A row that fits none becomes a record with a status; it is never dropped.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ class Format:
     input: str = ""
     messages: str = ""
     system: str = ""
-    named: bool = False  # by the user: then `input` has to be there too, or a slip of the pen would go unseen
+    named: bool = False  # by the user: `input` is then required too, so that a typo is noticed
 
     @property
     def required(self) -> tuple[str, ...]:
@@ -37,7 +36,7 @@ class Format:
         return (*keys, self.input) if self.named and self.input else keys
 
     def whole(self, row: Mapping[str, Any]) -> bool:
-        """Whether a row has all the required keys and, where the user named it, `system`: one row with it is enough."""
+        """Whether a row has all the required keys, and `system` where the user named it."""
         return all(key in row for key in self.required) and (not self.named or not self.system or self.system in row)
 
     def fit(self, keys: Collection[str], filled: Collection[str]) -> tuple[float, float, bool]:
@@ -47,7 +46,7 @@ class Format:
         return full, sum(key in keys for key in required) / len(required), not self.input or self.input in keys
 
 
-FORMATS = (  # of those that fit a row equally, the first
+FORMATS = (  # the first wins where several fit a row equally
     Format(messages="messages", system="system"),  # OpenAI
     Format(messages="conversations", system="system"),  # ShareGPT
     Format("instruction", "output", "input", system="system"),  # Alpaca
@@ -96,7 +95,7 @@ def _format(raw: RawRecord, columns: Mapping[str, str] | None) -> Format | None:
     return named if any(key in row for key in named.required) else None
 
 
-@lru_cache(1024)  # a file has few sets of keys, and seven formats to try take as long as all else about a row
+@lru_cache(1024)  # a file has few sets of keys; trying seven formats takes as long as the rest of a row
 def _detect(keys: tuple[str, ...], filled: tuple[str, ...]) -> Format | None:
     best = max(FORMATS, key=lambda format: format.fit(keys, filled))
     return best if any(key in keys for key in best.required) else None
@@ -138,7 +137,7 @@ def _fault(value: Any) -> RowStatus | None:
 
 def _system(row: Mapping[str, Any], format: Format) -> tuple[Message, ...] | RowStatus:
     """The message of the row's `system` column; none where it is absent, null or blank."""
-    text = row.get(format.system) if format.system else None  # a table's index may be a column without a name
+    text = row.get(format.system) if format.system else None  # a column may have an empty name
     if text is None:
         return ()
     return _fault(text) or ((Message("system", text),) if text.strip() else ())

@@ -1,7 +1,4 @@
-"""Files out: raw values -> a JSON array, JSON Lines or Parquet, as the file's suffix says, whole or absent.
-
-It does not know what the values are, nor where they come from.
-"""
+"""Raw values -> a file: a JSON array, JSON Lines or Parquet, by its suffix; whole or absent."""
 
 from __future__ import annotations
 
@@ -28,7 +25,7 @@ class RecordWriter:
     """Writes raw values to a file, its format by its suffix; the file appears whole when the block ends without error.
 
     Strings that hold lone surrogates are written as JSON escapes. JSON and JSON Lines are streamed; for Parquet all
-    rows are held in memory and framed at the end. Raises ScorerError for a suffix that is not known, a place that
+    rows are held in memory and framed at the end. Raises ScorerError for a suffix that is not known, a path that
     cannot be written and a value that the format cannot hold; EngineError where the disk is full.
     """
 
@@ -38,7 +35,7 @@ class RecordWriter:
         check_writable(self.path)
         self._files = contextlib.ExitStack()
         self._encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=_json_value).encode
-        self._rows: list[Any] = []  # of Parquet
+        self._rows: list[Any] = []  # for Parquet
         self._written = 0
         self._finished = False
 

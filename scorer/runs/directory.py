@@ -1,12 +1,11 @@
 """A run directory on disk: its manifest, its shards, its lock.
 
-    RUN/manifest.json                configuration, inputs, model, versions, counts
+    RUN/manifest.json                see scorer.runs.manifest
     RUN/scores/part-00000.parquet    the score table of the first `shard_rows` records, and so on
     RUN/stdin.jsonl                  what was read from standard input, if it was an input
 
-A run directory is a folder, or the objects under an s3:// URL. A shard is whole or absent in either, so what is absent
-is left to do. What a killed process left half written on a disk, the next writer removes. Knows Parquet and JSON files;
-neither how scores are made nor what they mean.
+A run directory is a folder, or the objects under an s3:// URL. A shard is whole or absent in either, so the absent ones
+are left to do. The next writer removes what a killed process left half written on a disk.
 """
 
 from __future__ import annotations
@@ -31,11 +30,11 @@ MANIFEST = "manifest.json"
 LOCK = ".lock"
 SHARD = re.compile(r"part-\d+\.parquet")
 STDIN = "stdin.jsonl"
-CLUSTERS, FLAGS, EMBEDDINGS = "clusters.parquet", "flags.parquet", "embeddings"  # of the data that the scores are of
+CLUSTERS, FLAGS, EMBEDDINGS = "clusters.parquet", "flags.parquet", "embeddings"  # made by `scorer cluster`
 
 
 class Run:
-    """A run directory. Reading it never changes it; what writes it holds `locked()`."""
+    """A run directory. Reading never changes it; a writer holds `locked()`."""
 
     def __init__(self, path: str | Path):
         self.path = to_path(path)
@@ -120,10 +119,7 @@ class Run:
         self._manifest = manifest
 
     def clear(self) -> None:
-        """Remove the manifest, all shards and what was made of the data, so that the run starts over.
-
-        The manifest goes first.
-        """
+        """Remove the manifest, then clusters, flags, embeddings and all shards, so that the run starts over."""
         self._manifest = None
         remove([self.path / MANIFEST])
         remove(self.path / name for name in (CLUSTERS, FLAGS))
@@ -150,7 +146,7 @@ class Run:
     def locked(self) -> Iterator[None]:
         """Make the directory, and be its only writer while the block runs.
 
-        Raises ScorerError where another process holds it, where the place can't be written, and where the directory
+        Raises ScorerError where another process holds it, where the path can't be written, and where the directory
         has files in it but is no run.
         """
         self._check_directory()
@@ -193,7 +189,7 @@ class ScoreTable:
         return self.collect(lambda table: table if columns is None else table.select(columns))
 
     def collect(self, query: Callable[[pl.LazyFrame], pl.LazyFrame]) -> pl.DataFrame:
-        """The result of a query: of each shard only what it needs is read. Raises ScorerError for a damaged shard."""
+        """The result of a query, which reads only what it needs. Raises ScorerError for a damaged shard."""
         return self._collect(self._files, query)
 
     def _collect(self, files: list[Path], query: Callable[[pl.LazyFrame], pl.LazyFrame]) -> pl.DataFrame:

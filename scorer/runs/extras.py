@@ -1,10 +1,10 @@
-"""What stands beside a run's scores: its clusters, embeddings and flags, and the columns of its data, by record id.
+"""The files beside a run's scores: clusters, embeddings and flags, by record id.
 
     RUN/clusters.parquet                record_id Int64, cluster Int64
     RUN/embeddings/part-00000.npy ...   float32 [n, d], rows of length 1, in the order of record_id
     RUN/flags.parquet                   record_id Int64, Boolean columns
 
-Reads only: it does not know how they are made, nor what they are for.
+scorer.clusters writes them.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ VERSION = 1  # raised where an older scorer would misread the file
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """The content of RUN/manifest.json. `identity` is what decides the scores: two runs with the same are the same.
+    """The content of RUN/manifest.json. `identity` decides the scores: two runs that share it have the same scores.
 
     identity: format, config (the fields of ScoreConfig), model_revision, served (by a server), inputs (size and hash),
     and for LP learning or tables.
@@ -26,14 +26,14 @@ class Manifest:
     identity: Mapping[str, Any]
     inputs: tuple[InputFile, ...] = ()
     model: Mapping[str, Any] = field(default_factory=dict)  # name, revision, origin, path
-    versions: Mapping[str, str] = field(default_factory=dict)  # of the packages that scores depend on
+    versions: Mapping[str, str] = field(default_factory=dict)  # packages that scores depend on
     device: str = ""
     ranking: Mapping[str, Any]  # by: a column of the score table; lowest: whether its low values are worth keeping
     records: int
     input_records: tuple[int, ...] = ()  # rows of each input, up to the limit
     status: Mapping[str, int] = field(default_factory=dict)  # rows of the score table
     tokens: int = 0
-    seconds: float = 0.0  # of all engines together
+    seconds: float = 0.0  # all engines together
     shards_by: Mapping[str, int] = field(default_factory=dict)
     server: Mapping[str, Any] | None = None  # what a server says of its model
 
@@ -79,9 +79,9 @@ class Manifest:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], ignoring: Collection[str] = ()) -> list[str]:
-    """What of `now`, an identity or a part of one, is not so in `before`, as clauses for an error message.
+    """The fields of `now`, an identity or a part of one, that `before` has differently, as text for an error message.
 
-    A mapping is compared field by field, but for the fields `ignoring`. Values go into the text of those fields only.
+    The mappings `config` and `learning` are compared field by field, except for the fields `ignoring`.
     """
     changes: list[str] = []
     for name, value in now.items():

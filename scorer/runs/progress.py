@@ -1,4 +1,4 @@
-"""What long work tells whoever watches it. Knows nothing."""
+"""How long work reports its progress."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """What a run tells whoever watches it."""
+    """Receives the progress of a run: messages, and records and tokens as they are done."""
 
     def say(self, message: str) -> None: ...
     def begin(self, records: int, done: int) -> None: ...
@@ -14,7 +14,7 @@ class Progress(Protocol):
 
 
 class Silent:
-    """Tells nobody."""
+    """Reports nothing."""
 
     def say(self, message: str) -> None:
         pass

@@ -1,8 +1,7 @@
-"""The same run on Ray: readers, and workers that each hold an engine and write the shards that they score.
+"""A run on Ray: readers, and workers that each hold an engine and write the shards that they score.
 
-Ray Data moves the records, holds the reader back while the workers are busy, and starts again what dies; a shard that
-dies with its worker is missing on disk at the end, and what is missing is asked of Ray again. Knows Ray; nothing of
-what its workers do.
+Ray Data moves the records, holds the readers back while the workers are busy, and restarts what dies. A shard that dies
+with its worker is missing on disk after the pass, and the next pass scores it. What workers do is in ray_worker.
 """
 
 from __future__ import annotations
@@ -29,35 +28,35 @@ from scorer.runs.shards import FinishedShard, Job
 from scorer.storage.paths import absolute
 from scorer.types import EngineError, ScorerError
 
-SETTINGS = {  # of Ray, by environment, before it is imported
+SETTINGS = {  # environment variables that Ray reads when it is imported
     "RAY_USAGE_STATS_ENABLED": "0",  # no telemetry
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-    "RAY_worker_niceness": "0",  # of a Ray of our own: its workers get as much of a shared machine as a run without it
-    "RAY_ENABLE_AUTO_CONNECT": "0",  # after the end of a run: what still asks Ray would start it again
+    "RAY_worker_niceness": "0",  # else workers of a local Ray yield to every other process
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # else a late call after the run would start Ray again
 }
 CONNECT_SECONDS = 25
-# By itself Ray would try for minutes: 20 times, each after 10 seconds more of its own.
+# The defaults try for minutes: 20 times, each 10 seconds longer.
 CONNECT = {"RAY_NUM_REDIS_GET_RETRIES": "1", "RAY_py_gcs_connect_timeout_s": "15"}
-SILENCE_SECONDS = 60  # without a shard, until the user is told what there is; twice as long each time
+SILENCE_SECONDS = 60  # without a shard, before the user is told; then after twice as long each time
 # Passes over the missing shards, one after another, that score none, before the run ends. One may: a death ends it.
 MAX_PASSES_WITHOUT_PROGRESS = 3
-GONE_SECONDS = 600  # without any node that a worker fits on, until the run ends
-# A reader asks for no CPU of Ray: it would wait for ever where workers have taken all, and after the death of a node
-# they do, whatever was left to it before: they start again on the nodes that are left.
+GONE_SECONDS = 600  # without any node that a worker fits on, before the run ends
+# A reader reserves no CPU: it would wait for ever where workers have taken them all, as they do when a node dies and
+# its workers start again on the other nodes.
 READER_CPUS = 0
-WORKERS_A_READER = 2  # of a weak model on a large GPU: bench/SCALING.md has the rows/s of both
+WORKERS_A_READER = 2  # what one reader feeds with a weak model on a large GPU: bench/SCALING.md
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerPlan:
-    """What is asked of Ray."""
+    """How many workers to ask Ray for, and the GPUs and CPUs of each."""
 
     workers: int
     gpus: float
     cpus: float
 
     def fits(self, nodes: Sequence[Mapping[str, float]]) -> bool:
-        """Whether `nodes` have a place for each worker."""
+        """Whether all workers fit on `nodes`."""
         return sum(self._places(node) for node in nodes) >= self.workers
 
     def _places(self, node: Mapping[str, float]) -> int:
@@ -66,9 +65,9 @@ class WorkerPlan:
 
 
 def plan_workers(cluster: Cluster, nodes: Sequence[Mapping[str, float]]) -> WorkerPlan:
-    """How many workers, of what size, on a cluster of `nodes` that each have so much CPU and GPU.
+    """The workers for a cluster of `nodes`, each given by its CPUs and GPUs.
 
-    Raises ScorerError where no worker, or not all of them, would ever have a place: Ray would wait for ever.
+    Raises ScorerError where not all workers would ever fit: Ray would wait for ever.
     """
     gpus = cluster.gpus_per_worker or 0.0
     room = sum(math.floor(node.get("GPU", 0.0) / gpus + 1e-6) for node in nodes) if gpus else 1
@@ -85,7 +84,7 @@ def plan_workers(cluster: Cluster, nodes: Sequence[Mapping[str, float]]) -> Work
 
 
 def _describe_nodes(nodes: Sequence[Mapping[str, float]]) -> str:
-    """The cluster in words."""
+    """The cluster's resources, for a message."""
     alike = Counter((node.get("GPU", 0.0), node.get("CPU", 0.0)) for node in nodes)
     gpus, cpus = (sum(each[which] * count for each, count in alike.items()) for which in (0, 1))
     words = ", ".join(f"{count} of {gpu:g} and {cpu:g}" for (gpu, cpu), count in sorted(alike.items(), reverse=True))
@@ -110,15 +109,15 @@ def score_on_ray(
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.print_on_execution_start = False
-        # A shard is a block of its own, which any worker may take: Ray would gather 128 MiB of them for one.
+        # One block a shard, which any worker may take: by default Ray gathers 128 MiB of them for one worker.
         context.target_min_block_size = context.target_max_block_size = 1
         passes_without_progress = 0
         while missing:
-            # A pass goes on without the shards that died with their workers, but not for ever: where every worker dies,
-            # Ray would start them again and again.
+            # A pass goes on without shards that died with their workers, but not for ever: where every worker dies, Ray
+            # would restart them again and again.
             context.max_errored_blocks = min(4 * size.workers, len(missing) - 1)
             fault = yield from _one_pass(ray, job, missing, size, progress)
-            # A pass that broke off is a cycle of references that holds its workers, and they what the next one needs.
+            # A pass that broke off is a reference cycle that keeps its workers, and these the room for the next ones.
             gc.collect()
             before, missing = missing, job.run.missing()
             passes_without_progress = passes_without_progress + 1 if len(missing) == len(before) else 0
@@ -149,9 +148,9 @@ def _one_pass(
 
 
 def _dataset(ray: Any, job: Job, missing: list[int], size: WorkerPlan) -> Any:
-    """Rows that say what became of each missing shard."""
+    """The Ray dataset that scores the missing shards: a row for each, as Worker returns it."""
     config, files = job.config, job.files
-    # Names as every worker understands them, whatever its working directory.
+    # Names that hold in every working directory.
     if files.origin == "directory":
         config = replace(config, model=str(files.path))
     elif files.origin == "hub":
@@ -162,7 +161,7 @@ def _dataset(ray: Any, job: Job, missing: list[int], size: WorkerPlan) -> Any:
     readers = math.ceil(workers / WORKERS_A_READER)
     length = math.ceil(len(missing) / readers)
     stretches = [{"shards": missing[begin : begin + length]} for begin in range(0, len(missing), length)]
-    with warnings.catch_warnings():  # of the last two options, which have no other place yet
+    with warnings.catch_warnings():  # for the last two options, which have no successor yet
         warnings.simplefilter("ignore", ray.util.annotations.RayDeprecationWarning)
         read = ray.data.from_items(stretches, override_num_blocks=len(stretches)).map_batches(
             reader, batch_size=1, num_cpus=READER_CPUS
@@ -177,15 +176,15 @@ def _dataset(ray: Any, job: Job, missing: list[int], size: WorkerPlan) -> Any:
             max_concurrency=SHARDS,
             num_cpus=size.cpus,
             num_gpus=size.gpus or None,
-            # A worker starts again where there is room. Its shards do not wait for it, as they would by default: there
-            # may be no room any more, and the others go on.
+            # A worker restarts where there is room. Its shards do not wait for it, as they would by default: there may
+            # be no room left, and other workers go on.
             max_restarts=-1,
             max_task_retries=0,
         )
 
 
 def _root_cause(text: str) -> str:
-    """Of what Ray says of a fault, the exception that it began with: tracebacks of others are around it."""
+    """The exception that a fault began with, out of the tracebacks in Ray's message."""
     found = re.search(r"^(?:\w+\.)*\w*(?:Error|Exception): .*", text, re.MULTILINE)
     return " ".join((found[0] if found else text).split())[:300]
 
@@ -200,7 +199,7 @@ def _describe_free(ray: Any) -> str:
 
 
 def _rows(ray: Any, dataset: Any, size: WorkerPlan, progress: Progress) -> Generator[dict[str, Any], None, None]:
-    """The rows of `dataset` as they come. Tells the user of silence; EngineError where no node is left to end it."""
+    """The rows of `dataset` as they come. Tells the user of silence; raises EngineError where no node is left."""
     rows: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def listen() -> None:
@@ -212,7 +211,7 @@ def _rows(ray: Any, dataset: Any, size: WorkerPlan, progress: Progress) -> Gener
             rows.put(error)
 
     listener = Background(listen)
-    quiet = gone = 0  # times that nothing came; and that no node had a place for a worker
+    quiet = gone = 0  # times in a row that no row came, and that no node had room for a worker
     try:
         while True:
             try:
@@ -234,8 +233,7 @@ def _rows(ray: Any, dataset: Any, size: WorkerPlan, progress: Progress) -> Gener
             quiet = gone = 0
             yield row
     finally:
-        # Ray Data stops with it, as at a Ctrl-C. What is left when Ray shuts down would end this process, with an exit
-        # code of Ray's own.
+        # Ray Data stops with it, as at a Ctrl-C. A pass that outlives Ray would end this process with Ray's exit code.
         listener.cancel()
 
 
@@ -270,7 +268,7 @@ def connected(address: str) -> Iterator[Any]:
         )
     except (ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
         raise ScorerError(f"{named}: {' '.join(str(error).split())[:300]}") from error
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it would say of each lost shard, with a traceback
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # else a traceback for each lost shard
     try:
         yield ray
     finally:

@@ -1,7 +1,4 @@
-"""What runs inside of Ray: a reader of records, and the worker that holds an engine and writes shards.
-
-Knows shards and where they are written; nothing of Ray, but that it calls a worker from SHARDS threads.
-"""
+"""What runs inside Ray: a reader of records, and a worker that holds an engine and writes the shards that it scores."""
 
 from __future__ import annotations
 
@@ -26,12 +23,12 @@ from scorer.runs.progress import Silent
 from scorer.runs.shards import Shard, ShardScorer, read_shards
 from scorer.types import ScorerError
 
-SHARDS = 3  # that a worker has in hand: one is tokenised, one scored and one written
+SHARDS = 3  # held by a worker at a time: one is tokenised, one scored and one written
 PACKAGES = ("ifd-scorer", "torch", "transformers")  # whose versions a score depends on, beside the engine's
 
 
 def versions(engine: str, files: ModelFiles) -> dict[str, str]:
-    """Of this process: what a score depends on. Another build (+cpu, +cu128) is no other version."""
+    """The versions that a score depends on, in this process, without the build (+cpu, +cu128)."""
     found = engine_versions(engine)
     for name in PACKAGES:
         try:
@@ -42,7 +39,7 @@ def versions(engine: str, files: ModelFiles) -> dict[str, str]:
 
 
 class Reader:
-    """The records of a stretch of shards, a shard a row: Ray asks for the next as its workers take them."""
+    """The records of several shards, a shard a row: Ray asks for the next as its workers take them."""
 
     def __init__(self, config: ScoreConfig, inputs: Sequence[InputFile], counts: Sequence[int]):
         self.config, self.inputs, self.counts = config, inputs, counts
@@ -59,23 +56,23 @@ class Reader:
             with Dataset(paths, columns=config.columns, limit=config.limit, counts=self.counts) as data:
                 for index, records in read_shards(data, config.shard_rows, list(map(int, stretch))):
                     yield {"index": [index], "records": [pickle.dumps(records)]}
-        except ScorerError as error:  # which a worker hands on: Ray would count it as one more lost shard
+        except ScorerError as error:  # a worker hands it on: Ray would count it as a lost shard
             yield {"index": [-1], "records": [pickle.dumps(error)]}
 
 
 class Worker:
-    """One engine. What it raises for the user comes back as a row: Ray would take it for a fault of its own."""
+    """One engine. An error for the user comes back as a row: Ray would take it for a fault of its own."""
 
     def __init__(self, config: ScoreConfig, run: str, strict: bool, cpus: float, driver: Mapping[str, str]):
         self.config, self.run, self.strict, self.cpus, self.driver = config, Run(run), strict, cpus, driver
         self.name = f"{platform.node()}, process {os.getpid()}"
         self.scorer: ShardScorer | None = None
-        # Ray calls from SHARDS threads. The tokenizer sees one, and the engine another, always the same.
+        # Ray calls from SHARDS threads. Tokenizer and engine each have one thread of their own.
         self.tokenising, self.scoring = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
         (index,), (payload,) = batch["index"], batch["records"]
-        records = pickle.loads(payload)  # what our own reader wrote
+        records = pickle.loads(payload)  # written by Reader
         tokens, seconds, error = 0, 0.0, None
         try:
             if isinstance(records, ScorerError):
@@ -97,7 +94,7 @@ class Worker:
         }
 
     def _open(self) -> ShardScorer:
-        """At the first shard: a worker that is killed while it is made would be made again for ever."""
+        """Open the engine at the first shard: Ray restarts a worker that dies in its constructor for ever."""
         if self.scorer is None:
             import torch
 

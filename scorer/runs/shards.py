@@ -1,7 +1,4 @@
-"""The shards of a run: which records are whose, and one shard's records in, its score table out.
-
-Knows the encoder, the engine and the table; not where shards are kept.
-"""
+"""The shards of a run: the records of each, and from records to a score table."""
 
 from __future__ import annotations
 
@@ -73,7 +70,7 @@ class Shard:
 
     @property
     def tokens(self) -> int:
-        """How many the engine is given."""
+        """How many tokens the engine is given."""
         return sum(len(sequence.token_ids) for sequence in self.sequences)
 
 
@@ -92,7 +89,7 @@ class ShardScorer:
         self.protocol = PROTOCOLS[config.protocol]
         self.encoder = encoder or open_encoder(config, files)
         self.engine = open_engine(config, files)
-        # What is loaded stays: to look for garbage among its half a million objects took an eighth of tokenising.
+        # What is loaded stays. Garbage collection among its half a million objects took an eighth of tokenising's time.
         gc.collect()
         gc.freeze()
 
@@ -129,12 +126,12 @@ def _watched(batches: Iterator[list[SpanNLL]], shard: Shard, progress: Progress)
 
 
 def statuses(table: pl.DataFrame) -> Iterator[tuple[int, RowStatus]]:
-    """Of each row of a score table, its record and status."""
+    """The record id and status of each row of a score table."""
     return zip(table["record_id"], map(RowStatus, table["status"]), strict=True)
 
 
 def check_scored(rows: Iterable[Record | RawRecord], statuses: Iterable[tuple[int, RowStatus]]) -> None:
-    """Raise ScorerError at the first status that is not of a scored row, naming the record's file and line."""
+    """Raise ScorerError for the first row without a score, naming the record's file and line."""
     for record_id, status in statuses:
         if not status.scored:
             source = next(row.source for row in rows if row.record_id == record_id)
