@@ -31,13 +31,13 @@ def bench() -> None:
 @click.option("--save", is_flag=True, help="Write the result under bench/results.")
 def engines(save: bool, only: tuple[str, ...], **options: Any) -> None:
     """The engines, and stock vLLM where there is one, on the same rows."""
-    from bench.engines import NAMES, Asked, run
+    from bench.engines import NAMES, EnginesConfig, run
     from bench.lib.report import finish
 
     for name in only:
         one_of("--only", name, NAMES)
-    asked = Asked(only=only, **options)
-    finish("engines", run(asked), save, *_labels(asked.dummy_weights, asked.model))
+    config = EnginesConfig(only=only, **options)
+    finish("engines", run(config), save, *_labels(config.dummy_weights, config.model))
 
 
 @bench.command()

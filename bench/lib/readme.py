@@ -103,13 +103,13 @@ def kernel_table(result: dict[str, Any]) -> str:
     lines = [
         f"The head alone, {result['dtype']}, milliseconds ({rows}{_where(result)}; `{result['command']}`):",
         "",
-        f"| rows x width x vocabulary | {' | '.join(names)} |",
+        f"| rows x hidden size x vocabulary | {' | '.join(names)} |",
         f"| --- |{' ---: |' * len(names)}",
     ]
     for shape in result["shapes"]:
         times = [shape["rivals"].get(name, {}).get("milliseconds") for name in names]
         cells = " | ".join("-" if t is None else f"{t:,.1f}" for t in times)
-        lines.append(f"| {shape['rows']:,} x {shape['width']:,} x {shape['words']:,} | {cells} |")
+        lines.append(f"| {shape['rows']:,} x {shape['hidden_size']:,} x {shape['vocab_size']:,} | {cells} |")
     return "\n".join(lines)
 
 

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from bench.__main__ import EXAMPLES, bench
-from bench.engines import PACKED16, PACKED32, REFERENCE, STOCK, VLLM, Asked, checked_error, open_engines, rounds
+from bench.engines import PACKED16, PACKED32, REFERENCE, STOCK, VLLM, EnginesConfig, checked_error, open_engines, rounds
 from bench.lib.readme import engines_table, scorers_table
 from bench.lib.rivals import response_rows
 from bench.lib.rows import encoded, longest, random_tokens
@@ -124,10 +124,10 @@ def test_a_scorer_agrees_with_itself(tiny: Tiny) -> None:
 
 def test_engines_are_compared_before_they_are_reported(tiny: Tiny) -> None:
     files = tiny("qwen2")
-    asked = Asked(str(EXAMPLES), 6, files.name, 1, 0)
+    config = EnginesConfig(str(EXAMPLES), 6, files.name, 1, 0)
     sample = encoded(str(EXAMPLES), 6, files, 1024)
     with ExitStack() as stack:
-        engines, left_out = open_engines(asked, (REFERENCE, PACKED32, PACKED16), "cpu", files, stack)
+        engines, left_out = open_engines(config, (REFERENCE, PACKED32, PACKED16), "cpu", files, stack)
         seconds, tables, errors = rounds(engines, sample, 2, Console(quiet=True))
     assert left_out == {}
     assert {name: len(own) for name, own in seconds.items()} == {REFERENCE: 2, PACKED32: 2, PACKED16: 2}
@@ -145,9 +145,9 @@ def test_engines_are_compared_before_they_are_reported(tiny: Tiny) -> None:
 
 def test_without_vllm_its_rows_are_left_out_with_a_reason(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("scorer.requirements.find_spec", lambda module: None)
-    asked = Asked(str(EXAMPLES), 6, "tiny", 1, 0)
+    config = EnginesConfig(str(EXAMPLES), 6, "tiny", 1, 0)
     with ExitStack() as stack:
-        engines, left_out = open_engines(asked, (PACKED16, VLLM, STOCK), "cpu", tiny("gpt2"), stack)
+        engines, left_out = open_engines(config, (PACKED16, VLLM, STOCK), "cpu", tiny("gpt2"), stack)
     assert engines.keys() == {PACKED16}
     assert left_out.keys() == {VLLM, STOCK}
     assert all("--engine vllm needs vllm, not installed here" in why for why in left_out.values())

@@ -110,7 +110,7 @@ def test_two_ranks_share_the_vocabulary_until_the_engine_dies(tiny: Tiny, monkey
         assert len(of_vllm(psutil.Process().children(recursive=True), "VLLM::Worker_TP")) == 2
         ours = scored(engine, sequences)
         again = scored(engine, sequences[::-1])
-        with pytest.raises(ScorerError, match="token 257, and the model knows 257"):
+        with pytest.raises(ScorerError, match="token id 257, but the model's vocabulary has 257 tokens"):
             scored(engine, [TokenSequence(0, View.CONDITIONED, [1, 257, 3], (Span(0, 1, 3),))])
         steps = engine.score(sequences)
         next(steps)

@@ -65,11 +65,11 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 @needs_vllm
 def test_layout_of_whole_prompts_by_hand() -> None:
-    from scorer.engines.vllm_plugin import lay_out
+    from scorer.engines.vllm_plugin import plan_step
 
     # Hidden states of three prompts of 5, 4 and 3 tokens lie end to end: rows 0-4, 5-8 and 9-11.
     spans: list[Spans] = [[[1, 2], [3, 5]], [], [[2, 3]]]
-    step = lay_out(spans, np.array([5, 4, 3]), np.array([5, 4, 3]))
+    step = plan_step(spans, np.array([5, 4, 3]), np.array([5, 4, 3]))
     assert step.rows.tolist() == [0, 2, 3, 10]  # each the one before the token that it predicts
     assert step.requests.tolist() == [0, 0, 0, 2]
     assert step.positions.tolist() == [1, 3, 4, 2]
@@ -80,11 +80,11 @@ def test_layout_of_whole_prompts_by_hand() -> None:
 
 @needs_vllm
 def test_layout_of_parts_of_prompts_by_hand() -> None:
-    from scorer.engines.vllm_plugin import lay_out
+    from scorer.engines.vllm_plugin import plan_step
 
     # Of the first prompt tokens 4-6 are computed now (rows 0-2), of the second 0-1 (rows 3-4).
     spans: list[Spans] = [[[2, 6], [6, 9]], [[4, 9]]]
-    step = lay_out(spans, np.array([3, 2]), np.array([7, 2]))
+    step = plan_step(spans, np.array([3, 2]), np.array([7, 2]))
     assert step.rows.tolist() == [0, 1, 2]
     assert step.positions.tolist() == [5, 6, 7]
     assert step.offsets.tolist() == [0, 1, 3, 3]  # one token of the first span, two of the second, none of the third
@@ -107,9 +107,9 @@ def test_the_last_token_scored_is_told_and_not_computed() -> None:
 
 @needs_vllm
 def test_layout_of_nothing_to_score() -> None:
-    from scorer.engines.vllm_plugin import lay_out
+    from scorer.engines.vllm_plugin import plan_step
 
-    step = lay_out([[], []], np.array([4, 4], np.int32), np.array([4, 4], np.int32))
+    step = plan_step([[], []], np.array([4, 4], np.int32), np.array([4, 4], np.int32))
     assert len(step.rows) == len(step.slots) == 0
     assert step.offsets.tolist() == [0]
     assert step.shape == (2, 1)
@@ -131,7 +131,7 @@ def prompts(draw: st.DrawFn) -> tuple[int, Spans, list[int]]:
 def test_the_parts_of_any_split_add_up_to_the_whole(
     requests: list[tuple[int, Spans, list[int]]], data: st.DataObject
 ) -> None:
-    from scorer.engines.vllm_plugin import lay_out
+    from scorer.engines.vllm_plugin import plan_step
 
     scored: dict[tuple[int, int], list[int]] = {
         (r, s): [] for r, (_, spans, _) in enumerate(requests) for s in range(len(spans))
@@ -145,7 +145,7 @@ def test_the_parts_of_any_split_add_up_to_the_whole(
         for r, count in zip(chosen, scheduled, strict=True):
             seen[r] += count
         spans = [requests[r][1] for r in chosen]
-        step = lay_out(spans, np.array(scheduled), np.array([seen[r] for r in chosen]))
+        step = plan_step(spans, np.array(scheduled), np.array([seen[r] for r in chosen]))
         predicted = [(i, position + 1) for i, position in (owners[row] for row in step.rows)]
         assert predicted == list(zip(step.requests, step.positions, strict=True))
         assert len(step.offsets) == len(step.slots) + 1
@@ -231,7 +231,7 @@ class Last(torch.nn.Module):
 @pytest.mark.parametrize("has_bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("options", [{}, {"scale": 0.25}, {"soft_cap": 4.0}, {"scale": 0.5, "soft_cap": 3.0}])
 def test_the_head_found_gives_the_models_own_nll(options: dict[str, float], has_bias: bool) -> None:
-    from scorer.engines.vllm_plugin import Head
+    from scorer.engines.vllm_plugin import ScoringHead
 
     model = Last(has_bias=has_bias, **options)
     hidden = torch.randn(40, 32, generator=torch.Generator().manual_seed(1))
@@ -239,7 +239,7 @@ def test_the_head_found_gives_the_models_own_nll(options: dict[str, float], has_
     logits = model.compute_logits(hidden)
     assert len(model.lm_head.weight) > 257
     assert logits.shape == (40, 257)
-    ours = Head.of(model, hidden).nll(hidden, targets)
+    ours = ScoringHead.of(model, hidden).nll(hidden, targets)
     expected = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
@@ -284,19 +284,19 @@ class Shuffled(Last):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (Doubled, "Doubled computes its logits in a way that is not known here"),
-        (Twice, "Twice computes its logits in 2 calls"),
-        (TwoProcessors, "TwoProcessors has 2 logits processors"),
-        (Shuffled, "not known here"),
-        (Quantized, r"quantized or widened head \(ParallelLMHead\)"),
+        (Doubled, "Doubled can't be scored: its logits are not those of its head"),
+        (Twice, "Twice can't be scored: it computes its logits in 2 calls"),
+        (TwoProcessors, "TwoProcessors can't be scored: it has 2 logits processors"),
+        (Shuffled, "its logits are not those of its head"),
+        (Quantized, r"its head \(ParallelLMHead\) is quantized or widened"),
     ],
     ids=["doubled", "twice", "two-processors", "shuffled", "quantized"],
 )
 def test_a_head_that_is_not_understood_is_refused(model: Callable[[], torch.nn.Module], message: str) -> None:
-    from scorer.engines.vllm_plugin import Head
+    from scorer.engines.vllm_plugin import ScoringHead
 
     with pytest.raises(RuntimeError, match=message):
-        Head.of(model(), torch.zeros(3, 32))
+        ScoringHead.of(model(), torch.zeros(3, 32))
 
 
 # --- what is installed ---
