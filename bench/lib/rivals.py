@@ -12,7 +12,7 @@ from typing import Any
 
 from scorer.config import ScoreConfig
 from scorer.engines.spans import with_sums
-from scorer.engines.vllm import OURS, check_vllm, engine_arguments, set_environment
+from scorer.engines.vllm import RESERVED_ARGS, check_vllm, engine_arguments, set_environment
 from scorer.models.find import ModelFiles
 from scorer.types import ScorerError, SpanNLL, TokenSequence
 
@@ -90,7 +90,7 @@ def open_stock(config: ScoreConfig, files: ModelFiles) -> Any:
     from vllm import LLM
 
     ours = engine_arguments(config, files)
-    arguments = {name: value for name, value in ours.items() if name not in OURS or name in KEPT}
+    arguments = {name: value for name, value in ours.items() if name not in RESERVED_ARGS or name in KEPT}
     del arguments["enable_chunked_prefill"]
     arguments["max_model_len"] += 1
     with _own_runner():

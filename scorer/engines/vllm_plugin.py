@@ -37,7 +37,7 @@ def register() -> None:
             ModelRegistry.register_model(name, f"{__name__}:{name}")
 
 
-def request(token_ids: Sequence[int], spans: Sequence[Sequence[int]]) -> tuple[dict[str, Any], PoolingParams]:
+def scoring_request(token_ids: Sequence[int], spans: Sequence[Sequence[int]]) -> tuple[dict[str, Any], PoolingParams]:
     """The prompt and PoolingParams of a request that scores spans [start, end) of a sequence.
 
     The last scored token predicts no other, so the prompt leaves it out, and its hidden state is not computed.

@@ -102,7 +102,7 @@ def oracle(files: ModelFiles, sequences: list[TokenSequence]) -> dict[Key, SpanN
 def test_two_ranks_share_the_vocabulary_until_the_engine_dies(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """257 words are padded to 320 and lie on two ranks as 160 and 97; each rank has its own half of the cores."""
     monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
-    monkeypatch.setattr("scorer.engines.vllm._SET", set())
+    monkeypatch.setattr("scorer.engines.vllm._own_variables", set())
     files = tiny("opt-projected")  # the family whose head differs most
     every = [256, *(word * 7 % 257 for word in range(257))]
     sequences = [*mixed(), TokenSequence(90, View.CONDITIONED, every, (Span(0, 1, 258),))]
@@ -115,7 +115,7 @@ def test_two_ranks_share_the_vocabulary_until_the_engine_dies(tiny: Tiny, monkey
         steps = engine.score(sequences)
         next(steps)
         engine.engine.engine_core.resources.engine_manager.processes[0].kill()  # type: ignore[attr-defined]
-        with pytest.raises(EngineError, match="its engine process died"):
+        with pytest.raises(EngineError, match="an engine process died"):
             list(steps)
     assert_equal(ours, oracle(files, sequences), 1e-4)
     assert_equal(again, ours, 1e-4)
@@ -169,7 +169,7 @@ def test_a_death_that_shows_as_a_closed_socket(chunked: Engine) -> None:
     core.resources.engine_manager.processes[0].kill()
     wait(lambda: core.input_socket.closed)
     core.resources.engine_dead = False  # what it saw
-    with pytest.raises(EngineError, match="its engine process died"):
+    with pytest.raises(EngineError, match="an engine process died"):
         list(steps)
 
 
@@ -271,7 +271,7 @@ def test_deaths_are_one_line_each_and_the_same_command_finishes(place: Path, arg
             assert ended.code == 1, ended
             assert last.startswith("scorer: vLLM failed: ")
             assert "died" in last
-            assert "the same command goes on" in last
+            assert "run the same command again to resume" in last
         if left:
             assert f"resuming after {left * 20:,} of 600 records" in ended.err
         assert left < shards(run) < 30

@@ -93,14 +93,14 @@ def test_layout_of_parts_of_prompts_by_hand() -> None:
 
 
 @needs_vllm
-def test_the_last_token_scored_is_told_and_not_computed() -> None:
-    from scorer.engines.vllm_plugin import request
+def test_the_last_scored_token_is_not_in_the_prompt() -> None:
+    from scorer.engines.vllm_plugin import scoring_request
 
     ids = [11, 12, 13, 14, 15, 16]
-    prompt, params = request(ids, [[1, 2], [4, 6]])
+    prompt, params = scoring_request(ids, [[1, 2], [4, 6]])
     assert prompt["prompt_token_ids"] == [11, 12, 13, 14, 15]
     assert params.extra_kwargs == {"spans": [[1, 2], [4, 6]], "last": 16}
-    prompt, params = request(ids, [[1, 3]])  # nor is anything after it
+    prompt, params = scoring_request(ids, [[1, 3]])  # nor is anything after it
     assert prompt["prompt_token_ids"] == [11, 12]
     assert params.extra_kwargs == {"spans": [[1, 3]], "last": 13}
 
@@ -357,11 +357,11 @@ def test_a_step_holds_the_longest_sequence_unless_it_may_be_cut(tiny: Tiny) -> N
     ("options", "message"),
     [
         ({"vllm_args": {"max_num_sequences": 4}}, "max_num_sequences: vLLM has no such"),
-        ({"vllm_args": {"dtype": "float16"}}, "--vllm-arg dtype: give --dtype"),
-        ({"vllm_args": {"max_num_batched_tokens": 64}}, "max_num_batched_tokens: give --batch-tokens"),
-        ({"vllm_args": {"tensor_parallel_size": 2}}, "give --tensor-parallel-size"),
-        ({"vllm_args": {"runner": "generate"}}, "--vllm-arg runner: scoring sets this one itself"),
-        ({"vllm_args": {"seed": 1, "hf_overrides": {}}}, "hf_overrides: scoring sets"),
+        ({"vllm_args": {"dtype": "float16"}}, "--vllm-arg dtype: use --dtype"),
+        ({"vllm_args": {"max_num_batched_tokens": 64}}, "max_num_batched_tokens: use --batch-tokens"),
+        ({"vllm_args": {"tensor_parallel_size": 2}}, "use --tensor-parallel-size"),
+        ({"vllm_args": {"runner": "generate"}}, "--vllm-arg runner: scorer sets this argument itself"),
+        ({"vllm_args": {"seed": 1, "hf_overrides": {}}}, "hf_overrides: scorer sets"),
     ],
 )
 def test_arguments_that_are_refused(options: dict[str, Any], message: str) -> None:
@@ -409,7 +409,7 @@ def test_auto_is_packed_for_what_it_can_run(tiny: Tiny, installed: Callable[...,
 
 def test_auto_is_vllm_where_an_option_of_its_is_set(tiny: Tiny) -> None:
     chosen = choose_engine(config(engine="auto", tensor_parallel_size=1, vllm_args={"seed": 1}), tiny("llama"))
-    assert chosen == ("vllm", "tensor_parallel_size, vllm_args asked for it")
+    assert chosen == ("vllm", "only vLLM has tensor_parallel_size, vllm_args")
 
 
 def test_auto_is_vllm_for_what_packed_cannot_run(tiny: Tiny, tmp_path: Path, installed: Callable[..., None]) -> None:
