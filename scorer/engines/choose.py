@@ -147,7 +147,7 @@ def resolve_config(
 def _check_length(config: ScoreConfig, context: int) -> None:
     if config.max_length is not None and config.max_length > context:
         raise ScorerError(
-            f"max_length: {config.max_length} is more than the context of {config.model}, {context} tokens"
+            f"max_length: {config.max_length} is more than the {context} tokens of {config.model}'s context"
         )
 
 

@@ -1,6 +1,4 @@
-"""What can be said of the vLLM engine before vLLM's processes start: its plugin's layout, the head it finds, the
-options it takes, and which engine is chosen.
-"""
+"""The vLLM engine without vLLM's processes: the plugin's step layout and head, the options, and the engine's choice."""
 
 from __future__ import annotations
 
@@ -38,7 +36,7 @@ def config(**options: Any) -> ScoreConfig:
 
 
 def changed(files: ModelFiles, folder: Path, **settings: object) -> ModelFiles:
-    """A copy of a model whose config.json says something else."""
+    """A copy of a model with other settings in config.json."""
     shutil.copytree(files.path, folder)
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
@@ -47,7 +45,7 @@ def changed(files: ModelFiles, folder: Path, **settings: object) -> ModelFiles:
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """`installed(vllm="0.30.0")`: these packages, and no other, are what the engine finds."""
+    """`installed(vllm="0.30.0")` pretends that these packages, and no others, are installed."""
 
     def pretend(**releases: str) -> None:
         def version(package: str) -> str:
@@ -117,7 +115,7 @@ def test_layout_of_nothing_to_score() -> None:
 
 @st.composite
 def prompts(draw: st.DrawFn) -> tuple[int, Spans, list[int]]:
-    """A prompt's length, its spans, and the lengths of the parts that it is computed in."""
+    """A prompt's length, its spans, and the lengths of the parts of a chunked prefill."""
     length = draw(st.integers(1, 40))
     bounds = sorted(draw(st.lists(st.integers(1, length + 1), max_size=8)))  # the token after the prompt is predicted
     spans = [list(pair) for pair in zip(bounds[::2], bounds[1::2], strict=False)]  # some empty, some side by side
@@ -193,7 +191,7 @@ def test_a_variant_is_the_models_own_class() -> None:
 
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A world of this one process, which vLLM's layers have to have."""
+    """A process group of this process alone, which vLLM's layers need."""
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.distributed import parallel_state
 
@@ -207,7 +205,7 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 class Last(torch.nn.Module):
-    """What a model of vLLM's ends in: a padded head of 257 words, and a logits processor."""
+    """The end of a vLLM model: a padded head with a vocabulary of 257, and a logits processor."""
 
     def __init__(self, has_bias: bool = False, **options: Any):
         from vllm.model_executor.layers.logits_processor import LogitsProcessor
@@ -235,7 +233,7 @@ def test_the_head_found_gives_the_models_own_nll(options: dict[str, float], has_
 
     model = Last(has_bias=has_bias, **options)
     hidden = torch.randn(40, 32, generator=torch.Generator().manual_seed(1))
-    targets = torch.arange(40) * 6 + 22  # up to 256, the last word before the padding
+    targets = torch.arange(40) * 6 + 22  # up to 256, the last token before the padding
     logits = model.compute_logits(hidden)
     assert len(model.lm_head.weight) > 257
     assert logits.shape == (40, 257)
@@ -261,7 +259,7 @@ class TwoProcessors(Last):
 
 
 class Quantized(Last):
-    """Its weight goes by another name, and is of another dtype."""
+    """Its weight has another name and dtype."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""The Triton kernels, compiled without a GPU as the launchers call them, for each chip and configuration of the table.
+"""The Triton kernels compiled without a GPU, as the launchers call them, for each chip and configuration of the table.
 
-A process of its own for each chip: the kernels of this one are interpreted. What runs there is below the tests.
+Each chip has its own process, which runs `report` below the tests.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def start(chip: int, directory: str) -> subprocess.Popen[str]:
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
-    """What each chip's process reports: a dictionary for each kernel that a launch compiled."""
+    """The report of each chip's process: a dictionary for each compiled kernel."""
     processes = {chip: start(chip, str(tmp_path_factory.mktemp(f"sm_{chip}"))) for chip in SHARED_BYTES}
     reports = {}
     for chip, process in processes.items():
@@ -72,7 +72,7 @@ def test_one_kernel_serves_every_batch(compiled: dict[int, list[dict[str, Any]]]
 
 
 def report(chip: int) -> None:
-    """Calls the launchers with a driver that has a chip to compile for, and none to launch on."""
+    """Call the launchers with a driver that compiles for a chip and launches nothing."""
     import contextlib
     import io
 
@@ -84,7 +84,7 @@ def report(chip: int) -> None:
     from triton.backends.nvidia.driver import CudaDriver
 
     class CompileOnly(CudaDriver):  # type: ignore[misc]
-        def __init__(self) -> None:  # none of CUDA is loaded
+        def __init__(self) -> None:  # loads nothing of CUDA
             self.get_current_device = lambda: 0
             self.get_current_stream = lambda device: 0
 
@@ -138,7 +138,7 @@ def report(chip: int) -> None:
             case = "other batch"
             head(dtypes[0], (1, 768, 7), row.config)
             head(dtypes[0], (64, 768, 1024), row.config)
-    if chip == min(SHARED_BYTES):  # the fallback is for the least shared memory
+    if chip == min(SHARED_BYTES):  # the chip with the least shared memory
         case = "fallback"
         head(torch.bfloat16, (300, 100, 1000), table.FALLBACK[2])
         head(torch.float32, (300, 100, 1000), table.FALLBACK[4])

@@ -1,4 +1,4 @@
-"""The head on CPU: blocked torch against float64, and what it needs to be imported."""
+"""The head on CPU: blocked torch against float64, without Triton."""
 
 from __future__ import annotations
 

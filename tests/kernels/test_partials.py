@@ -1,4 +1,4 @@
-"""The head in slices of the vocabulary on CPU, as tensor parallel ranks hold it, against the head in one piece."""
+"""Slices of the vocabulary on CPU, as tensor parallel ranks hold them, against the whole head."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PADDING = 7  # rows of NaN after each slice, as in a rank's share of a padded vo
 
 
 def drawn(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Hidden states, weight, bias, and targets that lie in every slice: the first and last token of each among them."""
+    """Hidden states, weight, bias, and targets in every slice, the first and last token of each included."""
     generator = torch.Generator().manual_seed(3)
     hidden = torch.randn(ROWS, HIDDEN_SIZE, generator=generator) * 3 / HIDDEN_SIZE**0.5
     weight, bias = (

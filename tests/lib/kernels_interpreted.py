@@ -1,4 +1,4 @@
-"""The Triton kernels against float64, with TRITON_INTERPRET=1; all memory that they are given is NaN first.
+"""The Triton kernels against float64, with TRITON_INTERPRET=1; all memory is NaN first.
 
 tests/kernels/test_interpreted.py runs this file.
 """
