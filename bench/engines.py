@@ -49,8 +49,8 @@ IN_PROCESS: dict[str, tuple[str, str, Callable[[ScoreConfig, ModelFiles], Engine
 }
 VLLM_ENGINES = (VLLM, STOCK, RESPONSE_ONLY)
 NAMES = (*IN_PROCESS, *VLLM_ENGINES)
-FLOAT32_TOLERANCE = 1e-4  # of `_relative_error`
-BFLOAT16_TOLERANCE = 0.02  # of `_rounding_error`
+FLOAT32_TOLERANCE = 1e-4  # for `_relative_error`
+BFLOAT16_TOLERANCE = 0.02  # for `_rounding_error`
 VIEWS = (("nll_conditioned", "response_tokens"), ("nll_alone", "alone_tokens"))
 
 

