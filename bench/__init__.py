@@ -1,1 +1,1 @@
-"""Benchmarks: each checks that what it times is right, then measures, and prints JSON on its last line."""
+"""Benchmarks: each checks correctness first, then measures, and prints JSON on its last line."""

@@ -1,6 +1,6 @@
 """K-means of synthetic embeddings: seconds, products a second, and memory.
 
-Correctness first: no cluster may mix groups that are far apart, and the same seed has to give the same labels.
+Correctness first: no cluster may mix groups that are far apart, and the same seed must give the same labels.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PART_ROWS = 10_000
 
 
 def run(rows: int, clusters: int, width: int) -> dict[str, Any]:
-    """The result as a JSON value."""
+    """Measure; returns the report."""
     _check(width)
     parts = [part for part, _ in _blobs(rows, clusters, width, spread=0.5)]
     filled = np.ones(rows, dtype=bool)
@@ -46,13 +46,13 @@ def _check(width: int) -> None:
     filled = np.ones(2000, dtype=bool)
     labels, _ = kmeans(parts, filled, 40)
     if len({*zip(labels, truth, strict=True)}) != 40:
-        raise SystemExit("a cluster holds rows of two groups that are far apart")
+        raise SystemExit("a cluster has rows of two groups that are far apart; nothing is reported")
     if not np.array_equal(labels, kmeans(parts, filled, 40)[0]):
-        raise SystemExit("the same seed gives other clusters")
+        raise SystemExit("the same seed gives different clusters; nothing is reported")
 
 
 def _blobs(rows: int, clusters: int, width: int, spread: float) -> list[tuple[Matrix, np.ndarray[Any, Any]]]:
-    """Unit vectors around random centres, and which centre each is of."""
+    """Unit vectors around random centres, and the index of each vector's centre."""
     draw = np.random.default_rng(0)
     centres = draw.standard_normal((clusters, width), dtype=np.float32)
     found = []

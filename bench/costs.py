@@ -1,7 +1,4 @@
-"""What one row takes on its way through scorer beside the model: bytes, tokens, and seconds of one core.
-
-Knows the rooms of scorer that a row passes through; nothing of devices, clusters or what the figures are for.
-"""
+"""The costs of one row in scorer without the model: bytes, tokens, and seconds of one core."""
 
 from __future__ import annotations
 
@@ -36,38 +33,38 @@ from scorer.runs.shards import read_shards
 from scorer.scores.measures import score_table
 from scorer.types import Record, SpanNLL
 
-TIMES = 8
-TIMED_ROWS = 5000  # at least; the data is repeated
+REPEATS = 8
+TIMED_ROWS = 5000  # at least; the data are repeated
 
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Means of a row. Bytes in and the reader's seconds are of JSON Lines, unless they say Parquet."""
+    """Means of a row. Bytes in and the reader's seconds are for JSON Lines, unless named for Parquet."""
 
     tokens: float  # of both views
     bytes_in: float
-    read_seconds: float  # parsing, and pickling for a worker
-    count_seconds: float  # counting it, before a run begins
-    encode_seconds: float  # unpickling and tokenising, on one core
-    encode_parallel: float  # the share of it that the tokenizer spreads over cores
+    read_seconds: float  # parse, and pickle for a worker
+    count_seconds: float  # count, before a run starts
+    encode_seconds: float  # unpickle and tokenise
+    encode_parallel: float  # the share of encode_seconds that the tokenizer spreads over cores
     pack_seconds: float
-    table_seconds: float  # the score table, as Parquet
-    bytes_out: float  # of a shard, beside `shard_bytes`
-    shard_bytes: float  # which every shard takes
-    memory_bytes: float  # of the score table
+    table_seconds: float  # make the score table, as Parquet
+    bytes_out: float  # in a shard, beyond `shard_bytes`
+    shard_bytes: float  # of a shard without rows
+    memory_bytes: float  # of the score table in memory
     parquet_bytes_in: float = 0
     parquet_read_seconds: float = 0
 
 
 def measure(data: str, scored: int, model: str) -> tuple[Costs, Rows]:
-    """The costs of the rows of `data`, and the rows, encoded. A real run scores `scored` of them, for its shards.
+    """The costs of the rows of `data`, and the rows, encoded by the model's tokenizer under PROTOCOL.
 
-    Tokens are those of the model's own tokenizer under PROTOCOL.
+    A real run scores `scored` of them to measure the size of shards.
     """
     values = [raw.value for raw in Dataset([data]).rows()]
     files = find_model(model)
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         once = {kind: _written(folder / f"once.{kind}", values) for kind in ("jsonl", "parquet")}
         often = values * math.ceil(TIMED_ROWS / len(values))
         timed = {kind: str(_written(folder / f"often.{kind}", often)) for kind in once}
@@ -118,7 +115,7 @@ def _written(path: Path, values: list[Any]) -> Path:
 
 
 def _read(path: str, rows: int) -> list[bytes]:
-    """What the reader of a run on Ray sends to its workers."""
+    """Read rows as the reader of a run on Ray does: pickled records for its workers."""
     shard_rows = ScoreConfig().shard_rows
     shards = list(range(math.ceil(rows / shard_rows)))
     return [pickle.dumps(records) for _, records in read_shards(Dataset([path]), shard_rows, shards)]
@@ -130,22 +127,22 @@ def _records(payload: bytes) -> list[Record]:
 
 
 def _encode_seconds(encoder: Encoder, payloads: list[bytes]) -> tuple[float, float]:
-    """Seconds of one core for all, and the share of them within the tokenizer's own batch, which it spreads."""
+    """Seconds of one core for all payloads, and the share inside the tokenizer's batch call, which is parallel."""
     gc.freeze()  # as scorer.runs.shards does
     tokenizer = encoder.tokenizer
     texts: list[list[str]] = []
 
-    def heard(batch: list[str], **options: Any) -> Any:
+    def record(batch: list[str], **options: Any) -> Any:
         texts.append(batch)
         return tokenizer(batch, **options)
 
     with _one_core():
-        encoder.tokenizer = heard
+        encoder.tokenizer = record
         for payload in payloads:
             encoder.encode(_records(payload))
         encoder.tokenizer = tokenizer
         inside = tokenizer.backend_tokenizer
-        whole, part = _seconds(  # the share is of two that are near each other
+        whole, part = _seconds(  # measured in turn, since the two are close
             lambda: [encoder.encode(_records(payload)) for payload in payloads],
             lambda: [inside.encode_batch(batch, add_special_tokens=False) for batch in texts],
         )
@@ -155,7 +152,7 @@ def _encode_seconds(encoder: Encoder, payloads: list[bytes]) -> tuple[float, flo
 
 @contextmanager
 def _one_core() -> Iterator[None]:
-    """Keep tokenizers and torch to the calling thread while the block runs."""
+    """Restrict tokenizers and torch to the calling thread."""
     name = "TOKENIZERS_PARALLELISM"
     before, threads = os.environ.get(name), torch.get_num_threads()
     os.environ[name] = "false"
@@ -170,7 +167,7 @@ def _one_core() -> Iterator[None]:
 
 
 def _shard_bytes(table: pl.DataFrame, folder: Path) -> tuple[float, float]:
-    """Of a shard: what it takes whatever its rows, and a row beside; by two shards, one of half the rows."""
+    """Bytes of a shard without rows and of each row, from two shards, one with half the rows."""
     shards = Run(folder)
     (folder / "scores").mkdir(parents=True)
     half = len(table) // 2
@@ -182,9 +179,9 @@ def _shard_bytes(table: pl.DataFrame, folder: Path) -> tuple[float, float]:
 
 
 def _seconds(*works: Callable[[], object]) -> list[float]:
-    """Of each the best, in turn; of computing alone, which others on the machine lengthen the least."""
+    """The best CPU time of each, run in turn: other processes affect it least."""
     best = [math.inf] * len(works)
-    for _ in range(TIMES):
+    for _ in range(REPEATS):
         for number, work in enumerate(works):
             start = time.process_time()
             work()

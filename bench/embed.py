@@ -1,6 +1,6 @@
-"""Embedding of texts, as `scorer cluster` does it: rows and tokens a second.
+"""Embedding of texts as `scorer cluster` does it: rows and tokens a second.
 
-Correctness first: the embeddings have to be those of sentence-transformers, one text at a time.
+Correctness first: the embeddings must equal those of sentence-transformers, one text at a time.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from scorer.data.dataset import Dataset
 from scorer.models.find import find_model
 from scorer.models.load import choose_device
 
-CHECKED = 20  # rows
-ERROR = 1e-5
+CHECKED_ROWS = 20
+TOLERANCE = 1e-5
 
 
 def run(data: str, rows: int, embedder: str, repeats: int) -> dict[str, Any]:
-    """The result as a JSON value; its rates are medians of `repeats` rounds."""
+    """Measure; returns the report, with the median rates of `repeats` rounds."""
     texts = [TEXTS["part"](record) for record in Dataset([data], limit=rows).records()]
     config = EmbedderConfig(embedder, device=choose_device("auto"))
     model = Embedder(find_model(embedder, embedder=True), config)
-    error = _error(model, [text for text in texts if text][:CHECKED])
-    if error > ERROR:
-        raise SystemExit(f"a row differs by {error:.1e} from the one that sentence-transformers gives for its text")
+    error = _error(model, [text for text in texts if text][:CHECKED_ROWS])
+    if error > TOLERANCE:
+        raise SystemExit(f"an embedding differs by {error:.1e} from that of sentence-transformers; nothing is reported")
     seconds, cpu_seconds, tokens = [], [], model.tokens
     for _ in range(repeats):
         began, used = time.monotonic(), time.process_time()

@@ -1,7 +1,6 @@
-"""The head against what else computes it: eager torch, chunked products, torch.compile, and two published kernels.
+"""The fused head against eager torch, chunked products, torch.compile and two published kernels.
 
-Every rival is checked against float64 before it is timed. On a machine without a GPU the CPU's path is measured, on
-fewer rows, and the result says so.
+Every rival is checked against float64 before it is timed. Without a GPU the CPU path is measured, on fewer rows.
 """
 
 from __future__ import annotations
@@ -9,35 +8,34 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from scorer_kernels import linear_nll, nll_head
+from scorer_kernels import Head, HeadFunction, linear_nll, nll_head
 from scorer_kernels.reference import reference_nll
 from scorer_kernels.table import CANDIDATES, Config, config_for
 
-Head = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-CHUNK = 4096  # rows of a chunked product
+CHUNK_ROWS = 4096
 CHECKED_ROWS = 256
 CPU_ROWS = 2048
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Rows, hidden width and vocabulary of one product."""
+    """The sizes of one head's product."""
 
     name: str
     rows: int
-    width: int
-    words: int
+    hidden_size: int
+    vocab_size: int
 
     @property
     def flop(self) -> float:
-        return 2.0 * self.rows * self.width * self.words
+        return 2.0 * self.rows * self.hidden_size * self.vocab_size
 
 
 SHAPES = (
@@ -50,121 +48,137 @@ SHAPES = (
 )
 
 
-def eager(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def eager(hidden: torch.Tensor, head: Head, targets: torch.Tensor) -> torch.Tensor:
     """All logits at once: product, log_softmax, gather."""
-    return -(hidden @ weight.T).float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    return -(hidden @ head.weight.T).float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
 
 
-def chunk(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def unblocked(hidden: torch.Tensor, head: Head, targets: torch.Tensor) -> torch.Tensor:
     """One product, and the log-sum-exp of its float32 copy."""
-    logits = (hidden @ weight.T).float()
+    logits = (hidden @ head.weight.T).float()
     return logits.logsumexp(-1) - logits.gather(1, targets[:, None])[:, 0]
 
 
-def chunked(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """`chunk` on so many rows at a time that the logits stay small."""
-    parts = zip(torch.split(hidden, CHUNK), torch.split(targets, CHUNK), strict=True)
-    return torch.cat([chunk(h, weight, t) for h, t in parts])
+def chunked(
+    hidden: torch.Tensor, head: Head, targets: torch.Tensor, function: HeadFunction = unblocked
+) -> torch.Tensor:
+    """`function` over CHUNK_ROWS rows at a time, which bounds the memory of the logits."""
+    chunks = zip(torch.split(hidden, CHUNK_ROWS), torch.split(targets, CHUNK_ROWS), strict=True)
+    return torch.cat([function(h, head, t) for h, t in chunks])
 
 
-def rivals(device: str) -> dict[str, Head]:
-    """Every rival that is installed here; the two kernels from PyPI need the extra `bench` and a GPU."""
+def rivals(device: str) -> dict[str, HeadFunction]:
+    """The rivals on this device; on a GPU, those from PyPI need the extra `bench`."""
     if device == "cpu":
-        return {"scorer": nll_head, "eager": eager, "unblocked": chunk}
+        return {"scorer": nll_head, "eager": eager, "unblocked": unblocked}
     from cut_cross_entropy import linear_cross_entropy
     from liger_kernel.ops.fused_linear_cross_entropy import fused_linear_cross_entropy_forward
 
-    compiled = torch.compile(chunk)
-
-    def chunked_compiled(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        parts = zip(torch.split(hidden, CHUNK), torch.split(targets, CHUNK), strict=True)
-        return torch.cat([compiled(h, weight, t) for h, t in parts])
-
-    def liger(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def liger(hidden: torch.Tensor, head: Head, targets: torch.Tensor) -> torch.Tensor:
         loss: torch.Tensor = fused_linear_cross_entropy_forward(
-            hidden, weight, targets, reduction="none", compute_gradients=False
+            hidden, head.weight, targets, reduction="none", compute_gradients=False
         )[0]
         return loss
 
-    def cut(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        loss: torch.Tensor = linear_cross_entropy(hidden, weight, targets, reduction="none")
+    def cut(hidden: torch.Tensor, head: Head, targets: torch.Tensor) -> torch.Tensor:
+        loss: torch.Tensor = linear_cross_entropy(hidden, head.weight, targets, reduction="none")
         return loss
 
     return {
         "scorer": nll_head,
         "eager": eager,
         "chunked cuBLAS": chunked,
-        "chunked, compiled": chunked_compiled,
+        "chunked, compiled": partial(chunked, function=torch.compile(unblocked)),
         "Liger": liger,
         "cut-cross-entropy": cut,
     }
 
 
 def run(milliseconds: int) -> dict[str, Any]:
-    """Measure every shape and rival; returns what is to be reported."""
+    """Measure every shape and rival, and print; returns the report."""
     console = Console(stderr=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    shapes: tuple[Shape, ...] = SHAPES
     if device == "cpu":
-        console.print(f"no GPU here: the CPU's path is measured, on {CPU_ROWS:,} rows a shape")
-    heads = rivals(device)
+        console.print(f"no GPU: the CPU path is measured, on {CPU_ROWS:,} rows a shape")
+        shapes = tuple(replace(shape, rows=CPU_ROWS) for shape in SHAPES if shape.rows == SHAPES[0].rows)
+    functions = rivals(device)
     ceiling = _ceiling(device, milliseconds)
     console.print(f"bfloat16 matrix ceiling: {ceiling / 1e12:,.2f} TFLOP/s")
-    names = {shape.width * shape.words: shape for shape in SHAPES} if device == "cpu" else dict(enumerate(SHAPES))
     measured = []
-    for shape in names.values():
-        shape = Shape(shape.name, CPU_ROWS, shape.width, shape.words) if device == "cpu" else shape
-        measured.append({**asdict(shape), "rivals": _measure(shape, heads, device, ceiling, milliseconds, console)})
+    for shape in shapes:
+        figures = _measure(shape, functions, device, milliseconds)
+        for own in figures.values():
+            if "flop_per_second" in own:
+                own["fraction_of_ceiling"] = own["flop_per_second"] / ceiling
+        _show(console, shape, figures)
+        measured.append({**asdict(shape), "rivals": figures})
     return {"device": device, "dtype": "bfloat16", "ceiling_flop_per_second": ceiling, "shapes": measured}
 
 
 def _measure(
-    shape: Shape, heads: dict[str, Head], device: str, ceiling: float, milliseconds: int, console: Console
-) -> dict[str, Any]:
-    hidden, weight, targets = inputs(shape, device)
-    oracle = reference_nll(hidden[:CHECKED_ROWS], weight, targets[:CHECKED_ROWS])
-    allowed = 1.5 * float((eager(hidden[:CHECKED_ROWS], weight, targets[:CHECKED_ROWS]) - oracle).abs().max()) + 1e-6
-    shown = Table(f"{shape.name} [{shape.rows}, {shape.width}, {shape.words}]", "ms", "TFLOP/s", "of ceiling", "MiB")
-    figures: dict[str, Any] = {}
-    for name, head in heads.items():
+    shape: Shape, functions: dict[str, HeadFunction], device: str, milliseconds: int
+) -> dict[str, dict[str, Any]]:
+    """The figures of each rival; a wrong one has its error only."""
+    hidden, head, targets = inputs(shape, device)
+    checked = (hidden[:CHECKED_ROWS], head, targets[:CHECKED_ROWS])
+    oracle = reference_nll(*checked)
+    allowed = 1.5 * float((eager(*checked) - oracle).abs().max()) + 1e-6
+    figures: dict[str, dict[str, Any]] = {}
+    for name, function in functions.items():
+        work = partial(function, hidden, head, targets)
         try:
             with torch.inference_mode():
-                error = float((head(hidden, weight, targets)[:CHECKED_ROWS] - oracle).abs().max())
+                error = float((work()[:CHECKED_ROWS] - oracle).abs().max())
                 if not error <= allowed:
                     figures[name] = {"wrong_by": error, "allowed": allowed}
-                    shown.add_row(name, f"wrong by {error:.1e}", "", "", "")
                     continue
-                extra = _extra_memory(head, hidden, weight, targets, device)
-                seconds = median_seconds(partial(head, hidden, weight, targets), device, milliseconds)
+                extra = _extra_memory(work, device)
+                seconds = median_seconds(work, device, milliseconds)
         except torch.OutOfMemoryError:
             figures[name] = {"out_of_memory": True}
-            shown.add_row(name, "out of memory", "", "", "")
             continue
-        rate = shape.flop / seconds
         figures[name] = {
             "milliseconds": seconds * 1e3,
-            "flop_per_second": rate,
-            "fraction_of_ceiling": rate / ceiling,
+            "flop_per_second": shape.flop / seconds,
             "largest_error": error,
             "extra_bytes": extra,
-            "logits_bytes": 2 * shape.rows * shape.words,
+            "logits_bytes": 2 * shape.rows * shape.vocab_size,
         }
-        memory = "" if extra is None else f"{extra / 2**20:,.1f}"
-        shown.add_row(name, f"{seconds * 1e3:,.2f}", f"{rate / 1e12:,.2f}", f"{rate / ceiling:.0%}", memory)
-    console.print(shown)
     return figures
 
 
-def inputs(shape: Shape, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Random hidden states, weights and targets whose logits spread as a trained model's do."""
-    generator = torch.Generator(device).manual_seed(shape.rows + shape.width)
-    hidden = torch.randn(shape.rows, shape.width, device=device, generator=generator)
-    weight = torch.randn(shape.words, shape.width, device=device, generator=generator) * 2.0 * shape.width**-0.5
-    targets = torch.randint(shape.words, (shape.rows,), device=device, generator=generator)
-    return hidden.bfloat16(), weight.bfloat16(), targets
+def _show(console: Console, shape: Shape, rivals: dict[str, dict[str, Any]]) -> None:
+    sizes = f"[{shape.rows}, {shape.hidden_size}, {shape.vocab_size}]"
+    table = Table(f"{shape.name} {sizes}", "ms", "TFLOP/s", "of ceiling", "MiB")
+    for name, figures in rivals.items():
+        if "milliseconds" not in figures:
+            wrong = figures.get("wrong_by")
+            table.add_row(name, "out of memory" if wrong is None else f"wrong by {wrong:.1e}")
+            continue
+        extra = figures["extra_bytes"]
+        table.add_row(
+            name,
+            f"{figures['milliseconds']:,.2f}",
+            f"{figures['flop_per_second'] / 1e12:,.2f}",
+            f"{figures['fraction_of_ceiling']:.0%}",
+            "" if extra is None else f"{extra / 2**20:,.1f}",
+        )
+    console.print(table)
+
+
+def inputs(shape: Shape, device: str) -> tuple[torch.Tensor, Head, torch.Tensor]:
+    """Random hidden states, head and targets, whose logits spread like a trained model's."""
+    generator = torch.Generator(device).manual_seed(shape.rows + shape.hidden_size)
+    hidden = torch.randn(shape.rows, shape.hidden_size, device=device, generator=generator)
+    weight = torch.randn(shape.vocab_size, shape.hidden_size, device=device, generator=generator)
+    weight *= 2.0 * shape.hidden_size**-0.5
+    targets = torch.randint(shape.vocab_size, (shape.rows,), device=device, generator=generator)
+    return hidden.bfloat16(), Head(weight.bfloat16()), targets
 
 
 def median_seconds(work: Callable[[], object], device: str, milliseconds: int) -> float:
-    """Median seconds of one call, over about so many milliseconds after a warm-up."""
+    """Median seconds of one call, from about `milliseconds` of calls after a warm-up."""
     if device == "cuda":
         from triton.testing import do_bench
 
@@ -178,16 +192,14 @@ def median_seconds(work: Callable[[], object], device: str, milliseconds: int) -
     return statistics.median(took)
 
 
-def _extra_memory(
-    head: Head, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, device: str
-) -> int | None:
-    """Bytes at the peak beyond the inputs; None on CPU, where torch keeps no count."""
+def _extra_memory(work: Callable[[], object], device: str) -> int | None:
+    """Peak bytes beyond the inputs; None on CPU, where torch has no count."""
     if device == "cpu":
         return None
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    head(hidden, weight, targets)
+    work()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
 
@@ -199,18 +211,17 @@ def _ceiling(device: str, milliseconds: int) -> float:
 
 
 def tune(milliseconds: int) -> dict[str, Any]:
-    """Time every configuration on every shape; the fastest belong into scorer_kernels/table.py."""
+    """Time every configuration on every shape; scorer_kernels/table.py should hold the fastest."""
     if not torch.cuda.is_available():
-        raise SystemExit("tuning times Triton's kernels, and needs a CUDA device")
+        raise SystemExit("tuning needs a CUDA device")
     console = Console(stderr=True)
     capability = torch.cuda.get_device_capability()
     measured = []
     for shape in SHAPES:
-        hidden, weight, targets = inputs(shape, "cuda")
-        current = config_for(capability, 2, shape.width, shape.words)
+        current = config_for(capability, 2, shape.hidden_size, shape.vocab_size)
         configs: list[Config] = list(dict.fromkeys((current, *CANDIDATES)))
-        head = partial(linear_nll, hidden, weight, targets)
-        seconds = {c: median_seconds(partial(head, config=c), "cuda", milliseconds) for c in configs}
+        launch = partial(linear_nll, *inputs(shape, "cuda"))
+        seconds = {c: median_seconds(partial(launch, config=c), "cuda", milliseconds) for c in configs}
         for config, took in sorted(seconds.items(), key=lambda item: item[1]):
             mark = "*" if config == current else " "
             console.print(f"{mark} {shape.name}: {took * 1e3:8.3f} ms {shape.flop / took / 1e12:6.1f} TFLOP/s {config}")

@@ -1,6 +1,6 @@
-"""Small2Large end to end: fine-tune, score each epoch, cluster, select, report. What has to hold is checked.
+"""Small2Large end to end: fine-tune, score each epoch, cluster, select, report. Uses a GPU where there is one.
 
-The figures are of training and scoring on this machine; a GPU is used where there is one.
+Checks that every scored row has a finite lp1_approx, and that training lowers the median perplexity.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ QUANTILES = (0.1, 0.5, 0.9)
 
 
 def run(data: str, rows: int, model: str, epochs: int) -> dict[str, Any]:
-    """Measure and print; returns what is to be reported."""
+    """Measure and print; returns the report."""
     console = Console(stderr=True)
     seconds: dict[str, float] = {}
 
@@ -32,29 +32,29 @@ def run(data: str, rows: int, model: str, epochs: int) -> dict[str, Any]:
         console.print(f"{name}: {seconds[name]:,.1f} s")
 
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
+        directory = Path(folder)
         began = time.monotonic()
-        learned = learn([data], place / "run", training=Training(epochs=epochs), model=model, limit=rows)
+        learned = learn([data], directory / "run", training=Training(epochs=epochs), model=model, limit=rows)
         timed("learn", began)
         scores = learned.scores()
         scored = scores.filter(pl.col("status").is_in(["ok", "truncated"]))
         finite = scored["lp1_approx"].is_finite().all() and not scored["lp1_approx"].null_count()
         if not finite:
-            raise SystemExit("a scored row has no lp1_approx: nothing is reported")
+            raise SystemExit("a scored row has no lp1_approx; nothing is reported")
         medians = [float(scored[f"ppl_{epoch}"].median()) for epoch in range(epochs + 1)]  # type: ignore[arg-type]
         fell = float((scored["ppl_1"] < scored["ppl_0"]).mean())  # type: ignore[arg-type]
         if not medians[-1] < medians[0]:
-            raise SystemExit(f"the perplexity of the training rows did not fall: {medians}")
+            raise SystemExit(f"training did not lower the median perplexity: {medians}; nothing is reported")
         began = time.monotonic()
         cluster(learned)
         timed("cluster", began)
         began = time.monotonic()
-        kept = select(learned, place / "best.json", keep="10%", per_cluster=True).kept
+        kept = select(learned, directory / "best.json", keep="10%", per_cluster=True).kept
         timed("select", began)
         began = time.monotonic()
-        report([learned.path], place / "report.html")
+        report([learned.path], directory / "report.html")
         timed("report", began)
-        size = (place / "report.html").stat().st_size
+        size = (directory / "report.html").stat().st_size
     result = {
         "model": model,
         "data": Path(data).name,

@@ -1,8 +1,7 @@
-"""A run on Ray beside the same run without it: first that the tables agree, then the rates; and a long run, watched.
+"""A run on Ray against the same run without it, after a check that the tables agree; and a long run, monitored.
 
-The rate is that of the shards after the first, by the times at which their files were written: what comes before the
-first (Ray, the workers' processes, the model) is reported by itself, since it is paid once, and not by the row. Knows
-runs from outside only.
+The rate is that of the shards after the first, by the times at which their files were written. The time to the first
+shard (start of Ray, workers and model) is reported separately, since it does not grow with the rows.
 """
 
 from __future__ import annotations
@@ -33,29 +32,29 @@ from scorer.runs.directory import Run
 from scorer.runs.run import score
 
 SHARD_ROWS = 50
-TOLERANCE = {"bfloat16": 1e-3, "float32": 1e-5}  # of a sum
+TOLERANCE = {"bfloat16": 1e-3, "float32": 1e-5}  # relative, of an NLL sum
 SUMS = ("nll_conditioned", "nll_alone")
 MEGABYTE = 1e6
 
 
 def run(data: str, rows: int, model: str, repeats: int, pair_rows: int) -> dict[str, Any]:
-    """Measure and print; returns what is to be reported."""
+    """Measure and print; returns the report."""
     console = Console(stderr=True)
     sides: dict[str, list[dict[str, float]]] = {"local": [], "ray": []}
     with tempfile.TemporaryDirectory() as folder:
         for turn in range(repeats):
             tables = {}
             for side, cluster in (("local", None), ("ray", Cluster(workers=1))):
-                place = Path(folder) / f"{side}-{turn}"
-                sides[side].append(_timed(data, place, cluster, limit=rows, model=model, shard_rows=SHARD_ROWS))
-                tables[side] = Run(place)
+                directory = Path(folder) / f"{side}-{turn}"
+                sides[side].append(_timed(data, directory, cluster, limit=rows, model=model, shard_rows=SHARD_ROWS))
+                tables[side] = Run(directory)
                 console.print(side, sides[side][-1])
             dtype = tables["local"].manifest.config["dtype"]
             error = _agree(tables["local"], tables["ray"], TOLERANCE[dtype])
         pairs = {}
         for name, tolerance in TOLERANCE.items() if pair_rows else ():
             options: dict[str, Any] = {"limit": pair_rows, "model": model, "shard_rows": SHARD_ROWS // 2, "dtype": name}
-            # As many threads as a worker on half of the CPUs: with others, a bfloat16 sum over five tokens moved by 2%.
+            # As many threads as a worker on half of the CPUs: with others, a bfloat16 sum of 5 tokens changed by 2%.
             threads = torch.get_num_threads()
             torch.set_num_threads(max(math.ceil((os.cpu_count() or 1) / 2), 1))
             alone = score(data, Path(folder) / f"alone-{name}", **options)
@@ -81,11 +80,11 @@ def run(data: str, rows: int, model: str, repeats: int, pair_rows: int) -> dict[
     return result
 
 
-def _timed(data: str, place: Path, cluster: Cluster | None, **options: Any) -> dict[str, float]:
+def _timed(data: str, directory: Path, cluster: Cluster | None, **options: Any) -> dict[str, float]:
     began = time.time()
-    run = score(data, place, cluster=cluster, **options)
+    run = score(data, directory, cluster=cluster, **options)
     whole = time.time() - began
-    written = sorted(path.stat().st_mtime for path in (place / "scores").glob("part-*.parquet"))
+    written = sorted(path.stat().st_mtime for path in (directory / "scores").glob("part-*.parquet"))
     rows = run.manifest.records - options["shard_rows"]
     return {
         "rows_per_second": rows / (written[-1] - written[0]),
@@ -95,36 +94,36 @@ def _timed(data: str, place: Path, cluster: Cluster | None, **options: Any) -> d
 
 
 def _agree(first: Run, second: Run, tolerance: float) -> float:
-    """The largest relative difference of two tables' sums. Ends the benchmark where they are not of the same rows."""
+    """The largest relative difference of two tables' sums. Raises SystemExit where rows or sums disagree."""
     tables = [run.scores() for run in (first, second)]
     if not tables[0].select("record_id", "turn", "status").equals(tables[1].select("record_id", "turn", "status")):
-        raise SystemExit("the two tables are not of the same rows: nothing is reported")
+        raise SystemExit("the two tables have different rows; nothing is reported")
     largest = max(
         float((tables[0][name] / tables[1][name] - 1).abs().max() or 0.0)  # type: ignore[arg-type]
         for name in SUMS
     )
     if not largest <= tolerance:
-        raise SystemExit(f"the two tables disagree by {largest:.2g}: nothing is reported")
+        raise SystemExit(f"the two tables disagree by {largest:.2g}; nothing is reported")
     return largest
 
 
 def long_run(rows: int, shard_rows: int, workers: int) -> dict[str, Any]:
-    """Score short rows with a tiny model through Ray, and watch every process of it."""
+    """Score short rows with a tiny model over Ray, and monitor every process; returns the report."""
     console = Console(stderr=True)
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
-        _tiny(place / "model")
-        with (place / "data.jsonl").open("w") as file:
+        directory = Path(folder)
+        _tiny(directory / "model")
+        with (directory / "data.jsonl").open("w") as file:
             for i in range(rows):
                 file.write(json.dumps({"instruction": f"Say {i}.", "output": f"{i} it is"}) + "\n")
         with Watch(console, rows) as watch:
             began = time.monotonic()
             run = score(
-                place / "data.jsonl",
-                place / "run",
+                directory / "data.jsonl",
+                directory / "run",
                 cluster=Cluster(workers=workers),
                 progress=watch,
-                model=str(place / "model"),
+                model=str(directory / "model"),
                 shard_rows=shard_rows,
                 batch_tokens=4096,
             )
@@ -132,7 +131,7 @@ def long_run(rows: int, shard_rows: int, workers: int) -> dict[str, Any]:
         table = run.scores()
         whole = table["record_id"].equals(pl.Series("record_id", range(rows), dtype=table["record_id"].dtype))
         if not whole or set(table["status"]) != {"ok"}:
-            raise SystemExit("the table has not every row once, scored: nothing is reported")
+            raise SystemExit("the table does not have every row once with status ok; nothing is reported")
     left = [p.name() for p in psutil.Process().children(recursive=True) if "ray" in " ".join(p.cmdline())]
     result = {
         "rows": rows,
@@ -140,7 +139,7 @@ def long_run(rows: int, shard_rows: int, workers: int) -> dict[str, Any]:
         "workers": workers,
         "seconds": round(seconds, 1),
         "rows_per_second": rows / seconds,
-        "told_records": watch.done,
+        "reported_records": watch.done,
         "processes": watch.summary(),
         "processes_left": left,
     }
@@ -149,7 +148,7 @@ def long_run(rows: int, shard_rows: int, workers: int) -> dict[str, Any]:
 
 
 class Watch:
-    """Progress of a run, and each second the memory and the open files of this process and all below it."""
+    """Progress of a run; samples the memory and open files of this process and its descendants every second."""
 
     def __init__(self, console: Console, rows: int):
         self.console, self.rows, self.done = console, rows, 0
@@ -182,16 +181,15 @@ class Watch:
             now: dict[str, list[tuple[float, int]]] = defaultdict(list)
             for process in (this, *this.children(recursive=True)):
                 try:
-                    words = process.cmdline()
-                    kind = "driver" if process == this else _kind(words)
+                    kind = "driver" if process == this else _kind(process.cmdline())
                     now[kind].append((process.memory_info().rss / MEGABYTE, process.num_fds()))
-                except psutil.Error:  # it ended meanwhile
+                except psutil.Error:  # the process has ended
                     continue
             for kind, found in now.items():
                 self.samples[kind].append((self.done, max(f[0] for f in found), max(f[1] for f in found), len(found)))
 
     def summary(self) -> dict[str, dict[str, float]]:
-        """By kind of process: the most memory of one and the most open files of one; early (a fifth) and at the end."""
+        """The peak memory and open files of one process, by kind of process, in the first and last fifth of the run."""
         result = {}
         for kind, samples in sorted(self.samples.items()):
             early = [s for s in samples if 0 < s[0] <= self.rows / 5] or samples
@@ -208,18 +206,18 @@ class Watch:
         return result
 
 
-def _kind(words: list[str]) -> str:
-    """A process by its command line."""
-    if not words:
+def _kind(command: list[str]) -> str:
+    """The kind of a process, from its command line."""
+    if not command:
         return "other"
-    if words[0].startswith("ray::"):
-        return "ray::" + re.split(r"\W", words[0].replace("MapWorker(", "").replace("MapBatches(", "")[5:])[0]
-    scripts = [Path(word).name for word in words[:3] if "ray" in word]
-    return scripts[-1] if scripts else Path(words[0]).name
+    if command[0].startswith("ray::"):
+        return "ray::" + re.split(r"\W", command[0].replace("MapWorker(", "").replace("MapBatches(", "")[5:])[0]
+    scripts = [Path(word).name for word in command[:3] if "ray" in word]
+    return scripts[-1] if scripts else Path(command[0]).name
 
 
 def _tiny(folder: Path) -> None:
-    """A random model of one layer, and a token a byte."""
+    """A random model of one layer, and a tokenizer with a token for each byte."""
     torch.manual_seed(0)
     symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(BPE({symbol: i for i, symbol in enumerate(symbols)} | {"<|end|>": 256}, merges=[]))

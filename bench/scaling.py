@@ -1,11 +1,11 @@
-"""A billion samples on one H100, eight and 64: a simulation of `scorer score --ray` with object storage.
+"""Simulates `scorer score --ray` with object storage: a billion samples on 1, 8 and 64 H100.
 
     readers --records--> workers (tokenise; pack, compute; write a shard) --"done"--> driver (writes the manifest)
 
-Each reader has a stretch of the shards, and reads it in order. A worker holds three shards: one thread tokenises, the
-next packs the first batches, has the shard computed when the device is free, and makes the table; each is written by
-itself. The driver takes what is done one by one. A node that fails loses the shards in flight, which are done again.
-`measure` has the seconds.
+Each reader reads a contiguous range of shards in order. A worker holds three shards: one thread tokenises; the next
+packs the first batches, has the shard computed when the device is free, and makes the table; each shard is written
+separately. The driver handles finished shards one by one. A node that fails loses the shards in flight, which are done
+again. The costs of a row come from bench.costs.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from scorer.runs.ray_driver import WORKERS_A_READER
 from scorer.runs.ray_worker import SHARDS
 from scorer.runs.run import MANIFEST_SECONDS
 
-MODELS = {"gpt2": ("GPT-2", 12), "llama-2-7b": ("LLaMA-7B", 1)}  # and tuned, how many workers share a device
+MODELS = {"gpt2": ("GPT-2", 12), "llama-2-7b": ("LLaMA-7B", 1)}  # title; workers per device in the tuned run
 DEVICES = (1, 8, 64)
-ASSUMED = "ASSUMED"  # how such a figure is marked, wherever it is shown
+ASSUMED = "ASSUMED"  # marks assumed figures in every table
 EFFICIENCIES = (0.2, 0.4, 0.6)  # of the peak, where no rate was measured
 READER, DRIVER, REQUESTS = "the readers", "the driver", "requests"
 TOKENISING, PACKING, DEVICE = "tokenising", "packing, tables", "the devices"
@@ -43,13 +43,13 @@ COLUMNS = ("model", "H100s", "basis", "tokens/s of one", "device hours")
 
 
 def given(value: float, unit: str, source: str) -> Any:
-    """A field of `Given`: its value, and where that is from."""
+    """A field of `Given`: its value and its source."""
     return field(default=value, metadata={"unit": unit, "source": source})
 
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """What is not measured by this script."""
+    """The figures that this script does not measure."""
 
     shard_rows: int = given(1000, "rows", "the default of --shard-rows")
     workers_per_device: int = given(1, "workers", "the default of --gpus-per-worker")
@@ -59,21 +59,19 @@ class Given:
     request_seconds: float = given(0.1, "s", "Amazon S3's guide to performance: small objects, 100 to 200 ms")
     stream_bytes: float = given(850e6, "B/s", "the same: 85 MB/s a request; s3fs copies an object by 10 at once")
     put_rate: float = given(3500, "requests/s", "the same: at least so many PUT a second and prefix")
-    copies_before: int = given(
-        1, "copies", "of each input, which scorer.runs.run makes to count and to look at its rows"
+    copies_before: int = given(1, "copies", "of each input, made by scorer.runs.run to count and check its rows")
+    input_files: int = given(
+        1, "files", "assumed, the worst case: each reader copies whole files and skips lines in one"
     )
-    input_files: int = given(1, "files", "assumed, at the worst: each reader copies whole files and skips lines in one")
     workers_a_reader: int = given(WORKERS_A_READER, "workers", "scorer.runs.ray_driver")
     worker_shards: int = given(
-        SHARDS, "shards", "scorer.runs.ray_worker: held at once, one tokenised, one scored, one written"
+        SHARDS, "shards", "scorer.runs.ray_worker: in flight, one tokenised, one scored, one written"
     )
     batch_tokens: int = given(BATCH_TOKENS["packed", "cuda"], "tokens", "scorer.runs.run: a batch on a GPU")
-    packed_at_once: int = given(CUDA_THREADS, "batches", "scorer.engines.packed: threads that lay out batches")
-    manifest_pause: float = given(
-        MANIFEST_SECONDS, "s", "scorer.runs.run: from one writing of the manifest to the next"
-    )
-    ray_seconds: float = given(0.009, "s a shard", "measured apart: 0.5 MB, Ray Data 2.60, 2 workers on 2 cores")
-    start_seconds: float = given(60, "s", "assumed: a worker's start, and its next start after a failure")
+    concurrent_batches: int = given(CUDA_THREADS, "batches", "scorer.engines.packed: threads that pack batches")
+    manifest_pause: float = given(MANIFEST_SECONDS, "s", "scorer.runs.run: between two writes of the manifest")
+    ray_seconds: float = given(0.009, "s a shard", "measured separately: 0.5 MB, Ray Data 2.60, 2 workers on 2 cores")
+    start_seconds: float = given(60, "s", "assumed: start of a worker, also after a failure")
     straggler_share: float = given(0.01, "of shards", "assumed")
     straggler_times: float = given(3, "times as long", "assumed")
     node_failures: float = given(8 / 16384 * 419 / 1296, "per hour", "arXiv 2407.21783: 419 of 16,384 H100 in 54 days")
@@ -81,91 +79,133 @@ class Given:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """`hours` with all that comes before the first shard; the shares are of the time from there on."""
+    """`hours` include all before the first shard; `device_share` does not."""
 
     hours: float
-    first: str  # what saturates first
-    device_share: float  # of the time in which a device computes
+    first: str  # the stage that saturates first
+    device_share: float  # the share of the time that a device computes
     lost: int  # shards in flight
+
+
+@dataclass(frozen=True, slots=True)
+class StageSeconds:
+    """Seconds of a worker for one shard. The device waits for `pack`; other batches are packed while it computes."""
+
+    encode: float
+    pack: float
+    compute: float
+    table: float
+
+
+def _stage_seconds(size: float, rate: float, costs: Costs, g: Given) -> StageSeconds:
+    cores = g.cores_per_device / g.workers_per_device  # of a worker; both of its threads share them
+    alone = costs.encode_seconds * (1 - costs.encode_parallel + costs.encode_parallel / max(cores, 1))
+    both = costs.encode_seconds + costs.pack_seconds + costs.table_seconds
+    packing = size * costs.pack_seconds * max(1 / cores, 1)
+    pack = packing * min(g.concurrent_batches * g.batch_tokens / max(size * costs.tokens, 1), 1)
+    return StageSeconds(
+        encode=size * max(alone, both / cores),
+        pack=pack,
+        compute=max(size * costs.tokens / rate, packing - pack),
+        table=size * costs.table_seconds * max(1 / cores, 1),
+    )
 
 
 def simulate(rows: float, devices: int, rate: float, costs: Costs, g: Given) -> Outcome:
     """One run of `rows` rows on `devices` devices of `rate` tokens/s each."""
     shards = math.ceil(rows / g.shard_rows)
     size, workers = rows / shards, devices * g.workers_per_device
-    own = g.cores_per_device / g.workers_per_device  # cores of a worker, for both threads that compute
-    alone = costs.encode_seconds * (1 - costs.encode_parallel + costs.encode_parallel / max(own, 1))
-    both = costs.encode_seconds + costs.pack_seconds + costs.table_seconds
-    encode, packing = size * max(alone, both / own), size * costs.pack_seconds * max(1 / own, 1)
-    # The device waits for the batches that are packed first, at once; the others are packed while it computes.
-    pack = packing * min(g.packed_at_once * g.batch_tokens / max(size * costs.tokens, 1), 1)
-    compute = max(size * costs.tokens / rate, packing - pack)
-    table = size * costs.table_seconds * max(1 / own, 1)
+    stage = _stage_seconds(size, rate, costs, g)
+    arrivals = _arrivals(shards, size, math.ceil(workers / g.workers_a_reader), costs, g)
+    done = _run_workers(arrivals, stage, devices, g)
+    seconds, busy = _driver_seconds(done.ends, g)
 
+    turns = done.turns
+    tokenising = turns * stage.encode / workers / seconds
+    shares = {READER: arrivals[-1] / seconds, DRIVER: busy / seconds, TOKENISING: tokenising}
+    used = {PACKING: turns * (stage.pack + stage.table), DEVICE: done.device_seconds}  # by one thread
+    shares[max(used, key=lambda name: used[name])] = sum(used.values()) / workers / seconds
+    in_flight = turns * stage.encode + sum(used.values()) + shards * g.request_seconds
+    shares[REQUESTS] = in_flight / g.worker_shards / workers / seconds  # the largest only where requests dominate
+    before = rows * (costs.count_seconds + g.copies_before * costs.bytes_in / g.stream_bytes) + g.start_seconds
+    computing = rows * costs.tokens / rate / devices / seconds
+    return Outcome((before + seconds) / 3600, max(shares, key=lambda name: shares[name]), computing, done.lost)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkersOutcome:
+    """ends: when each shard was written. turns: shards, a straggler counted as its slowness. lost: shards in flight."""
+
+    ends: list[float]
+    turns: float
+    device_seconds: float  # with the wait for the device
+    lost: int
+
+
+def _run_workers(arrivals: list[float], stage: StageSeconds, devices: int, g: Given) -> WorkersOutcome:
+    """The event loop over the workers' shards, from their arrival to their write."""
     draw = random.Random(0)
+    workers = devices * g.workers_per_device
     hourly = g.node_failures * min(devices, g.devices_per_node) / g.devices_per_node / 3600
     fails = [_next(draw, 0, hourly) for _ in range(math.ceil(devices / g.devices_per_node))]
-    arrivals = _arrivals(shards, size, math.ceil(workers / g.workers_a_reader), costs, g)
     waiting, again, lost = iter(arrivals), 0, 0
-    # When, of which place of which worker; of a shard that is packed, also its slowness and its node's next failure.
-    events = [(0.0, place, worker, 0.0, 0.0) for place in range(g.worker_shards) for worker in range(workers)]
-    held: list[deque[tuple[float, float, float]]] = [deque() for _ in range(workers)]  # tokenised, or to be
+    # Time, slot and worker; of a packed shard also its slowness and its node's next failure.
+    events = [(0.0, slot, worker, 0.0, 0.0) for slot in range(g.worker_shards) for worker in range(workers)]
+    held: list[deque[tuple[float, float, float]]] = [deque() for _ in range(workers)]  # being tokenised, or done
     encoded, scored, scoring, device_free = [0.0] * workers, [0.0] * workers, [False] * workers, [0.0] * devices
     ends: list[float] = []
-    turns = on_device = 0.0  # shards, a slow one as so many; seconds, waiting for the device included
-    while len(ends) < shards:
-        now, place, worker, times, until = heapq.heappop(events)
+    turns = device_seconds = 0.0
+    while len(ends) < len(arrivals):
+        now, slot, worker, slowness, failure = heapq.heappop(events)
         device = worker // g.workers_per_device
-        if not times:  # a free place
+        if not slowness:  # a free slot
             node = device // g.devices_per_node
             while fails[node] <= now:
                 now, fails[node] = max(now, fails[node] + g.start_seconds), _next(draw, fails[node], hourly)
             if (arrived := now if again else next(waiting, None)) is None:
                 continue
             again = max(again - 1, 0)
-            times = g.straggler_times if draw.random() < g.straggler_share else 1.0
-            encoded[worker] = max(now, arrived, encoded[worker]) + encode * times
-            held[worker].append((encoded[worker], times, fails[node]))
+            slowness = g.straggler_times if draw.random() < g.straggler_share else 1.0
+            encoded[worker] = max(now, arrived, encoded[worker]) + stage.encode * slowness
+            held[worker].append((encoded[worker], slowness, fails[node]))
         else:  # a packed shard
-            computed = max(now, device_free[device]) + compute * times
-            scored[worker], scoring[worker] = computed + table * times, False
+            computed = max(now, device_free[device]) + stage.compute * slowness
+            scored[worker], scoring[worker] = computed + stage.table * slowness, False
             end = scored[worker] + g.request_seconds
-            if end > until:
-                scored[worker] = end = until + g.start_seconds
+            if end > failure:
+                scored[worker] = end = failure + g.start_seconds
                 again, lost = again + 1, lost + 1
             else:
                 device_free[device] = computed
                 ends.append(end)
-                turns, on_device = turns + times, on_device + computed - now
-            heapq.heappush(events, (end, place, worker, 0.0, 0.0))
+                turns, device_seconds = turns + slowness, device_seconds + computed - now
+            heapq.heappush(events, (end, slot, worker, 0.0, 0.0))
         if held[worker] and not scoring[worker]:
-            ready, times, until = held[worker].popleft()
+            ready, slowness, failure = held[worker].popleft()
             scoring[worker] = True
-            heapq.heappush(events, (max(ready, scored[worker]) + pack * times, place, worker, times, until))
-    seconds = written = told = 0.0
+            start = max(ready, scored[worker]) + stage.pack * slowness
+            heapq.heappush(events, (start, slot, worker, slowness, failure))
+    return WorkersOutcome(ends, turns, device_seconds, lost)
+
+
+def _driver_seconds(ends: list[float], g: Given) -> tuple[float, float]:
+    """When the driver has handled the last shard, and for how long it was busy."""
+    seconds = written = busy = 0.0
     for end in sorted(ends):
-        seconds, told = max(seconds, end) + g.ray_seconds, told + g.ray_seconds
+        seconds, busy = max(seconds, end) + g.ray_seconds, busy + g.ray_seconds
         if seconds - written >= g.manifest_pause:
             written = seconds = seconds + g.request_seconds
-            told += g.request_seconds
-
-    shares = {READER: arrivals[-1] / seconds, DRIVER: told / seconds, TOKENISING: turns * encode / workers / seconds}
-    used = {PACKING: turns * (pack + table), DEVICE: on_device}  # by one thread
-    shares[max(used, key=lambda name: used[name])] = sum(used.values()) / workers / seconds
-    held_for = turns * encode + sum(used.values()) + shards * g.request_seconds
-    shares[REQUESTS] = held_for / g.worker_shards / workers / seconds  # the largest only where requests take the most
-    before = rows * (costs.count_seconds + g.copies_before * costs.bytes_in / g.stream_bytes) + g.start_seconds
-    computing = rows * costs.tokens / rate / devices / seconds
-    return Outcome((before + seconds) / 3600, max(shares, key=lambda name: shares[name]), computing, lost)
+            busy += g.request_seconds
+    return seconds, busy
 
 
 def _arrivals(shards: int, size: float, readers: int, costs: Costs, g: Given) -> list[float]:
-    """When the shards come from their readers, in order of time. A file is copied whole, and then read."""
+    """When the shards leave their readers, ascending. A file is copied whole, and then read."""
     length, file = math.ceil(shards / readers), shards * size / g.input_files
     fetch, read = file * costs.bytes_in / g.stream_bytes, size * costs.read_seconds
     times: list[float] = []
     for begin in range(0, shards, length):
-        before = math.floor(begin * size / file + 1e-9)  # files that are not opened
+        before = math.floor(begin * size / file + 1e-9)  # files that this reader does not open
         skip = (begin * size - before * file) * costs.count_seconds
         for shard in range(begin + 1, min(begin + length, shards) + 1):
             times.append(skip + (math.ceil(shard * size / file - 1e-9) - before) * fetch + (shard - begin) * read)
@@ -177,7 +217,7 @@ def _next(draw: random.Random, after: float, rate: float) -> float:
 
 
 def rates(model: str, flop_per_token: float, peak: float, results: Path = RESULTS) -> dict[str, float]:
-    """Tokens/s of one H100, by where the figure is from: of a saved `python -m bench engines`, else assumed."""
+    """Tokens/s of one H100 by source: a saved result of `python -m bench engines`, else assumed."""
     for path in sorted(results.glob("engines-*.json")):
         saved = json.loads(path.read_text(encoding="utf-8"))
         speeds = {n: saved["engines"][n]["tokens_per_second"] for n in (PACKED16, VLLM) if n in saved["engines"]}
@@ -188,22 +228,22 @@ def rates(model: str, flop_per_token: float, peak: float, results: Path = RESULT
 
 
 def run(data: str, scored: int, model: str, rows: float, results: Path = RESULTS) -> dict[str, Any]:
-    """Measure, simulate and print the tables in Markdown; returns what is to be reported."""
+    """Measure, simulate and print the tables in Markdown; returns the report."""
     costs, sample = measure(data, scored, model)
     flops = {name: flop(network(shape_config(name)), sample) / sample.tokens for name in MODELS}
     return reckon({"data": Path(data).name, "tokenizer": model, "samples": rows}, costs, flops, results)
 
 
 def reckon(about: dict[str, Any], costs: Costs, flops: dict[str, float], results: Path = RESULTS) -> dict[str, Any]:
-    """`run` of costs that are known, with the operations a token of each model; `about` is reported with it."""
+    """`run` with known costs and operations a token of each model; `about` is added to the report."""
     g, rows = Given(), about["samples"]
     cases: list[dict[str, Any]] = []
     for name, (title, engines) in MODELS.items():
-        # What a user can do: larger shards, many files, and of a small model an engine a core.
+        # Options of a user: larger shards, many files, and with a small model an engine on each core.
         tuned = replace(g, shard_rows=20 * g.shard_rows, input_files=1000, workers_per_device=engines)
         for devices in DEVICES:
             for basis, rate in rates(name, flops[name], g.peak, results).items():
-                # an engine's measured rate has the packing in it
+                # an engine's measured rate includes packing
                 own = costs if basis.startswith(ASSUMED) else replace(costs, pack_seconds=0.0)
                 case = {"model": title, "devices": devices, "basis": basis, "tokens_per_second": rate}
                 case |= {"flop_per_token": flops[name], "device_hours": rows * costs.tokens / rate / 3600}
@@ -220,7 +260,7 @@ def reckon(about: dict[str, Any], costs: Costs, flops: dict[str, float], results
 
 
 def _stages(c: Costs, g: Given) -> dict[str, float]:
-    """The most rows/s of each stage by itself."""
+    """The largest rows/s of each stage by itself."""
     cores, rows = g.cores_per_device, g.shard_rows
     return {
         "a reader, JSON Lines": 1 / (c.read_seconds + c.bytes_in / g.stream_bytes),
@@ -247,7 +287,7 @@ def _show(result: dict[str, Any], g: Given) -> None:
         cells = [form.format(**case) for case in group]
         return cells[0] if len(set(cells)) == 1 else " / ".join(cells)
 
-    count = f"{result['samples']:,.0f} samples as those of {result['data']}, tokens of {result['tokenizer']}"
+    count = f"{result['samples']:,.0f} samples like those of {result['data']}, tokens of {result['tokenizer']}"
     table((count, ""), *((k.replace("_", " "), f"{result[k]:,.0f}") for k in TOTALS))
     groups = [list(of) for _, of in groupby(result["cases"], key=lambda case: (case["model"], case["devices"]))]
     ran = "{0[hours]:,.1f}", "{0[device_share]:.0%}", "{0[first]}"
@@ -262,7 +302,7 @@ def _show(result: dict[str, Any], g: Given) -> None:
     table(("stage", "rows/s", *fed), *((s, f"{v:,.0f}", *(f"{v / each:,.1f}" for each in needs)) for s, v in stages))
     costs = {name: (f"{v * 1e6:,.4g} µs" if "seconds" in name else f"{v:,.4g}") for name, v in result["costs"].items()}
     table(
-        ("a row, measured (shard bytes: of a shard)", "one core"),
+        ("a row (shard bytes: a shard), measured", "one core"),
         *((name.replace("_", " "), value) for name, value in costs.items()),
     )
     notes = [(f.name.replace("_", " "), f"{getattr(g, f.name):.4g}", f.metadata) for f in fields(g)]

@@ -1,7 +1,7 @@
-"""A weak and a strong scorer on the same rows: how much faster the weak one is, and how far their choices agree.
+"""A weak and a strong scorer on the same rows: how much faster the weak one is, and how well their rankings agree.
 
-The paper's headline is the pair GPT-2 and LLaMA-2-7B (arXiv 2402.00530). Without their weights the speeds can be
-measured all the same, on random ones; what the two agree on then means nothing, and is left out.
+The paper's pair is GPT-2 and LLaMA-2-7B (arXiv 2402.00530). With random weights speeds can be measured without a
+download; the agreement would mean nothing then, and is left out.
 """
 
 from __future__ import annotations
@@ -33,23 +33,32 @@ from scorer.types import SCORED
 
 SHARES = (Fraction(5, 100), Fraction(10, 100), Fraction(15, 100))
 MEASURES = ("ppl_conditioned", "ifd")
-UNKNOWING = 2.0  # nats: how far the mean NLL of a token under random weights may be from ln(vocabulary)
+RANDOM_TOLERANCE = 2.0  # nats between the mean NLL of a token under random weights and ln(vocab_size)
 
 
 @dataclass(frozen=True, slots=True)
 class Scorer:
-    """What is asked of one side."""
+    """One side of the comparison."""
 
     model: str
     engine: str  # one of scorer.config.ENGINES
-    vllm_args: Mapping[str, Any]  # where the engine is vllm
+    vllm_args: Mapping[str, Any]  # for the engine vllm
 
 
-def run(data: str, rows: int, weak: Scorer, strong: Scorer, repeats: int, dummy_weights: bool) -> dict[str, Any]:
-    """Measure and print; returns what is to be reported."""
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """The rows that both sides score, and how often."""
+
+    data: str
+    rows: int
+    repeats: int
+
+
+def run(sample: Sample, weak: Scorer, strong: Scorer, dummy_weights: bool) -> dict[str, Any]:
+    """Measure and print; returns the report."""
     console = Console(stderr=True)
     if not dummy_weights:
-        require("compare")  # before an hour of scoring
+        require("compare")  # fails here rather than after an hour of scoring
     measured: dict[str, dict[str, Any]] = {}
     tables = []
     lengths: Rows | None = None
@@ -57,18 +66,17 @@ def run(data: str, rows: int, weak: Scorer, strong: Scorer, repeats: int, dummy_
         sides = {"weak": weak, "strong": strong}
         if dummy_weights:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            files = {side: outline(asked.model, _made(folder / side)) for side, asked in sides.items()}
+            files = {side: outline(scorer.model, _made(folder / side)) for side, scorer in sides.items()}
             tokenizer = find_model(DEFAULT_MODEL, report=console.print)
-            lengths = encoded(data, rows, tokenizer, min(longest(own) for own in files.values()))
+            lengths = encoded(sample.data, sample.rows, tokenizer, min(longest(own) for own in files.values()))
         else:
-            files = {side: find_model(asked.model, report=console.print) for side, asked in sides.items()}
-        for side, asked in sides.items():
-            figures, table = _measure(asked, files[side], data, rows, repeats, lengths, console)
-            measured[side] = figures
+            files = {side: find_model(scorer.model, report=console.print) for side, scorer in sides.items()}
+        for side, scorer in sides.items():
+            measured[side], table = _measure(scorer, files[side], sample, lengths, console)
             tables.append(table)
     result: dict[str, Any] = {
-        "data": Path(data).name,
-        "rows": rows,
+        "data": Path(sample.data).name,
+        "rows": sample.rows,
         "dummy_weights": dummy_weights,
         "tokens_are": RANDOM if dummy_weights else "each model's own",
         **measured,
@@ -82,7 +90,7 @@ def run(data: str, rows: int, weak: Scorer, strong: Scorer, repeats: int, dummy_
 
 
 def agreement(weak: pl.DataFrame, strong: pl.DataFrame) -> dict[str, Any]:
-    """Of each measure: Spearman's correlation, and what the best 5, 10 and 15 % by it have in common."""
+    """Spearman's correlation of each measure, and the overlap of the top 5, 10 and 15 % by it."""
     both = weak.join(strong, on=("record_id", "turn"), suffix="_strong", maintain_order="left")
     found = {}
     for name in MEASURES:
@@ -97,61 +105,65 @@ def agreement(weak: pl.DataFrame, strong: pl.DataFrame) -> dict[str, Any]:
 
 
 def _measure(
-    asked: Scorer, files: ModelFiles, data: str, rows: int, repeats: int, lengths: Rows | None, console: Console
+    scorer: Scorer, files: ModelFiles, sample: Sample, lengths: Rows | None, console: Console
 ) -> tuple[dict[str, Any], pl.DataFrame]:
-    """The figures of one side, and its score table. `lengths`: the weights are to be random, and the tokens too."""
-    config = ScoreConfig(model=asked.model, engine=asked.engine, max_length=longest(files))
+    """The figures of one side, and its score table. With `lengths`, weights and tokens are random."""
+    config = ScoreConfig(model=scorer.model, engine=scorer.engine, max_length=longest(files))
     chosen, why = choose_engine(config, files)
-    console.print(f"{asked.model}: engine {chosen}, {why or 'asked for'}")
+    console.print(f"{scorer.model}: engine {chosen} ({why or 'requested'})")
     config = resolve_config(replace(config, engine=chosen), files)
     shape = shape_config(str(files.path))
-    parameters = network(shape).num_parameters()
     if config.engine == "vllm":
-        config = replace(config, vllm_args={**asked.vllm_args, **({"load_format": "dummy"} if lengths else {})})
+        config = replace(config, vllm_args={**scorer.vllm_args, **({"load_format": "dummy"} if lengths else {})})
     elif lengths:
         fill(files, config.device)
-    sample = random_tokens(lengths, shape.vocab_size) if lengths else encoded(data, rows, files, longest(files))
+    rows = (
+        random_tokens(lengths, shape.vocab_size)
+        if lengths
+        else encoded(sample.data, sample.rows, files, longest(files))
+    )
     seconds = []
     with closing(open_engine(config, files)) as engine:
-        warm_up(engine, sample)
-        for _ in range(repeats):
-            table, took = timed(engine, sample)
-            _check(asked.model, table, sample, shape.vocab_size if lengths else None)
+        warm_up(engine, rows)
+        for _ in range(sample.repeats):
+            table, took = timed(engine, rows)
+            _check(scorer.model, table, rows, shape.vocab_size if lengths else None)
             seconds.append(took)
-            console.print(f"{asked.model}: {sample.tokens / took:,.0f} tokens/s")
+            console.print(f"{scorer.model}: {rows.tokens / took:,.0f} tokens/s")
     del engine
     gc.collect()
     if config.device == "cuda":
-        torch.cuda.empty_cache()  # or the strong scorer would not find the weak one's memory
+        torch.cuda.empty_cache()  # the strong scorer needs the weak one's memory
     median = statistics.median(seconds)
     return {
-        "model": title(asked.model),
-        "parameters": parameters,
+        "model": title(scorer.model),
+        "parameters": network(shape).num_parameters(),
         "engine": config.engine,
         "versions": engine_versions(config.engine),
         "vllm_args": config.vllm_args,
         "dtype": config.dtype,
         "batch_tokens": config.batch_tokens,
         "max_length": config.max_length,
-        "tokens": sample.tokens,
-        "scored_tokens": sample.scored_tokens,
+        "tokens": rows.tokens,
+        "scored_tokens": rows.scored_tokens,
         "seconds": [round(s, 3) for s in seconds],
-        "rows_per_second": sample.records / median,
-        "tokens_per_second": sample.tokens / median,
+        "rows_per_second": rows.records / median,
+        "tokens_per_second": rows.tokens / median,
     }, table
 
 
-def _check(name: str, table: pl.DataFrame, sample: Rows, vocabulary: int | None) -> None:
-    """Every row that was to be scored is; and random weights (then `vocabulary` is given) know nothing."""
-    asked = sum(turn.status.scored for turn in sample.turns)
+def _check(name: str, table: pl.DataFrame, rows: Rows, vocab_size: int | None) -> None:
+    """Every scorable row has a score. With `vocab_size`, weights are random, and the mean NLL is near its logarithm."""
+    expected = sum(turn.status.scored for turn in rows.turns)
     scored = table.filter(pl.col("status").is_in(SCORED))
-    if scored.height != asked:
-        raise SystemExit(f"{name}: {scored.height:,} of {asked:,} rows have scores; nothing is reported")
-    if vocabulary is not None:
+    if scored.height != expected:
+        raise SystemExit(f"{name}: {scored.height:,} of {expected:,} rows have scores; nothing is reported")
+    if vocab_size is not None:
         mean = float(scored["nll_conditioned"].sum() / scored["response_tokens"].sum())  # type: ignore[operator]
-        if not abs(mean - math.log(vocabulary)) < UNKNOWING:
+        if not abs(mean - math.log(vocab_size)) < RANDOM_TOLERANCE:
             raise SystemExit(
-                f"{name}: {mean:.2f} nats a token of {vocabulary:,} words, by random weights; nothing is reported"
+                f"{name}: {mean:.2f} nats a token with random weights and a vocabulary of {vocab_size:,}; "
+                "nothing is reported"
             )
 
 

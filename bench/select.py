@@ -1,4 +1,4 @@
-"""How long selecting takes: per cluster, from a synthetic score table, and how much memory the process needs for it."""
+"""Time and memory to select per cluster from a synthetic score table."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from scorer.selection.ranking import select_records
 
 
 def run(rows: int, clusters: int) -> dict[str, Any]:
-    """Keep a tenth of `rows` records per cluster; the kept are checked by counting."""
+    """Keep a tenth of `rows` records per cluster, and check how many are kept; returns the report."""
     draw = np.random.default_rng(0)
     scores = _table(draw, rows)
     groups = pl.DataFrame({"record_id": scores["record_id"], "group": draw.integers(0, clusters, rows)})
@@ -40,7 +40,7 @@ def run(rows: int, clusters: int) -> dict[str, Any]:
 
 
 def _table(draw: np.random.Generator, rows: int) -> pl.DataFrame:
-    """A table of one turn a record, every measure filled."""
+    """A table with one turn a record and no nulls."""
     columns: dict[str, pl.Series] = {
         "record_id": pl.int_range(rows, dtype=pl.Int64, eager=True),
         "turn": pl.zeros(rows, pl.Int32, eager=True),
@@ -53,5 +53,5 @@ def _table(draw: np.random.Generator, rows: int) -> pl.DataFrame:
 
 
 def _peak() -> float:
-    """The most memory that this process has held, in MiB."""
+    """Peak memory of this process, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -1,6 +1,6 @@
-"""What the matrix products alone would take: how many there are, and the best rate that this machine reaches on them.
+"""The cost of a network's matrix products alone: their operations, and the best rate of this machine on them.
 
-Knows a network's weights by their shapes only; it may be one without memory for them.
+Reads the shapes of weights only, so that the network may be on the meta device.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from bench.lib.rows import Rows
 
 
 def linears(model: Any) -> list[torch.Size]:
-    """[out, in] of every weight that a token of the backbone is multiplied with."""
+    """[out, in] of every weight of the backbone that multiplies a token."""
     head = model.get_output_embeddings()
     shapes = []
     for module in model.modules():
@@ -29,27 +29,25 @@ def linears(model: Any) -> list[torch.Size]:
 
 
 def flop(model: Any, rows: Rows) -> float:
-    """Operations of the products that `rows` need: the backbone's for every token, the head's for every scored one."""
+    """FLOP of the products for `rows`: the backbone's for every token, the head's for every scored token."""
     backbone = sum(shape.numel() for shape in linears(model))
     head = model.get_output_embeddings().weight.numel()
     return 2.0 * float(backbone * rows.tokens + head * rows.scored_tokens)
 
 
 def product_rates(model: Any, dtype: str, device: str) -> dict[str, float]:
-    """FLOP/s of matrix products alone: large square ones, and those of the model, 1,024 (CUDA: 16,384) tokens each.
+    """FLOP/s of matrix products: large square ones, and the model's own with 1,024 (CUDA: 16,384) tokens.
 
-    On CPU the best of both ways to use the cores: all on one product, and a product on each.
+    On CPU, the better of two ways to use the cores: all on one product, or one product on each.
     """
     kind = getattr(torch, dtype)
     tokens = 1024 if device == "cpu" else 16384
     side = 4096 if device == "cpu" else 8192
-    shapes = {(tokens, shape[1], shape[0]) for shape in linears(model)}
-    counts = [(tokens, shape[1], shape[0]) for shape in linears(model)]
-    best = {s: _product_seconds(s, kind, device) for s in (*shapes, (side, side, side))}
-    work = sum(2.0 * m * k * n for m, k, n in counts)
+    products = [(tokens, shape[1], shape[0]) for shape in linears(model)]
+    seconds = {shape: _product_seconds(shape, kind, device) for shape in {*products, (side, side, side)}}
     return {
-        "square": 2.0 * side**3 / best[side, side, side],
-        "model_shapes": work / sum(best[s] for s in counts),
+        "square": 2.0 * side**3 / seconds[side, side, side],
+        "model_shapes": sum(2.0 * m * k * n for m, k, n in products) / sum(seconds[shape] for shape in products),
     }
 
 

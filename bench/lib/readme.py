@@ -1,6 +1,6 @@
-"""The figures in the README: taken from bench/results, never written by hand.
+"""Writes the figures of bench/results into the README.
 
-Between `<!-- bench:NAME -->` and `<!-- /bench -->` stands a table made from the results whose benchmark is NAME.
+The text between `<!-- bench:NAME -->` and `<!-- /bench -->` is generated from the results of benchmark NAME.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SECTION = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
 
 def engines_table(result: dict[str, Any]) -> str:
-    """One line an engine, and what the table can't say below it."""
+    """A row for each engine, and sentences on agreement and overhead."""
     lines = [
         f"{_where(result)}; {result['model']}, {result['rows']} rows of `{result['data']}`, "
         f"{result['tokens']:,} tokens:",
@@ -52,7 +52,7 @@ def engines_table(result: dict[str, Any]) -> str:
 
 
 def _vllm_sentences(vllm: dict[str, Any], engines: dict[str, Any]) -> list[str]:
-    """How our vLLM engine compares with stock vLLM and with float32, and what was not measured."""
+    """Sentences on our vLLM engine against stock vLLM and float32, and on engines that were left out."""
     said = []
     mode = "compiled" if vllm["compiled"] else "eager"
     versions = ", ".join(f"{name} {release}" for name, release in vllm["versions"].items())
@@ -68,7 +68,7 @@ def _vllm_sentences(vllm: dict[str, Any], engines: dict[str, Any]) -> list[str]:
 
 
 def scorers_table(result: dict[str, Any]) -> str:
-    """One line a scorer, the speed-up, and how far the two agree."""
+    """A row for each scorer, the speed-up and the agreement."""
     lines = [
         f"{_where(result)}; {result['rows']} rows of `{result['data']}`:",
         "",
@@ -97,7 +97,7 @@ def _figure(figure: dict[str, Any]) -> str:
 
 
 def kernel_table(result: dict[str, Any]) -> str:
-    """Milliseconds of each shape by rival."""
+    """Milliseconds of each shape and rival."""
     names = list(result["shapes"][0]["rivals"])
     rows = "CPU path, " if result["device"] == "cpu" else ""
     lines = [
@@ -109,12 +109,12 @@ def kernel_table(result: dict[str, Any]) -> str:
     for shape in result["shapes"]:
         times = [shape["rivals"].get(name, {}).get("milliseconds") for name in names]
         cells = " | ".join("-" if t is None else f"{t:,.1f}" for t in times)
-        lines.append(f"| {shape['rows']:,} x {shape['width']:,} x {shape['words']:,} | {cells} |")
+        lines.append(f"| {shape['rows']:,} x {shape['hidden_size']:,} x {shape['vocab_size']:,} | {cells} |")
     return "\n".join(lines)
 
 
 def learning_table(result: dict[str, Any]) -> str:
-    """What one fine-tuning did, in a sentence."""
+    """One sentence on a fine-tuning run."""
     medians = " → ".join(f"{value:.2f}" for value in result["median_perplexity_by_epoch"])
     quantiles = result["lp1_approx_quantiles"]
     return (
@@ -135,11 +135,11 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
 
 
 def update(check: bool) -> None:
-    """Write the tables into the README, or with `check` fail where they differ."""
+    """Write the tables into the README; with `check`, fail where they differ."""
     text = README.read_text(encoding="utf-8")
     made = SECTION.sub(lambda match: match[1] + _tables(match[2]) + match[3], text)
     if check and made != text:
-        raise SystemExit("README.md is not what bench/results says: run `python -m bench readme`")
+        raise SystemExit("README.md differs from bench/results: run `python -m bench readme`")
     if made != text:
         README.write_text(made, encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""What every benchmark reports beside its figures: the machine, the versions, the command."""
+"""Prints and saves a benchmark's result, with the machine, the versions and the command."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 
 def machine() -> dict[str, Any]:
-    """The device that torch would compute on, in words, and what it runs."""
+    """The names of the CPU and GPU, and the versions of Python, torch and transformers."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -33,13 +33,13 @@ def machine() -> dict[str, Any]:
 
 
 def finish(name: str, result: dict[str, Any], save: bool, *labels: str) -> None:
-    """Print the result as one line of JSON; with `save`, keep it as bench/results/NAME-LABELS-DEVICE.json too."""
-    arguments = (Path(word).name if "/" in word else word for word in sys.argv[1:])  # where data lies tells nothing
+    """Print the result as one line of JSON; with `save`, also write bench/results/NAME-LABELS-DEVICE.json."""
+    arguments = (Path(word).name if "/" in word else word for word in sys.argv[1:])  # no local paths in results
     command = shlex.join(["python", "-m", "bench", *arguments])
     document = {"benchmark": name, "command": command, "machine": machine(), **result}
     if save:
         device = document["machine"]["gpu"] or document["machine"]["cpu"]
-        words = re.sub("[^a-z0-9.]+", "-", "-".join((name, *labels, device)).lower())
+        stem = re.sub("[^a-z0-9.]+", "-", "-".join((name, *labels, device)).lower())
         RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"{words}.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        (RESULTS / f"{stem}.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(document))

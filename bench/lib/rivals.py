@@ -1,7 +1,4 @@
-"""vLLM as it comes, behind the contract of our engines: what `scorer.engines.vllm` is measured against.
-
-Knows vLLM's public classes, and the settings that our own engine starts it with; nothing of rows or figures.
-"""
+"""Stock vLLM behind the contract of `scorer.engines.Engine`, as the rival of `scorer.engines.vllm`."""
 
 from __future__ import annotations
 
@@ -12,23 +9,23 @@ from typing import Any
 
 from scorer.config import ScoreConfig
 from scorer.engines.spans import with_sums
-from scorer.engines.vllm import OURS, check_vllm, engine_arguments, set_environment
+from scorer.engines.vllm import RESERVED_ARGS, check_vllm, engine_arguments, set_environment
 from scorer.models.find import ModelFiles
 from scorer.types import ScorerError, SpanNLL, TokenSequence
 
-RUNNER = "VLLM_USE_V2_MODEL_RUNNER"  # which our engine sets, and stock vLLM should choose by itself
-KEPT = ("model", "skip_tokenizer_init")  # of what makes our engine one that scores
+RUNNER = "VLLM_USE_V2_MODEL_RUNNER"  # our engine sets it; stock vLLM chooses by itself
+KEPT_ARGS = ("model", "skip_tokenizer_init")  # the RESERVED_ARGS that stock vLLM gets too
 PROBE = (1, 2, 3)  # tokens
 
 
 class WholePrompt:
-    """`prompt_logprobs=0` and one token to generate; the log-probabilities of the spans are then added up here."""
+    """`prompt_logprobs=0` and one generated token; the log-probabilities of the spans are summed here."""
 
     def __init__(self, llm: Any):
         self.llm = llm
 
     def score(self, sequences: Sequence[TokenSequence]) -> Iterator[list[SpanNLL]]:
-        """All spans, in one batch: `LLM.generate` gives its results at its end."""
+        """Yield all spans in one batch, since `LLM.generate` returns all results at once."""
         outputs = _generate(self.llm, [s.token_ids for s in sequences], [{"prompt_logprobs": 0}] * len(sequences))
         pairs = list(zip(sequences, outputs, strict=True))
         sums = [
@@ -44,10 +41,10 @@ class WholePrompt:
 
 
 class ResponseOnly:
-    """Only the rows that predict the response, and of each only its token's log-probability, where vLLM can.
+    """Only the log-probabilities of the response tokens, which not every release of vLLM can compute.
 
-    Raises ScorerError with vLLM's reason where this release or its model runner can't. Where it is given the `llm` of
-    a WholePrompt, the `close` of either ends both.
+    Raises ScorerError with the reason where this release or its model runner can't. A shared `llm` is closed by the
+    first `close`.
     """
 
     def __init__(self, llm: Any):
@@ -64,10 +61,10 @@ class ResponseOnly:
             raise ScorerError(f"vLLM refuses it: {str(error).splitlines()[0]}") from error
 
     def score(self, sequences: Sequence[TokenSequence]) -> Iterator[list[SpanNLL]]:
-        """All spans, in one batch."""
+        """Yield all spans in one batch."""
         starts = [sequence.targets[0].start for sequence in sequences]
-        asked = [response_rows(sequence.token_ids, start) for sequence, start in zip(sequences, starts, strict=True)]
-        outputs = _generate(self.llm, [s.token_ids for s in sequences], asked)
+        options = [response_rows(sequence.token_ids, start) for sequence, start in zip(sequences, starts, strict=True)]
+        outputs = _generate(self.llm, [s.token_ids for s in sequences], options)
         sums = [
             -float(output.prompt_token_id_logprobs[span.start - start : span.end - start].sum(dtype="float64"))
             for sequence, start, output in zip(sequences, starts, outputs, strict=True)
@@ -81,47 +78,47 @@ class ResponseOnly:
 
 
 def open_stock(config: ScoreConfig, files: ModelFiles) -> Any:
-    """vLLM's own LLM, started as our engine is, but for what scoring needs, and with vLLM's own model runner.
+    """vllm.LLM with our engine's arguments, except those that scoring needs, and with the model runner vLLM chooses.
 
-    Chunked prefill is left to vLLM; a sequence gets room for the one token that it has to generate.
+    Chunked prefill has vLLM's default, and max_model_len has room for the one generated token.
     """
     check_vllm()
     set_environment(config)
     from vllm import LLM
 
     ours = engine_arguments(config, files)
-    arguments = {name: value for name, value in ours.items() if name not in OURS or name in KEPT}
+    arguments = {name: value for name, value in ours.items() if name not in RESERVED_ARGS or name in KEPT_ARGS}
     del arguments["enable_chunked_prefill"]
     arguments["max_model_len"] += 1
     with _own_runner():
         return LLM(**arguments)
 
 
-def _generate(llm: Any, token_ids: Sequence[Sequence[int]], asked: list[dict[str, Any]]) -> list[Any]:
-    """vLLM's outputs, in the order of `token_ids`; `asked` are their SamplingParams beside those of all."""
+def _generate(llm: Any, token_ids: Sequence[Sequence[int]], options: list[dict[str, Any]]) -> list[Any]:
+    """vLLM's outputs in the order of `token_ids`; `options` are the SamplingParams of each."""
     from vllm import SamplingParams
 
     prompts = [{"prompt_token_ids": list(ids)} for ids in token_ids]
-    params = [SamplingParams(max_tokens=1, temperature=0, detokenize=False, **options) for options in asked]
+    params = [SamplingParams(max_tokens=1, temperature=0, detokenize=False, **own) for own in options]
     with _own_runner():
         outputs: list[Any] = llm.generate(prompts, params, use_tqdm=False)
     return outputs
 
 
 def response_rows(token_ids: Sequence[int], start: int) -> dict[str, Any]:
-    """The SamplingParams for the tokens from `start` on, each predicted by the row before it."""
+    """The SamplingParams that score the tokens from `start` on, each predicted by the row before it."""
     return {"prompt_logprob_start": start - 1, "prompt_logprob_token_ids": [[token] for token in token_ids[start:]]}
 
 
 @contextmanager
 def _own_runner() -> Iterator[None]:
-    """Let vLLM choose its model runner: it asks the environment at its start, and again at every request."""
-    kept = os.environ.pop(RUNNER, None)
+    """Let vLLM choose its model runner: it reads the environment when it starts and at every request."""
+    saved = os.environ.pop(RUNNER, None)
     try:
         yield
     finally:
-        if kept is not None:
-            os.environ[RUNNER] = kept
+        if saved is not None:
+            os.environ[RUNNER] = saved
 
 
 def _close(llm: Any) -> None:

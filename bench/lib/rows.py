@@ -1,7 +1,4 @@
-"""The rows that engines are timed on: a dataset, encoded, or random tokens of its lengths; and the timing of them.
-
-Knows the data's way from a file to a score table; nothing of which engines are compared, or of figures.
-"""
+"""The rows that engines are timed on (an encoded dataset, or random tokens of its lengths), and their timing."""
 
 from __future__ import annotations
 
@@ -26,12 +23,12 @@ from scorer.types import EncodedTurn, TokenSequence
 
 WARM_UP = 8  # records
 PROTOCOL = PROTOCOLS["superfiltering"]
-RANDOM = f"random, with the rows' lengths by {DEFAULT_MODEL}"  # where there are no weights, and no tokenizer
+RANDOM = f"random, with the rows' lengths by {DEFAULT_MODEL}"
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """A dataset, encoded; `seconds` is what reading and tokenising it took."""
+    """An encoded dataset; `seconds` is the time to read and tokenise it."""
 
     records: int
     turns: list[EncodedTurn]
@@ -40,17 +37,17 @@ class Rows:
 
     @property
     def tokens(self) -> int:
-        """Of both views."""
+        """Tokens of both views."""
         return sum(len(s.token_ids) for s in self.sequences)
 
     @property
     def scored_tokens(self) -> int:
-        """Of both views."""
+        """Scored tokens of both views."""
         return sum(t.end - t.start for s in self.sequences for t in s.targets)
 
 
 def encoded(data: str, rows: int, files: ModelFiles, max_length: int) -> Rows:
-    """The first `rows` records of `data` under the model's own tokenizer, sequences cut to `max_length` tokens."""
+    """The first `rows` records of `data`, by the model's tokenizer, truncated to `max_length` tokens."""
     encoder = Encoder(load_tokenizer(files), PROTOCOL, max_length, files.document_token_id)
     start = time.perf_counter()
     records = list(Dataset([data], limit=rows).records())
@@ -58,34 +55,34 @@ def encoded(data: str, rows: int, files: ModelFiles, max_length: int) -> Rows:
     return Rows(len(records), turns, sequences, time.perf_counter() - start)
 
 
-def random_tokens(rows: Rows, vocabulary: int) -> Rows:
-    """The same lengths and spans, with tokens drawn below `vocabulary`: for a model that has no tokenizer."""
+def random_tokens(rows: Rows, vocab_size: int) -> Rows:
+    """The same lengths and spans with random tokens below `vocab_size`, for a model without a tokenizer."""
     draw = random.Random(0)
-    sequences = [replace(s, token_ids=draw.choices(range(vocabulary), k=len(s.token_ids))) for s in rows.sequences]
+    sequences = [replace(s, token_ids=draw.choices(range(vocab_size), k=len(s.token_ids))) for s in rows.sequences]
     return replace(rows, sequences=sequences)
 
 
 def title(model: str) -> str:
-    """What a result calls a model: of a folder, where it lies tells nothing."""
+    """The name of a model in a result: without the path of a local folder."""
     return Path(model).resolve().name if Path(model).is_dir() else model
 
 
 def longest(files: ModelFiles, room: int = 0) -> int:
-    """The tokens that a sequence may have under PROTOCOL, with `room` for more in the model's context."""
+    """The most tokens of a sequence under PROTOCOL that leave `room` in the model's context."""
     settings: dict[str, Any] = model_settings(files)
     contexts = [int(settings[key]) - room for key in CONTEXT_KEYS if settings.get(key)]
     return min([PROTOCOL.max_length, *contexts])
 
 
 def warm_up(engine: Engine, rows: Rows) -> None:
-    """Score a few records: what an engine does at its first call only is not what is timed."""
+    """Score a few records, so that the cost of an engine's first call is not timed."""
     few = {turn.record_id for turn in rows.turns[:WARM_UP]}
     for _ in engine.score([s for s in rows.sequences if s.record_id in few]):
         pass
 
 
 def timed(engine: Engine, rows: Rows) -> tuple[pl.DataFrame, float]:
-    """The score table of `rows`, and the seconds that the engine took for it."""
+    """The score table of `rows`, and the seconds of the engine."""
     start = time.perf_counter()
     spans = [span for batch in engine.score(rows.sequences) for span in batch]
     took = time.perf_counter() - start

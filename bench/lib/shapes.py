@@ -1,8 +1,4 @@
-"""Models without their weights: the published configurations of some, and random weights for them.
-
-With these any architecture is timed with no download. Knows transformers' configurations and the folders that they lie
-in; nothing of engines or rows.
-"""
+"""Models without a download: published configurations, and random weights for them."""
 
 from __future__ import annotations
 
@@ -43,7 +39,7 @@ LLAMA_2 = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-# As in the config.json of openai-community/gpt2, facebook/opt-*, meta-llama/Llama-2-*-hf.
+# From the config.json of openai-community/gpt2, facebook/opt-*, meta-llama/Llama-2-*-hf.
 SHAPES: dict[str, Mapping[str, Any]] = {
     "gpt2": {
         "model_type": "gpt2",
@@ -94,7 +90,7 @@ SHAPES: dict[str, Mapping[str, Any]] = {
 
 
 def shape_config(name: str) -> Any:
-    """The transformers configuration of a name in SHAPES, or of a folder's config.json; ScorerError for others."""
+    """The transformers configuration of a name in SHAPES or a folder with a config.json; else raises ScorerError."""
     settings = SHAPES.get(name)
     if settings is None:
         path = Path(name) / "config.json"
@@ -105,25 +101,25 @@ def shape_config(name: str) -> Any:
 
 
 def network(config: Any) -> Any:
-    """The causal language model of a configuration, without memory for its weights (on torch's meta device)."""
+    """The causal language model of a configuration on torch's meta device, which has no memory for weights."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
 
 def outline(name: str, folder: Path) -> ModelFiles:
-    """The files of a shape, whose weights are a hole of their size in 16 bits: enough to choose an engine by."""
+    """The files of a shape, with a sparse file of the size of its 16-bit weights, by which an engine is chosen."""
     config = shape_config(name)
     config.save_pretrained(folder)
     count = network(config).num_parameters()
-    header = json.dumps({"hole": {"dtype": "BF16", "shape": [count], "data_offsets": [0, 2 * count]}}).encode()
-    with (folder / WEIGHTS).open("wb") as file:  # one that can be parsed: vLLM looks into it, even for dummy weights
+    header = json.dumps({"weights": {"dtype": "BF16", "shape": [count], "data_offsets": [0, 2 * count]}}).encode()
+    with (folder / WEIGHTS).open("wb") as file:  # vLLM parses the header even for dummy weights
         file.write(struct.pack("<Q", len(header)) + header)
         file.truncate(file.tell() + 2 * count)
     return ModelFiles(name, folder, f"random:{name}", None, "directory")
 
 
 def fill(files: ModelFiles, device: str) -> None:
-    """Write random weights in the place of the hole, in the dtype that `device` computes in."""
+    """Replace the sparse file by random weights, in the dtype that `device` computes in."""
     (files.path / WEIGHTS).unlink()
     torch.manual_seed(0)
     with torch.device(device):
@@ -133,4 +129,4 @@ def fill(files: ModelFiles, device: str) -> None:
     model.save_pretrained(files.path, max_shard_size="100GB")
     del model
     if device == "cuda":
-        torch.cuda.empty_cache()  # other processes need it
+        torch.cuda.empty_cache()  # for other processes

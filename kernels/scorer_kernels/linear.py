@@ -1,6 +1,6 @@
-"""Launches the head's Triton kernels on CUDA tensors (on CPU ones under TRITON_INTERPRET=1, for tests).
+"""Launches the head's Triton kernels on CUDA tensors (on CPU tensors under TRITON_INTERPRET=1, for tests).
 
-Triton is imported by the first call. The sizes of tiles come from table.py; nothing is searched for at run time.
+Triton is imported by the first call. Tile sizes come from table.py; there is no autotuning at run time.
 """
 
 from __future__ import annotations
@@ -10,168 +10,109 @@ from typing import Any
 
 import torch
 
-from .checks import check_head, check_targets
-from .table import Config, config_for, plan
+from .head import Head
+from .table import Config, config_for, plan_grid
 
-# Rows of a program of the merging kernels, and words depth of a step of its targets' products.
-MERGE_ROWS, MERGE_DEPTH = 16, 128
+# Rows of a program of finish_kernel, and the slice of the hidden size that it multiplies at once.
+FINISH_ROWS, FINISH_BLOCK_K = 16, 128
+MERGE_ROWS = 128
 
 
 def linear_nll(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    *,
-    bias: torch.Tensor | None = None,
-    scale: float = 1.0,
-    softcap: float | None = None,
-    vocab_size: int | None = None,
-    config: Config | None = None,
+    hidden: torch.Tensor, head: Head, targets: torch.Tensor, *, config: Config | None = None
 ) -> torch.Tensor:
-    """What `nll_head` says, by Triton: logits stay in registers, and no gradient flows. The same bits every time.
+    """`nll_head` in Triton: logits stay in registers. The same input gives the same bits. `config` overrides the table.
 
-    The last dimensions of `hidden`, `weight`, `targets` and `bias` are contiguous. `config` overrides the table's.
-    Extra memory is 8 bytes for a row and a split of the vocabulary, of which there are more than a few only where rows
-    are few. (Online softmax: Milakov and Gimelshein, arXiv 1805.02867.)
+    Extra memory is 8 bytes a row and split of the vocabulary; there are more than a few splits only where rows are few.
+    (Online softmax: Milakov and Gimelshein, arXiv 1805.02867.)
     """
-    return _launch(hidden, weight, targets, bias, scale, softcap, vocab_size, 0, config, False)
+    return _launch(hidden, head, targets, config, partial=False)
 
 
 def linear_nll_partials(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    *,
-    bias: torch.Tensor | None = None,
-    scale: float = 1.0,
-    softcap: float | None = None,
-    vocab_size: int | None = None,
-    vocab_start: int = 0,
-    config: Config | None = None,
+    hidden: torch.Tensor, head: Head, targets: torch.Tensor, *, config: Config | None = None
 ) -> torch.Tensor:
-    """One slice's share of `linear_nll`, for tensor parallel heads: float32 [3, N], for `merge_partials`.
-
-    `weight` and `bias` are words `vocab_start` and on of the vocabulary, of which `vocab_size` counts (all unless
-    given); `targets` are of the whole vocabulary. The three are the largest logit, the sum of exp(logit - largest), and
-    the target's logit, or NaN where the target is not in this slice.
-    """
-    assert vocab_start >= 0, f"vocab_start is at least 0, not {vocab_start}"
-    return _launch(hidden, weight, targets, bias, scale, softcap, vocab_size, vocab_start, config, True)
+    """`nll_partials` in Triton: largest logit, sum of exp(logit - largest), target's logit or NaN; float32 [3, N]."""
+    return _launch(hidden, head, targets, config, partial=True)
 
 
 def merge_partials(partials: torch.Tensor) -> torch.Tensor:
-    """`linear_nll`, float32 [N], of the stacked partials of the vocabulary's slices, float32 [P, 3, N], contiguous.
-
-    A target that no slice has gives NaN.
-    """
+    """`merge_nll_partials` in Triton, of contiguous partials."""
     from .linear_kernels import merge_kernel
 
-    assert partials.ndim == 3, f"partials is [P, 3, N], not {tuple(partials.shape)}"
-    assert partials.shape[1] == 3, f"partials is [P, 3, N], not {tuple(partials.shape)}"
+    assert partials.shape[1:-1] == (3,), f"partials is [P, 3, N], not {tuple(partials.shape)}"
     assert partials.dtype == torch.float32, f"partials is float32, not {partials.dtype}"
     assert partials.is_contiguous(), "partials is contiguous"
     parts, _, rows = partials.shape
     out = torch.empty(rows, dtype=torch.float32, device=partials.device)
     if rows:
         with on_device(partials):
-            merge_kernel[(-(-rows // 128),)](partials, out, rows, parts, BLOCK=128, enable_fp_fusion=True)
+            merge_kernel[(-(-rows // MERGE_ROWS),)](partials, out, rows, parts, BLOCK=MERGE_ROWS, enable_fp_fusion=True)
     return out
 
 
 def _launch(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    bias: torch.Tensor | None,
-    scale: float,
-    softcap: float | None,
-    vocab_size: int | None,
-    vocab_start: int,
-    config: Config | None,
-    partial: bool,
+    hidden: torch.Tensor, head: Head, targets: torch.Tensor, config: Config | None, *, partial: bool
 ) -> torch.Tensor:
     from .linear_kernels import INTERPRETED, finish_kernel, head_kernel
 
-    words = check_head(hidden, weight, targets, bias, softcap, vocab_size)
+    head.check(hidden, targets)
     if not partial:
-        check_targets(targets, words)
-    rows, depth = hidden.shape
-    device = hidden.device
-    out = torch.empty((3, rows) if partial else rows, dtype=torch.float32, device=device)
+        head.check_whole(targets)
+    rows, hidden_size = hidden.shape
+    weight, bias, itemsize = head.weight, head.bias, hidden.element_size()
+    out = torch.empty((3, rows) if partial else rows, dtype=torch.float32, device=hidden.device)
     if rows == 0:
         return out
-    capability, slots = _chip(device)
-    config = config or config_for(capability, hidden.element_size(), depth, words)
-    cut = plan(rows, depth, words, hidden.element_size(), config, slots)
-    partials = torch.empty(cut.splits, 2, rows, dtype=torch.float32, device=device)
-    shared: dict[str, Any] = {
-        "DEPTH": depth,
-        "HAS_SCALE": scale != 1.0,
-        "HAS_BIAS": bias is not None,
-        "HAS_SOFTCAP": softcap is not None,
-        "enable_fp_fusion": True,
-    }
-    b = weight if bias is None else bias  # not read where there is none
-    cap = 1.0 if softcap is None else softcap
-    assert hidden.stride(1) == 1 or depth == 1, f"rows of hidden are contiguous, not of stride {hidden.stride(1)}"
-    assert weight.stride(1) == 1 or depth == 1, f"rows of weight are contiguous, not of stride {weight.stride(1)}"
+    capability, processors = _chip(hidden.device)
+    config = config or config_for(capability, itemsize, hidden_size, head.size)
+    grid = plan_grid(rows, hidden_size, head.size, itemsize, config, processors)
+    partials = torch.empty(grid.splits, 2, rows, dtype=torch.float32, device=hidden.device)
+    # None is a constant to Triton, which then compiles the step out.
+    transform = (None if head.scale == 1.0 else head.scale, head.softcap)
+    shared = (hidden, weight, bias, partials, rows, head.size, hidden.stride(0), weight.stride(0), *transform)
+    options: dict[str, Any] = {"HIDDEN_SIZE": hidden_size, "enable_fp_fusion": True}
+    assert hidden.stride(1) == 1 or hidden_size == 1, f"hidden rows are contiguous, not of stride {hidden.stride(1)}"
+    assert weight.stride(1) == 1 or hidden_size == 1, f"weight rows are contiguous, not of stride {weight.stride(1)}"
     assert targets.is_contiguous(), "targets is contiguous"
     assert bias is None or bias.is_contiguous(), "bias is contiguous"
     with on_device(hidden):
-        head_kernel[(cut.row_blocks * cut.splits,)](
-            hidden,
-            weight,
-            b,
-            partials,
-            rows,
-            words,
-            hidden.stride(0),
-            weight.stride(0),
-            cut.group,
-            cut.splits,
-            cut.tiles_per_split,
-            scale,
-            cap,
+        head_kernel[(grid.row_blocks * grid.splits,)](
+            *shared,
+            grid.group,
+            grid.splits,
+            grid.tiles_per_split,
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             BLOCK_K=config.block_k,
             WIDEN=INTERPRETED and hidden.dtype == torch.bfloat16,  # the interpreter would multiply their bits
             num_warps=config.warps,
             num_stages=config.stages,
-            **shared,
+            **options,
         )
-        finish_kernel[(-(-rows // MERGE_ROWS),)](
-            hidden,
-            weight,
+        finish_kernel[(-(-rows // FINISH_ROWS),)](
+            *shared,
             targets,
-            b,
-            partials,
             out,
-            rows,
-            words,
-            vocab_start,
-            hidden.stride(0),
-            weight.stride(0),
-            cut.splits,
-            scale,
-            cap,
-            BLOCK=MERGE_ROWS,
-            BLOCK_K=MERGE_DEPTH,
+            head.vocab_start,
+            grid.splits,
+            BLOCK=FINISH_ROWS,
+            BLOCK_K=FINISH_BLOCK_K,
             PARTIALS=partial,
-            **shared,
+            **options,
         )
     return out
 
 
 def _chip(device: torch.device) -> tuple[tuple[int, int], int]:
-    """Compute capability and multiprocessors; for the interpreter, which has neither, a few to split the vocabulary."""
+    """Compute capability and multiprocessors; the interpreter, which has neither, gets 4 to split the vocabulary."""
     if device.type != "cuda":
         return (0, 0), 4
     return torch.cuda.get_device_capability(device), torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def on_device(tensor: torch.Tensor) -> AbstractContextManager[object]:
-    """Makes a CUDA tensor's device the current one, where Triton launches. The interpreter takes the CPU's too."""
+    """Make a CUDA tensor's device the current one, where Triton launches. The interpreter takes CPU tensors too."""
     if tensor.is_cuda:
         return torch.cuda.device(tensor.device)
     from .linear_kernels import INTERPRETED

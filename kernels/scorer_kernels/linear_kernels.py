@@ -1,8 +1,9 @@
 # ruff: noqa: N803
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, import-untyped, import-not-found"
-"""The head's Triton kernels. They know nothing of torch or of devices; their launcher is linear.py.
+"""The head's Triton kernels; linear.py launches them.
 
-No atomics: every number has one writer and one order of summation, so the same input gives the same bits.
+No atomics: every number has one writer and one order of summation, so the same input gives the same bits. An argument
+`bias`, `scale` or `softcap` that is None is a constant to the compiler, and its step is left out.
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# As it was when the kernels below were made, which is when it counts.
+# Triton reads the setting when it makes the kernels below; later changes have no effect.
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
 
 @triton.jit
 def _tanh(x):
-    """tanh, to two units in the last place of float32. (Triton's is a library call, which the interpreter lacks.)"""
+    """tanh, to two units in the last place of float32. Triton's own is a library call, which the interpreter lacks."""
     square = x * x
     series = ((0.0164587588 * square - 0.0526841435) * square + 0.1332094189) * square - 0.333329575
     large = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(x)) + 1.0)
@@ -25,18 +26,18 @@ def _tanh(x):
 
 @triton.jit
 def _shift_of(highest):
-    """What to subtract before exp: the largest logit, or 0 where all were -inf."""
+    """The number to subtract before exp: the largest logit, or 0 where all are -inf."""
     return tl.where(highest == -float("inf"), 0.0, highest)
 
 
 @triton.jit
-def _transform(x, bias, scale, softcap, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+def _transform(x, bias, scale, softcap):
     """softcap * tanh((scale * x + bias) / softcap), with a `bias` that broadcasts."""
-    if HAS_SCALE:
+    if scale is not None:
         x *= scale
-    if HAS_BIAS:
+    if bias is not None:
         x += bias
-    if HAS_SOFTCAP:
+    if softcap is not None:
         x = softcap * _tanh(x / softcap)
     return x
 
@@ -49,91 +50,87 @@ def _add_tile(
     weight,
     bias,
     start,
-    words,
+    vocab_size,
     weight_stride,
     scale,
     softcap,
-    DEPTH: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
+    HIDDEN_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     WIDEN: tl.constexpr,
     TAIL: tl.constexpr,
 ):
-    """(max, sum of exp less max) with the words from `start` on added; in TAIL, they run past the end."""
-    word = tl.arange(0, BLOCK_N)
-    if TAIL:  # words past the end are read as the last one, and cut off below
-        word = tl.minimum(word, words - 1 - start)
-    depth = tl.arange(0, BLOCK_K)
-    weight_tile = weight + tl.cast(start, tl.int64) * weight_stride + (word[None, :] * weight_stride + depth[:, None])
+    """(max, sum of exp(x - max)) with the token ids from `start` on added; in TAIL, the tile runs past the end."""
+    offs_n = tl.arange(0, BLOCK_N)
+    if TAIL:  # ids past the end read the last row, and are masked below
+        offs_n = tl.minimum(offs_n, vocab_size - 1 - start)
+    offs_k = tl.arange(0, BLOCK_K)
+    weight_tile = (
+        weight + tl.cast(start, tl.int64) * weight_stride + (offs_n[None, :] * weight_stride + offs_k[:, None])
+    )
     x = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for k in range(0, DEPTH, BLOCK_K):
-        if DEPTH % BLOCK_K == 0:
+    for k in range(0, HIDDEN_SIZE, BLOCK_K):
+        if HIDDEN_SIZE % BLOCK_K == 0:
             h = tl.load(hidden_tile + k)
             w = tl.load(weight_tile + k)
         else:
-            h = tl.load(hidden_tile + k, mask=depth[None, :] < DEPTH - k, other=0.0)
-            w = tl.load(weight_tile + k, mask=depth[:, None] < DEPTH - k, other=0.0)
+            h = tl.load(hidden_tile + k, mask=offs_k[None, :] < HIDDEN_SIZE - k, other=0.0)
+            w = tl.load(weight_tile + k, mask=offs_k[:, None] < HIDDEN_SIZE - k, other=0.0)
         if WIDEN:
             h, w = h.to(tl.float32), w.to(tl.float32)
         x = tl.dot(h, w, x, input_precision="ieee")
-    b = 0.0
-    if HAS_BIAS:
-        b = tl.load(bias + start + word).to(tl.float32)[None, :]
-    x = _transform(x, b, scale, softcap, HAS_SCALE, HAS_BIAS, HAS_SOFTCAP)
+    b = None
+    if bias is not None:
+        b = tl.load(bias + start + offs_n).to(tl.float32)[None, :]
+    x = _transform(x, b, scale, softcap)
     if TAIL:
-        x = tl.where((tl.arange(0, BLOCK_N) < words - start)[None, :], x, -float("inf"))
+        x = tl.where((tl.arange(0, BLOCK_N) < vocab_size - start)[None, :], x, -float("inf"))
     higher = tl.maximum(highest, tl.max(x, 1))
     shift = _shift_of(higher)
     return higher, total * tl.exp(highest - shift) + tl.sum(tl.exp(x - shift[:, None]), 1)
 
 
 # Sizes that change from batch to batch are not specialised on, or every residue of N would compile a kernel.
-@triton.jit(do_not_specialize=["rows", "words", "group", "splits", "tiles_per_split"])
+@triton.jit(do_not_specialize=["rows", "vocab_size", "group", "splits", "tiles_per_split"])
 def head_kernel(
     hidden,
     weight,
     bias,
     partials,
     rows,
-    words,
+    vocab_size,
     hidden_stride,
     weight_stride,
+    scale,
+    softcap,
     group,
     splits,
     tiles_per_split,
-    scale,
-    softcap,
-    DEPTH: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
+    HIDDEN_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """(max, sum of exp less max) of a block of rows over a split of the vocabulary: float32 [splits, 2, rows].
+    """(max, sum of exp(x - max)) of a block of rows over a split of the vocabulary: float32 [splits, 2, rows].
 
-    Programs go by row block, then by split, then by group of `group` row blocks.
+    Programs are ordered by group of `group` row blocks, split, then row block.
     """
     programs = group * splits
     first_block = tl.program_id(0) // programs * group
     blocks = tl.minimum(tl.cdiv(rows, BLOCK_M) - first_block, group)
     split = tl.program_id(0) % programs // blocks
     row = (first_block + tl.program_id(0) % programs % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
-    # Rows past the end are read as the last one, which costs no mask in the inner loop.
+    # Rows past the end read the last one: no mask in the inner loop.
     near = tl.minimum(row, rows - 1).to(tl.int64)
     hidden_tile = hidden + near[:, None] * hidden_stride + tl.arange(0, BLOCK_K)[None, :]
     highest = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     first = split * tiles_per_split
-    last = tl.minimum(first + tiles_per_split, tl.cdiv(words, BLOCK_N))
-    # Flattened: the loads of the next tile of words are in flight while this one's exponentials are summed.
-    for tile in tl.range(first, tl.minimum(last, words // BLOCK_N), flatten=True):
+    last = tl.minimum(first + tiles_per_split, tl.cdiv(vocab_size, BLOCK_N))
+    # Flattened: the loads of the next tile are in flight while this one's exponentials are summed.
+    for tile in tl.range(first, tl.minimum(last, vocab_size // BLOCK_N), flatten=True):
         highest, total = _add_tile(
             highest,
             total,
@@ -141,21 +138,18 @@ def head_kernel(
             weight,
             bias,
             tile * BLOCK_N,
-            words,
+            vocab_size,
             weight_stride,
             scale,
             softcap,
-            DEPTH,
-            HAS_SCALE,
-            HAS_BIAS,
-            HAS_SOFTCAP,
+            HIDDEN_SIZE,
             BLOCK_M,
             BLOCK_N,
             BLOCK_K,
             WIDEN,
             TAIL=False,
         )
-    if last * BLOCK_N > words:
+    if last * BLOCK_N > vocab_size:
         highest, total = _add_tile(
             highest,
             total,
@@ -163,14 +157,11 @@ def head_kernel(
             weight,
             bias,
             (last - 1) * BLOCK_N,
-            words,
+            vocab_size,
             weight_stride,
             scale,
             softcap,
-            DEPTH,
-            HAS_SCALE,
-            HAS_BIAS,
-            HAS_SOFTCAP,
+            HIDDEN_SIZE,
             BLOCK_M,
             BLOCK_N,
             BLOCK_K,
@@ -184,7 +175,7 @@ def head_kernel(
 
 @triton.jit
 def _merge(partials, row, rows, parts, part_stride, BLOCK: tl.constexpr):
-    """(max, sum of exp less max) of `parts` of them."""
+    """(max, sum of exp(x - max)) of `parts` such pairs."""
     highest = tl.full([BLOCK], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     for part in range(parts):
@@ -200,55 +191,52 @@ def _merge(partials, row, rows, parts, part_stride, BLOCK: tl.constexpr):
 
 @triton.jit
 def _nll(highest, total, logit):
-    """Never below 0, where rounding would have it: the target's logit is summed in another order than the others."""
+    """The NLL, cut at 0: rounding may give less, since the target's logit is summed in another order than the rest."""
     nll = (highest - logit) + tl.log(total)
     return tl.where(nll < 0.0, 0.0, nll)
 
 
-@triton.jit(do_not_specialize=["rows", "words", "vocab_start", "splits"])
+@triton.jit(do_not_specialize=["rows", "vocab_size", "vocab_start", "splits"])
 def finish_kernel(
     hidden,
     weight,
-    targets,
     bias,
     partials,
-    out,
     rows,
-    words,
-    vocab_start,
+    vocab_size,
     hidden_stride,
     weight_stride,
-    splits,
     scale,
     softcap,
-    DEPTH: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
+    targets,
+    out,
+    vocab_start,
+    splits,
+    HIDDEN_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PARTIALS: tl.constexpr,
 ):
-    """Merges the splits, and takes the targets' logits by products of their own: two reads of D for a row, of V * D.
+    """Merges the splits, and computes the targets' logits by products of their own, which read 2 * D numbers a row.
 
     `out` is the NLLs, float32 [rows], or with PARTIALS (max, sum, target logit or NaN), float32 [3, rows].
     """
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = row < rows
     target = tl.load(targets + row, mask=inside, other=-1) - vocab_start
-    known = (target >= 0) & (target < words)
-    depth = tl.arange(0, BLOCK_K)
-    h_tile = hidden + row.to(tl.int64)[:, None] * hidden_stride + depth[None, :]
-    w_tile = weight + tl.where(known, target, 0)[:, None] * weight_stride + depth[None, :]
+    known = (target >= 0) & (target < vocab_size)
+    offs_k = tl.arange(0, BLOCK_K)
+    h_tile = hidden + row.to(tl.int64)[:, None] * hidden_stride + offs_k[None, :]
+    w_tile = weight + tl.where(known, target, 0)[:, None] * weight_stride + offs_k[None, :]
     products = tl.zeros([BLOCK, BLOCK_K], tl.float32)
-    for k in range(0, DEPTH, BLOCK_K):
-        mask = known[:, None] & (depth[None, :] < DEPTH - k)
+    for k in range(0, HIDDEN_SIZE, BLOCK_K):
+        mask = known[:, None] & (offs_k[None, :] < HIDDEN_SIZE - k)
         h = tl.load(h_tile + k, mask=mask, other=0.0).to(tl.float32)
         products += h * tl.load(w_tile + k, mask=mask, other=0.0).to(tl.float32)
-    b = 0.0
-    if HAS_BIAS:
+    b = None
+    if bias is not None:
         b = tl.load(bias + target, mask=known, other=0.0).to(tl.float32)
-    logit = _transform(tl.sum(products, 1), b, scale, softcap, HAS_SCALE, HAS_BIAS, HAS_SOFTCAP)
+    logit = _transform(tl.sum(products, 1), b, scale, softcap)
     logit = tl.where(known, logit, float("nan"))
     wide = rows.to(tl.int64)
     highest, total = _merge(partials, row, wide, splits, 2 * wide, BLOCK)

@@ -1,16 +1,15 @@
-"""Token NLLs to sums over sequences, and each sample's IFD from its two: launches segment_kernels.py.
-
-Knows spans of tokens; not how they became tokens, nor which of them were truncated.
-"""
+"""Sums of token NLLs over spans, and the IFD of samples: launches segment_kernels.py."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from .checks import debugging
+from .head import debugging
 from .linear import on_device
+
+OPTIONS: dict[str, Any] = {"BLOCK": 128, "num_warps": 1, "enable_fp_fusion": True}
 
 
 class SampleSums(NamedTuple):
@@ -26,8 +25,8 @@ class SampleSums(NamedTuple):
 def segment_nll(nll: torch.Tensor, offsets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums, float64 [S], and counts, int64 [S], of nll[offsets[i] : offsets[i + 1]]; added in float64.
 
-    `nll` is float32 [N], `offsets` int64 [S + 1], ascending, within 0 ... N; both contiguous. Offsets outside are cut
-    to that range (with SCORER_KERNELS_DEBUG=1: IndexError); a span that ends before its start is empty.
+    `nll` is float32 [N], `offsets` int64 [S + 1], ascending, within 0 ... N; both are contiguous. Offsets outside are
+    clamped to that range (with SCORER_KERNELS_DEBUG=1: IndexError); a span that ends before its start is empty.
     """
     from .segment_kernels import segment_kernel
 
@@ -39,19 +38,17 @@ def segment_nll(nll: torch.Tensor, offsets: torch.Tensor) -> tuple[torch.Tensor,
     counts = torch.empty(segments, dtype=torch.int64, device=nll.device)
     if segments:
         with on_device(nll):
-            segment_kernel[(segments,)](
-                nll, offsets, sums, counts, len(nll), BLOCK=128, num_warps=1, enable_fp_fusion=True
-            )
+            segment_kernel[(segments,)](nll, offsets, sums, counts, len(nll), **OPTIONS)
     return sums, counts
 
 
 def sample_ifd(nll: torch.Tensor, conditioned: torch.Tensor, alone: torch.Tensor) -> SampleSums:
     """Each sample's sums and counts over its two spans, and IFD = exp(mean conditioned - mean alone).
 
-    (Superfiltering, arXiv 2402.00530, equation 2.) `nll` is float32 [N]; `conditioned` and `alone` are int64 [S, 2],
-    the start and end (exclusive) in `nll` of each sample's scored tokens, anywhere and in any order; all contiguous.
-    Spans are treated as `segment_nll` treats them. `ifd` is NaN where a count is 0, and infinite where the conditioned
-    mean is over 88 nats above; no other NaN comes of finite NLLs, and one sample's NaN stays its own.
+    Source: Superfiltering, arXiv 2402.00530, equation 2. `nll` is float32 [N]; `conditioned` and `alone` are int64
+    [S, 2], the start and end (exclusive) in `nll` of each sample's scored tokens, in any order; all are contiguous.
+    Bounds outside `nll` are treated as in `segment_nll`. `ifd` is NaN where a count is 0, and infinite where the
+    conditioned mean is over 88 nats above the other. A NaN among the tokens affects its own sample only.
     """
     from .segment_kernels import ifd_kernel
 
@@ -65,19 +62,7 @@ def sample_ifd(nll: torch.Tensor, conditioned: torch.Tensor, alone: torch.Tensor
     ifd = torch.empty(samples, dtype=torch.float32, device=nll.device)
     if samples:
         with on_device(nll):
-            ifd_kernel[(samples,)](
-                nll,
-                conditioned,
-                alone,
-                sums,
-                counts,
-                ifd,
-                len(nll),
-                samples,
-                BLOCK=128,
-                num_warps=1,
-                enable_fp_fusion=True,
-            )
+            ifd_kernel[(samples,)](nll, conditioned, alone, sums, counts, ifd, len(nll), samples, **OPTIONS)
     return SampleSums(sums[0], counts[0], sums[1], counts[1], ifd)
 
 

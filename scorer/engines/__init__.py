@@ -1,6 +1,6 @@
-"""The engines: token sequences in, NLL sums of their spans out. Each gives the same numbers at another speed.
+"""The engines turn token sequences into NLL sums of their spans: the same numbers, at different speeds.
 
-This is their contract; scorer.engines.choose says which there are. None knows what a record, a file or a score is.
+This module is their contract; scorer.engines.choose lists them. None knows records, files or scores.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from scorer.types import SpanNLL, TokenSequence
 
 
 class Engine(Protocol):
-    """What every engine does. Opening one loads its model; closing it gives the memory back."""
+    """The interface of every engine. Opening one loads its model; closing it frees the memory."""
 
     def score(self, sequences: Sequence[TokenSequence]) -> Iterator[list[SpanNLL]]:
-        """The SpanNLL of every target of every sequence, a batch at a time, in any order.
+        """Yield the SpanNLL of every target of every sequence, a batch at a time, in any order.
 
-        Sums are in nats, added in float64. A sequence that does not fit in memory gives spans of status OOM, one with
-        infinite or undefined sums NON_FINITE. Raises EngineError where the engine itself fails.
+        Sums are in nats, added in float64. A span has status OOM where its sequence does not fit in memory, and
+        NON_FINITE where its sum is infinite or undefined. Raises EngineError where the engine itself fails.
         """
         ...
 

@@ -1,6 +1,6 @@
-"""Which engine scores, with which device, dtype and batches; and the opening of it.
+"""Chooses the engine, device, dtype and batch size, and opens the engine.
 
-Knows which engines there are; not how they compute. An engine's module is imported where it is chosen.
+An engine's module is imported only when that engine is chosen.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from scorer.protocols import PROTOCOLS
 from scorer.requirements import VLLM
 from scorer.types import ScorerError
 
-# What a weak model is, in 16 bits; beyond it, vLLM is worth its start.
+# The largest weak model, in 16 bits; above it, vLLM is worth the time that it takes to start.
 PACKED_BYTES = 5 << 30
 
 
 def check_engine(config: ScoreConfig) -> None:
-    """Raise ScorerError where the engine is not installed, lacks an argument, or no server that scores answers.
+    """Raise ScorerError where the engine is not installed, lacks an argument, or its server does not score.
 
-    This is known before a model is fetched.
+    Needs no model, so that a run fails before it downloads one.
     """
     if config.engine.startswith(SERVERS):
         from scorer.engines.vllm_client import Server
@@ -37,9 +37,9 @@ def check_engine(config: ScoreConfig) -> None:
 
 
 def choose_engine(config: ScoreConfig, files: ModelFiles) -> tuple[str, str]:
-    """The engine that is asked for; what `auto` means for this model, and why. ScorerError where none can run it.
+    """The engine, and why `auto` chose it ("" where the user did). ScorerError where no engine can run the model.
 
-    Before the weights are fetched only the error can be relied on: `auto` decides by their size.
+    `auto` goes by the size of the weights: before they are downloaded, rely on the error only, not on the choice.
     """
     from scorer.engines.packed import check_packable, why_not_packed
     from scorer.engines.vllm import vllm_version
@@ -49,7 +49,7 @@ def choose_engine(config: ScoreConfig, files: ModelFiles) -> tuple[str, str]:
     if config.engine != "auto":
         return config.engine, ""
     if asked := config.vllm_options():
-        return "vllm", f"{', '.join(asked)} asked for it"
+        return "vllm", f"only vLLM has {', '.join(asked)}"
     size = weight_bytes(files)
     sized = f"{size / 1e9:.1f} GB of weights"
     reason = why_not_packed(files)
@@ -65,7 +65,7 @@ def choose_engine(config: ScoreConfig, files: ModelFiles) -> tuple[str, str]:
 
 
 def engine_versions(engine: str) -> dict[str, str]:
-    """The packages that an engine's numbers depend on beside torch and transformers, and their versions."""
+    """Versions of the packages, beside torch and transformers, that an engine's numbers depend on."""
     from scorer.engines.vllm import vllm_version
 
     found = vllm_version() if engine == "vllm" else None
@@ -73,7 +73,7 @@ def engine_versions(engine: str) -> dict[str, str]:
 
 
 def served_model(url: str, files: ModelFiles) -> dict[str, Any]:
-    """What a server says of its model. Raises ScorerError where no server scores there, or one scores by another."""
+    """A server's description of its model. Raises ScorerError where it does not score or serves another model."""
     from scorer.engines.vllm_client import Server
 
     server = Server(url, files)
@@ -82,7 +82,7 @@ def served_model(url: str, files: ModelFiles) -> dict[str, Any]:
 
 
 def open_engine(config: ScoreConfig, files: ModelFiles) -> Engine:
-    """The engine of a configuration whose engine, dtype, device and batch_tokens have been chosen."""
+    """Open the engine of a resolved configuration."""
     if config.engine.startswith(SERVERS):
         from scorer.engines.vllm_client import RemoteEngine
 
@@ -118,16 +118,17 @@ CONTEXT_KEYS = ("max_position_embeddings", "n_positions")
 def resolve_config(
     config: ScoreConfig, files: ModelFiles, served: dict[str, Any] | None = None, *, elsewhere: bool = False
 ) -> ScoreConfig:
-    """The configuration with all but the engine chosen that was left open. ScorerError for what the model can't do.
+    """The configuration with device, dtype, max_length and batch_tokens resolved.
 
-    A server has chosen dtype, device and batches itself: `served` is what it says. elsewhere: what computes is not this
-    machine; it is taken to be alike where device or dtype is left open.
+    served: the description from a server, which has chosen device, dtype and batch size itself. elsewhere: another
+    machine computes; where device or dtype is "auto", it is assumed to be like this one. Raises ScorerError for a
+    setting that the model or the server does not support.
     """
     if served:
         if asked := [name for name in ("device", "batch_tokens") if getattr(config, name) not in ("auto", None)]:
-            raise ScorerError(f"{asked[0]}: that is for the server to say; leave it out")
+            raise ScorerError(f"{asked[0]}: the server sets this; leave it out")
         if config.dtype not in ("auto", served["dtype"]):
-            raise ScorerError(f"dtype: {config.engine} computes in {served['dtype']}, and not in {config.dtype}")
+            raise ScorerError(f"dtype: {config.engine} computes in {served['dtype']}, not in {config.dtype}")
     named = elsewhere and "auto" not in (config.device, config.dtype)
     device = "auto" if served else config.device if named else choose_device(config.device)
     protocol = PROTOCOLS[config.protocol]
@@ -146,7 +147,7 @@ def resolve_config(
 def check_length(config: ScoreConfig, context: int) -> None:
     if config.max_length is not None and config.max_length > context:
         raise ScorerError(
-            f"max_length: {config.max_length} is more than the {context} tokens that {config.model} takes"
+            f"max_length: {config.max_length} is more than the {context} tokens of {config.model}'s context"
         )
 
 

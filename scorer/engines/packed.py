@@ -1,7 +1,4 @@
-"""The default engine: a transformers backbone over padding-free batches, and a head for the scored states alone.
-
-Knows transformers' model families and how a device is kept busy; nothing of records, files or formulas.
-"""
+"""The default engine: a transformers backbone over padding-free batches, and a head over the scored states alone."""
 
 from __future__ import annotations
 
@@ -10,33 +7,32 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
-from scorer_kernels import nll_head, nll_sums
+from scorer_kernels import Head, HeadFunction, nll_head, nll_sums
 
 from scorer.config import ScoreConfig
-from scorer.engines.attention import NAME as ATTENTION
-from scorer.engines.attention import Layout
+from scorer.engines.attention import ATTENTION, Layout
 from scorer.engines.packing import PackedBatch, pack, plan_batches
-from scorer.engines.spans import BatchOutOfMemoryError, check_token_ids, engine_faults, oom_spans, with_sums
+from scorer.engines.spans import BatchOutOfMemoryError, check_token_ids, convert_errors, oom_spans, with_sums
 from scorer.models.find import ModelFiles, model_settings
 from scorer.models.load import load_causal_lm
 from scorer.types import ScorerError, SpanNLL, TokenSequence
 
-# Families whose attention goes through transformers' AttentionInterface with nothing of its own beside it, and whose
-# output is the plain product of the last hidden state with the head's weight.
+# Families whose attention goes through transformers' AttentionInterface alone, and whose logits are the plain product
+# of the last hidden state and the head's weight.
 FAMILIES = ("gpt2", "opt", "llama", "qwen2", "qwen3")
-# What changes a family's attention in a way that packing leaves out.
+# Settings that change a family's attention in a way that packing does not implement.
 UNPACKABLE_SETTINGS = ("use_sliding_window", "reorder_and_upcast_attn", "add_cross_attention")
-CUDA_THREADS = 2  # one lays out the next batch while the other's runs
+CUDA_THREADS = 2  # one packs the next batch while the other's runs
 
 
 class PackedEngine:
     """The contract of `scorer.engines.Engine`, batched. Raises ScorerError for a model that it can't pack.
 
     On CPU each core runs batches of its own, single-threaded: small operations scale with the cores, and none waits
-    for the slowest core. On CUDA a batch is laid out while the one before runs.
+    for the slowest core. On CUDA a batch is packed while the one before runs.
     """
 
-    def __init__(self, config: ScoreConfig, files: ModelFiles):
+    def __init__(self, config: ScoreConfig, files: ModelFiles, head_function: HeadFunction = nll_head):
         assert config.batch_tokens is not None
         check_packable(files)
         self.batch_tokens = config.batch_tokens
@@ -48,15 +44,16 @@ class PackedEngine:
             trust_remote_code=config.trust_remote_code,
             allow_pickle=config.allow_pickle,
         )
-        self.head = self.model.get_output_embeddings()
-        self.nll_head = nll_head  # what the benchmark puts another in place of
+        output = self.model.get_output_embeddings()
+        self.head = Head(output.weight, output.bias)
+        self.head_function = head_function
         self.device = self.model.device
         self.threads = torch.get_num_threads()
         self.workers = self.threads if self.device.type == "cpu" else CUDA_THREADS
         self.pool = ThreadPoolExecutor(self.workers, thread_name_prefix="scorer-packed")
 
     def score(self, sequences: Sequence[TokenSequence]) -> Iterator[list[SpanNLL]]:
-        """The spans of each batch as it is done."""
+        """Yield the spans of each batch when it is done."""
         check_token_ids(sequences, self.model.get_input_embeddings().weight.shape[0])
         # On CPU the last batches are small, so that the cores end together; a GPU wants them all large.
         cores = self.workers if self.device.type == "cpu" else 1
@@ -72,7 +69,7 @@ class PackedEngine:
                     yield pending.popleft().result()
                 except BatchOutOfMemoryError:
                     too_large.append(batch)
-            for batch in too_large:  # with nothing beside it now
+            for batch in too_large:  # no other batch holds memory now
                 yield self.pool.submit(self._score_halves, batch).result()
         finally:
             for future in pending:
@@ -81,14 +78,14 @@ class PackedEngine:
                 torch.set_num_threads(self.threads)
 
     def _score_batch(self, sequences: Sequence[TokenSequence]) -> list[SpanNLL]:
-        """Raises DoesNotFitError where the batch does not fit."""
-        torch.set_num_threads(1)  # the setting is each thread's own
-        with engine_faults():
+        """Raises BatchOutOfMemoryError where the batch does not fit in memory."""
+        torch.set_num_threads(1)  # the setting is per thread
+        with convert_errors():
             batch = pack(sequences)
             return with_sums(batch.sequences, self._forward(batch).tolist())
 
     def _score_halves(self, sequences: Sequence[TokenSequence]) -> list[SpanNLL]:
-        """Score what did not fit, divided until each part fits; what does not by itself has no score."""
+        """Score a batch that did not fit, halved until each part does; a sequence too large by itself gets OOM."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         half = len(sequences) // 2
@@ -98,7 +95,7 @@ class PackedEngine:
                 spans += self._score_batch(part)
                 continue
             except BatchOutOfMemoryError:
-                pass  # and out of this block, where the error still holds what the failed batch allocated
+                pass  # recurse outside this block: the error holds the memory of the failed batch
             spans += self._score_halves(part) if half else oom_spans(part[0])
         return spans
 
@@ -112,15 +109,14 @@ class PackedEngine:
             scorer_layout=Layout(batch.lengths, self.device, self.model.dtype),
         ).last_hidden_state[0]
         rows = states.index_select(0, batch.rows.to(self.device, non_blocking=True))
-        targets = batch.targets.to(self.device, non_blocking=True)
-        nll = self.nll_head(rows, self.head.weight, targets, bias=self.head.bias)
+        nll = self.head_function(rows, self.head, batch.targets.to(self.device, non_blocking=True))
         sums = nll_sums(nll, batch.offsets.to(self.device, non_blocking=True))
         if self.device.type == "cpu":
             return sums
         sums = sums.to("cpu", non_blocking=True)
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record()
-        done.synchronize()  # waits for this batch alone, and not for what the other thread launched since
+        done.synchronize()  # waits for this batch alone, not for later launches of the other thread
         return sums
 
     def close(self) -> None:

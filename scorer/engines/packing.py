@@ -1,7 +1,4 @@
-"""Sequences -> padding-free batches under a token budget.
-
-Knows lengths and targets, and the tensors that a packed forward pass reads; nothing of models.
-"""
+"""Packs sequences into padding-free batches under a token budget; knows nothing of models."""
 
 from __future__ import annotations
 
@@ -17,31 +14,31 @@ from scorer.types import TokenSequence
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
-    """Sequences laid end to end, T tokens in all, of which N states predict a scored token; S spans.
+    """Sequences packed end to end: T tokens, N hidden states that predict a scored token, S spans.
 
-    A sequence is laid up to the state that predicts its last target: what follows has no use.
+    A sequence is packed up to the state that predicts its last target; no later state is needed.
     """
 
     sequences: tuple[TokenSequence, ...]
-    lengths: tuple[int, ...]  # laid tokens of each sequence, descending
+    lengths: tuple[int, ...]  # packed tokens of each sequence, descending
     input_ids: torch.Tensor  # int64 [T]
     position_ids: torch.Tensor  # int64 [T], from 0 in each sequence
-    rows: torch.Tensor  # int64 [N]: where in T the predicting states are
-    targets: torch.Tensor  # int64 [N]: the tokens that they predict
-    offsets: torch.Tensor  # int64 [S + 1]: where each span begins and ends in N
+    rows: torch.Tensor  # int64 [N]: the indices in T of the predicting states
+    targets: torch.Tensor  # int64 [N]: the tokens that these predict
+    offsets: torch.Tensor  # int64 [S + 1]: the bounds of the spans in N
 
 
 def forward_tokens(sequence: TokenSequence) -> int:
-    """How many tokens of a sequence have to pass through the model."""
+    """The tokens of a sequence that have to pass through the model."""
     return sequence.targets[-1].end - 1
 
 
 def plan_batches(sequences: Sequence[TokenSequence], budget: int, workers: int = 1) -> list[list[TokenSequence]]:
-    """Groups of sequences of at most `budget` laid tokens, longest records first.
+    """Batches of at most `budget` packed tokens, longest records first.
 
-    All sequences of a record stay together: views of a sample share a pass. A record above the budget is a batch of
-    its own. Records of like length become neighbours, which is what variable-length attention runs best on, and an
-    out-of-memory shows at once. The last batches are smaller, down to a quarter, so that `workers` end together.
+    All sequences of a record share a batch. A record above the budget is a batch of its own. Records of similar length
+    become neighbours, on which variable-length attention is fastest, and running out of memory shows at once. The last
+    batches are smaller, down to a quarter, so that `workers` end together.
     """
     records = [list(group) for _, group in groupby(sequences, key=lambda s: s.record_id)]
     sized = sorted(((sum(map(forward_tokens, record)), record) for record in records), key=lambda pair: -pair[0])
@@ -59,34 +56,34 @@ def plan_batches(sequences: Sequence[TokenSequence], budget: int, workers: int =
 
 
 def pack(sequences: Sequence[TokenSequence]) -> PackedBatch:
-    """Lay sequences end to end, longest first, on the CPU."""
+    """Pack sequences end to end, longest first, on the CPU."""
     ordered = tuple(sorted(sequences, key=forward_tokens, reverse=True))
     lengths = tuple(forward_tokens(sequence) for sequence in ordered)
-    tokens = array("q")  # the laid tokens of each sequence, and its last target after them
-    laid_at, rows_at, counts = [], [], []  # where each sequence begins in `tokens`; then of each span
-    begin = 0
+    tokens = array("q")  # the packed tokens of each sequence, each followed by its last target
+    sequence_starts, row_starts, counts = [], [], []  # of each sequence in `tokens`; of each span: first row, length
+    packed = 0
     for sequence, length in zip(ordered, lengths, strict=True):
-        laid_at.append(len(tokens))
+        sequence_starts.append(len(tokens))
         for span in sequence.targets:
-            rows_at.append(begin + span.start - 1)
+            row_starts.append(packed + span.start - 1)
             counts.append(span.end - span.start)
         tokens.extend(sequence.token_ids[: length + 1])
-        begin += length
+        packed += length
     token_ids = torch.frombuffer(tokens, dtype=torch.int64)
-    laid, rows = _ranges(laid_at, lengths), _ranges(rows_at, counts)
+    inputs, rows = _ranges(sequence_starts, lengths), _ranges(row_starts, counts)
     return PackedBatch(
         ordered,
         lengths,
-        input_ids=token_ids[laid],
+        input_ids=token_ids[inputs],
         position_ids=_ranges([0] * len(lengths), lengths),
         rows=rows,
-        targets=token_ids[laid[rows] + 1],
+        targets=token_ids[inputs[rows] + 1],
         offsets=torch.tensor([0, *accumulate(counts)]),
     )
 
 
 def _ranges(starts: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
-    """From each start as many integers as its count, end to end. In Python a token took 0.5 µs of a held GIL."""
+    """`count` integers from each start, concatenated. A loop in Python holds the GIL for 0.5 µs a token."""
     sizes = torch.tensor(counts)
     ends = sizes.cumsum(0)
     return torch.arange(int(ends[-1])) + (torch.tensor(starts) - ends + sizes).repeat_interleave(sizes)

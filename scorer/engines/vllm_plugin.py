@@ -1,8 +1,8 @@
-"""What vLLM loads in each of its processes: for each causal language model it knows, a variant that scores spans.
+"""vLLM's plugin: for each causal language model that vLLM knows, a variant that scores spans.
 
-The variant is the model's own class with a pooler in the place of sampling: the hidden states that predict a scored
-token, of all requests of a step, go through the fused head together, and each request gets one row of sums. Knows
-vLLM's models and steps; nothing of records, files or formulas.
+The variant is the model's own class with a pooler in place of sampling: the hidden states that predict a scored token,
+of all requests of a step, go through the fused head together, and each request gets one row of sums. vLLM loads this
+module in each of its processes.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from scorer_kernels import merge_nll_partials, nll_head, nll_partials, nll_sums
+from scorer_kernels import Head, merge_nll_partials, nll_head, nll_partials, nll_sums
 from vllm import ModelRegistry, PoolingParams
 from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.pooler import Pooler, PoolingParamsUpdate
 
 PREFIX = "Scoring"  # LlamaForCausalLM is registered a second time, as ScoringLlamaForCausalLM
-SUFFIXES = ("ForCausalLM", "LMHeadModel")  # of the classes in vLLM's registry that are causal language models
-# In PoolingParams.extra_kwargs: [[start, end], ...] of a request, ascending and apart, start >= 1; and the token that
-# its last span ends with, if the prompt ends before it.
-SPANS, LAST = "spans", "last"
-PROBED_ROWS = 8
+SUFFIXES = ("ForCausalLM", "LMHeadModel")  # the names of causal language models in vLLM's registry end in these
+# Keys of PoolingParams.extra_kwargs: the [start, end] of each span of a request, ascending and disjoint, start >= 1;
+# and the last token of the last span, which the prompt leaves out.
+SPANS, LAST_TOKEN = "spans", "last"
+PROBE_ROWS = 8
 
 
 def register() -> None:
-    """The entry point of `vllm.general_plugins`: registers the variants, by name. May be called again."""
+    """Register the variants by name: the entry point of `vllm.general_plugins`. May be called again."""
     known = set(ModelRegistry.get_supported_archs())
     for architecture in known:
         name = PREFIX + architecture
@@ -37,18 +37,18 @@ def register() -> None:
             ModelRegistry.register_model(name, f"{__name__}:{name}")
 
 
-def request(token_ids: Sequence[int], spans: Sequence[Sequence[int]]) -> tuple[dict[str, Any], PoolingParams]:
-    """What vLLM is asked, to score spans [start, end) of a sequence: a prompt, and what its pooler is told.
+def scoring_request(token_ids: Sequence[int], spans: Sequence[Sequence[int]]) -> tuple[dict[str, Any], PoolingParams]:
+    """The prompt and PoolingParams of a request that scores spans [start, end) of a sequence.
 
-    The last token scored predicts nothing that is, so it is not in the prompt: a token a sequence is not computed.
+    The last scored token predicts no other, so the prompt leaves it out, and its hidden state is not computed.
     """
     end = spans[-1][1] - 1
-    extra = {SPANS: [list(span) for span in spans], LAST: token_ids[end]}
+    extra = {SPANS: [list(span) for span in spans], LAST_TOKEN: token_ids[end]}
     return {"type": "token", "prompt_token_ids": token_ids[:end]}, PoolingParams(task="plugin", extra_kwargs=extra)
 
 
 def __getattr__(name: str) -> type:
-    """The variant that vLLM asks for by its registered name, made from the class in vLLM's registry."""
+    """The variant of a registered name, derived from the class in vLLM's registry."""
     if not name.startswith(PREFIX):
         raise AttributeError(f"module {__name__} has no attribute {name}")
     original: Any = ModelRegistry.models[name.removeprefix(PREFIX)].load_model_cls()
@@ -65,12 +65,12 @@ def __getattr__(name: str) -> type:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """Which hidden states of a step predict a scored token, and where the sums go. All arrays are int64.
+class StepLayout:
+    """The hidden states of a step that predict N scored tokens, of S spans of R requests. Arrays are int64.
 
-    rows [N]: of the step's hidden states. requests, positions [N]: whose, and at which index of its prompt, the token
-    is that they predict. offsets [S + 1]: the spans' bounds in these. slots [S]: the spans' places in the result, of
-    `shape` R requests and W places each.
+    rows [N]: indices into the step's hidden states. requests, positions [N]: the request of each predicted token, and
+    its index in that prompt. offsets [S + 1]: bounds of the spans in N. slots [S]: flat indices of the spans in a
+    result of `shape` (R, W), W being the most spans of a request.
     """
 
     rows: np.ndarray
@@ -81,114 +81,113 @@ class Step:
     shape: tuple[int, int]
 
 
-def lay_out(spans: Sequence[Sequence[Sequence[int]]], scheduled: np.ndarray, seen: np.ndarray) -> Step:
-    """The step of requests whose prompts are computed up to `seen` [R] tokens, the last `scheduled` [R] of them now.
+def plan_step(spans: Sequence[Sequence[Sequence[int]]], scheduled: np.ndarray, computed: np.ndarray) -> StepLayout:
+    """The layout of a step after which `computed` [R] tokens of each prompt are done, `scheduled` [R] of them in it.
 
-    A span that lies across two steps is scored in parts, each in the step that has its hidden states.
+    A span across two steps is scored in parts, each in the step that has its hidden states.
     """
-    scheduled, seen = scheduled.astype(np.int64), seen.astype(np.int64)
+    scheduled, computed = scheduled.astype(np.int64), computed.astype(np.int64)
     counts = np.fromiter(map(len, spans), np.int64, len(spans))
     width = max(int(counts.max(initial=0)), 1)
     request = np.repeat(np.arange(len(spans)), counts)
     slots = request * width + np.arange(len(request)) - np.repeat(np.cumsum(counts) - counts, counts)
     bounds = np.array([span for own in spans for span in own], np.int64).reshape(-1, 2)
-    begin = (seen - scheduled)[request]  # the first position of this step
+    begin = (computed - scheduled)[request]  # the first position of this step
     low = np.maximum(bounds[:, 0] - 1, begin)  # token p + 1 is predicted at position p
-    lengths = np.maximum(np.minimum(bounds[:, 1] - 1, seen[request]) - low, 0)
+    lengths = np.maximum(np.minimum(bounds[:, 1] - 1, computed[request]) - low, 0)
     offsets = np.concatenate(([0], np.cumsum(lengths)))
     steps = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
     first = (np.cumsum(scheduled) - scheduled)[request]
     rows = np.repeat(first + low - begin, lengths) + steps
     positions = np.repeat(low + 1, lengths) + steps
-    return Step(rows, np.repeat(request, lengths), positions, offsets, slots, (len(spans), width))
+    return StepLayout(rows, np.repeat(request, lengths), positions, offsets, slots, (len(spans), width))
 
 
-def predicted(metadata: Any, step: Step, lengths: np.ndarray) -> np.ndarray:
-    """The tokens [N] that the step's rows predict, int64: of prompts of `lengths` [R], or the token after one."""
+def target_tokens(metadata: Any, step: StepLayout, lengths: np.ndarray) -> np.ndarray:
+    """The tokens that the step's rows predict, int64 [N]: from prompts of `lengths` [R], or the token after one."""
     ids = metadata.prompt_token_ids_cpu.numpy()
-    last = np.array([(params.extra_kwargs or {}).get(LAST, 0) for params in metadata.pooling_params], np.int64)
+    last = np.array([(params.extra_kwargs or {}).get(LAST_TOKEN, 0) for params in metadata.pooling_params], np.int64)
     inside = step.positions < lengths[step.requests]
     return np.where(inside, ids[step.requests, step.positions * inside], last[step.requests])
 
 
 @dataclass(frozen=True, slots=True)
-class Head:
-    """This rank's slice of a model's last product, and what its logits go through after it."""
+class ScoringHead:
+    """This rank's slice of a model's head, and the number of ranks that share the vocabulary."""
 
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    scale: float
-    softcap: float | None
-    vocab_start: int
+    head: Head
     ranks: int
 
     @classmethod
-    def of(cls, model: Any, like: torch.Tensor) -> Head:
-        """The head that `model` has for hidden states `like` these, as seen in its own computation of logits.
+    def of(cls, model: Any, like: torch.Tensor) -> ScoringHead:
+        """The head of `model` for hidden states such as `like`, found by observing how the model computes logits.
 
-        Raises RuntimeError where the logits come otherwise than by this head: nothing is scored with a wrong one.
+        Raises RuntimeError where the logits are computed in any other way: a wrong head never scores.
         """
-        # not vLLM's own: those of its warm-up may be anything
-        hidden = torch.randn(PROBED_ROWS, like.shape[1], generator=torch.Generator().manual_seed(0)).to(like)
-        calls: list[dict[str, Any]] = []
+        # random, since the hidden states of vLLM's warm-up may be anything
+        hidden = torch.randn(PROBE_ROWS, like.shape[1], generator=torch.Generator().manual_seed(0)).to(like)
         name = type(model).__name__.removeprefix(PREFIX)
-        processors = [module for module in model.modules() if isinstance(module, LogitsProcessor)]
-        if len(processors) != 1:
-            raise RuntimeError(f"{name} has {len(processors)} logits processors, so it can't be scored")
-
-        def watch(_: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-            names = ("lm_head", "hidden_states", "embedding_bias")
-            calls.append(dict(zip(names, args, strict=False)) | options)
-
-        hook = processors[0].register_forward_pre_hook(watch, with_kwargs=True)
-        try:
-            logits = model.compute_logits(hidden)
-        finally:
-            hook.remove()
-        if len(calls) != 1:
-            raise RuntimeError(f"{name} computes its logits in {len(calls)} calls, so it can't be scored")
-        layer, bias = calls[0]["lm_head"], calls[0].get("embedding_bias")
-        own = layer.shard_indices
+        logits, processor, call = _observe_logits(model, name, hidden)
+        layer, bias = call["lm_head"], call.get("embedding_bias")
         weight = getattr(layer, "weight", None)
         if weight is None or weight.dtype != hidden.dtype or weight.shape[1] != hidden.shape[1]:
-            raise RuntimeError(
-                f"{name} has a quantized or widened head ({type(layer).__name__}), which can't be scored"
-            )
-        words = own.org_vocab_end_index - own.org_vocab_start_index  # what follows is padding
-        scale, cap = processors[0].scale, processors[0].soft_cap
-        head = cls(
-            weight[:words],
-            None if bias is None else bias[:words] * scale,  # vLLM adds the bias and caps first, and scales then;
-            scale,
-            None if cap is None else cap * scale,  # the kernel scales, adds and caps
-            own.org_vocab_start_index,
-            layer.tp_size,
+            raise RuntimeError(f"{name} can't be scored: its head ({type(layer).__name__}) is quantized or widened")
+        shard, scale, cap = layer.shard_indices, processor.scale, processor.soft_cap
+        size = shard.org_vocab_end_index - shard.org_vocab_start_index  # the rest is padding
+        head = Head(
+            weight[:size],
+            # vLLM computes scale * softcap * tanh((hidden @ weight.T + bias) / softcap)
+            bias=None if bias is None else bias[:size] * scale,
+            scale=scale,
+            softcap=None if cap is None else cap * scale,
+            vocab_start=shard.org_vocab_start_index,
         )
+        found = cls(head, layer.tp_size)
         targets = torch.arange(len(hidden), device=hidden.device)
-        nll = head.nll(hidden, targets)  # on every rank, even where the logits are gathered on one
+        nll = found.nll(hidden, targets)  # a collective: on every rank, even where one gathers the logits
         if logits is not None:
             expected = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
-            rounding = 8 * torch.finfo(hidden.dtype).eps * float(logits.abs().max()) + 1e-3
-            if not float((nll - expected).abs().max()) <= rounding:
-                raise RuntimeError(f"{name} computes its logits in a way that is not known here, so it can't be scored")
-        return head
+            tolerance = 8 * torch.finfo(hidden.dtype).eps * float(logits.abs().max()) + 1e-3
+            if not float((nll - expected).abs().max()) <= tolerance:
+                raise RuntimeError(f"{name} can't be scored: its logits are not those of its head and logits processor")
+        return found
 
     def nll(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """-log p of `targets` [N] after `hidden` [N, D], float32 [N]. Every rank calls it, and has the result."""
-        options: dict[str, Any] = {"bias": self.bias, "scale": self.scale, "softcap": self.softcap}
         if self.ranks == 1:
-            return nll_head(hidden, self.weight, targets, **options)
-        own = nll_partials(hidden, self.weight, targets, vocab_start=self.vocab_start, **options)
+            return nll_head(hidden, self.head, targets)
+        own = nll_partials(hidden, self.head, targets)
         return merge_nll_partials(tensor_model_parallel_all_gather(own[None], dim=0))
 
 
+def _observe_logits(model: Any, name: str, hidden: torch.Tensor) -> tuple[Any, LogitsProcessor, dict[str, Any]]:
+    """The logits of `hidden` (None on ranks that do not gather them), the model's LogitsProcessor and its arguments."""
+    processors = [module for module in model.modules() if isinstance(module, LogitsProcessor)]
+    if len(processors) != 1:
+        raise RuntimeError(f"{name} can't be scored: it has {len(processors)} logits processors")
+    calls: list[dict[str, Any]] = []
+
+    def record(_: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        names = ("lm_head", "hidden_states", "embedding_bias")
+        calls.append(dict(zip(names, args, strict=False)) | options)
+
+    hook = processors[0].register_forward_pre_hook(record, with_kwargs=True)
+    try:
+        logits = model.compute_logits(hidden)
+    finally:
+        hook.remove()
+    if len(calls) != 1:
+        raise RuntimeError(f"{name} can't be scored: it computes its logits in {len(calls)} calls")
+    return logits, processors[0], calls[0]
+
+
 class ScoringPooler(Pooler):  # type: ignore[misc]  # vLLM is not type-checked
-    """One row a request: float64 [R, W, 2], the NLL sum in nats and the token count of each of its spans."""
+    """Pools each request to float64 [W, 2]: the NLL sum in nats and the token count of each of its spans."""
 
     def __init__(self, model: Any):
         super().__init__()
-        self.model = weakref.ref(model)  # and not a submodule: the model holds the pooler
-        self.head: Head | None = None
+        self.model = weakref.ref(model)  # not a submodule: the model holds the pooler
+        self.head: ScoringHead | None = None
 
     def get_supported_tasks(self) -> set[str]:
         return {"plugin"}
@@ -197,34 +196,33 @@ class ScoringPooler(Pooler):  # type: ignore[misc]  # vLLM is not type-checked
         return PoolingParamsUpdate(requires_token_ids=True)
 
     def forward(self, hidden_states: torch.Tensor, pooling_metadata: Any) -> torch.Tensor:
-        """The rows of this step's requests; an unfinished one's, of a chunked prefill, is kept and added to."""
+        """The sums of this step, float64 [R, W, 2]. Those of an unfinished request (chunked prefill) accumulate."""
         if self.head is None:
-            self.head = Head.of(self.model(), hidden_states)
+            self.head = ScoringHead.of(self.model(), hidden_states)
         lengths = pooling_metadata.prompt_lens.tolist()
         spans = [
-            # A request of vLLM's own warm-up has no spans, and should take as much memory as any.
+            # A request of vLLM's warm-up has no spans; to measure memory, it scores all tokens.
             params.extra_kwargs[SPANS] if params.extra_kwargs else [[1, length]]
             for params, length in zip(pooling_metadata.pooling_params, lengths, strict=True)
         ]
         cursor = pooling_metadata.get_pooling_cursor()
-        scheduled, seen = cursor.num_scheduled_tokens_cpu.numpy(), cursor.seq_lens_cpu.numpy()
-        step = lay_out(spans, scheduled, seen)
-        words = predicted(pooling_metadata, step, np.asarray(lengths))
-        result = self._sums(hidden_states, step, words)
+        scheduled, computed = cursor.num_scheduled_tokens_cpu.numpy(), cursor.seq_lens_cpu.numpy()
+        step = plan_step(spans, scheduled, computed)
+        result = self._sums(hidden_states, step, target_tokens(pooling_metadata, step, np.asarray(lengths)))
         for i in np.flatnonzero(scheduled != lengths):
             parts, own = pooling_metadata.pooling_states[i].hidden_states_cache, result[i, : len(spans[i])]
-            if seen[i] == scheduled[i]:
-                parts.clear()  # the first part, and of a preempted request not for the first time
+            if computed[i] == scheduled[i]:
+                parts.clear()  # this is the first part; a preempted request starts again
             parts.append(own.clone())
-            if seen[i] == lengths[i]:
+            if computed[i] == lengths[i]:
                 own.copy_(torch.stack(parts).sum(0))
                 parts.clear()
         return result
 
-    def _sums(self, hidden: torch.Tensor, step: Step, words: np.ndarray) -> torch.Tensor:
-        """float64 [R, W, 2], zeros where a request has fewer spans than others. Nothing here waits for the device."""
+    def _sums(self, hidden: torch.Tensor, step: StepLayout, tokens: np.ndarray) -> torch.Tensor:
+        """float64 [R, W, 2], zeros where a request has fewer spans than W. Does not synchronise with the device."""
         assert self.head is not None
-        arrays = (step.rows, words, step.offsets, step.slots)
+        arrays = (step.rows, tokens, step.offsets, step.slots)
         indices = torch.from_numpy(np.concatenate(arrays))
         if hidden.is_cuda:
             indices = indices.pin_memory().to(hidden.device, non_blocking=True)

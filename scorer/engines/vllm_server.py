@@ -1,7 +1,7 @@
-"""What vLLM's HTTP server loads: routes that score token sequences, for `--engine http://HOST:PORT`.
+"""Routes of vLLM's HTTP server that score token sequences, for `--engine http://HOST:PORT`.
 
-A plugin of the group `vllm.endpoint_plugins`, which vLLM loads where VLLM_PLUGINS names it. The routes lie under /v1,
-which the server's API key guards. Knows vLLM's server; nothing of records, files or formulas.
+A plugin of the group `vllm.endpoint_plugins`, which vLLM loads where VLLM_PLUGINS names it. The routes are under /v1,
+which the server's API key protects.
 """
 
 from __future__ import annotations
@@ -19,41 +19,40 @@ from fastapi import APIRouter, FastAPI, HTTPException, Request
 from pydantic import BaseModel, Field, StrictInt
 from vllm.utils import random_uuid
 
-from scorer.engines.vllm_plugin import PREFIX
-from scorer.engines.vllm_plugin import request as scoring_request
+from scorer.engines.vllm_plugin import PREFIX, scoring_request
 
-REVISION = "SCORER_MODEL_REVISION"  # of the environment: what `scorer serve` says of the model that it serves
-SHAPE = ("model_type", "vocab_size", "hidden_size", "n_embd", "num_hidden_layers", "n_layer", "intermediate_size")
+REVISION = "SCORER_MODEL_REVISION"  # environment variable: the revision of the model that `scorer serve` serves
+SHAPE_KEYS = ("model_type", "vocab_size", "hidden_size", "n_embd", "num_hidden_layers", "n_layer", "intermediate_size")
 
 router = APIRouter(prefix="/v1/scorer")
 
 
 class Sequence(BaseModel):
-    """Token ids, and the spans of them to score: [start, end) each, ascending and apart, start >= 1."""
+    """Token ids, and the spans [start, end) of them to score: ascending and disjoint, start >= 1."""
 
     token_ids: Annotated[list[StrictInt], Field(min_length=2)]
     spans: Annotated[list[tuple[StrictInt, StrictInt]], Field(min_length=1)]
 
 
 class ScoreRequest(BaseModel):
-    """What is posted to /v1/scorer/score."""
+    """The body of POST /v1/scorer/score."""
 
     sequences: list[Sequence]
 
 
 @router.get("/model")
 async def model(request: Request) -> dict[str, Any]:
-    """Which model is served, and how."""
+    """The served model, its dtype and limits."""
     return dict(request.app.state.scorer_model)
 
 
 @router.post("/score")
 async def score(body: ScoreRequest, request: Request) -> dict[str, Any]:
-    """`rows`: for each sequence its spans' [NLL sum in nats, tokens]; null is an infinite or undefined sum."""
+    """`rows`: for each sequence, [NLL sum in nats, tokens] of each span; an infinite or undefined sum is null."""
     served = request.app.state.scorer_model
     for sequence in body.sequences:
-        if fault := _fault(sequence, served):
-            raise HTTPException(422, fault)
+        if error := _check(sequence, served):
+            raise HTTPException(422, error)
     rows = await asyncio.gather(*(_score(request.app.state.scorer_engine, s) for s in body.sequences))
     return {"identity": served["identity"], "rows": rows}
 
@@ -65,20 +64,20 @@ async def _score(engine: Any, sequence: Sequence) -> list[list[float | None]]:
     return [[nll if math.isfinite(nll) else None, tokens] for nll, tokens in rows]
 
 
-def _fault(sequence: Sequence, served: dict[str, Any]) -> str | None:
-    """What would end the engine, and with it every other client's requests."""
+def _check(sequence: Sequence, served: dict[str, Any]) -> str | None:
+    """The error of a sequence that would end the engine, and with it the requests of every other client."""
     ids, bounds = sequence.token_ids, [bound for span in sequence.spans for bound in span]
     if len(ids) > served["max_model_len"]:
-        return f"{len(ids)} tokens are more than the {served['max_model_len']} that are served"
+        return f"a sequence has {len(ids)} tokens, more than the {served['max_model_len']} that the server takes"
     if min(ids) < 0 or max(ids) >= served["vocab_size"]:
-        return f"a token id is not below the vocabulary's {served['vocab_size']}"
+        return f"a token id is outside the vocabulary of {served['vocab_size']} tokens"
     if bounds[0] < 1 or bounds[-1] > len(ids) or bounds != sorted(bounds):
-        return "spans are not ascending and apart within tokens 1 to the last"
+        return f"spans are not ascending and disjoint within tokens 1 to {len(ids)}"
     return None
 
 
 class ScoringEndpoint:
-    """The plugin, as vLLM's `EndpointPlugin` has it."""
+    """The plugin; implements vLLM's `EndpointPlugin`."""
 
     name = "scorer"
     required_tasks = ("plugin",)
@@ -88,13 +87,13 @@ class ScoringEndpoint:
         app.include_router(router)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
-        """Keep the engine, and say which model it has."""
+        """Keep the engine, and the description of its model."""
         config = engine_client.model_config
         settings = config.hf_config.to_dict()
         served = {
             "revision": os.environ.get(REVISION),
             "architecture": config.architectures[0].removeprefix(PREFIX),
-            "shape": {name: settings[name] for name in SHAPE if name in settings},
+            "shape": {name: settings[name] for name in SHAPE_KEYS if name in settings},
             "dtype": str(config.dtype).removeprefix("torch."),
             "quantization": config.quantization,
             "vocab_size": config.get_vocab_size(),

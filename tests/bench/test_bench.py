@@ -1,4 +1,4 @@
-"""The benchmarks' own parts: what is counted, what stops a report, and what the README makes of a result."""
+"""The benchmarks: counts, checks that stop a report, and the README's tables."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from bench.__main__ import EXAMPLES, bench
-from bench.engines import PACKED16, PACKED32, REFERENCE, STOCK, VLLM, Asked, checked_error, open_engines, rounds
+from bench.engines import PACKED16, PACKED32, REFERENCE, STOCK, VLLM, EnginesConfig, checked_error, open_engines, rounds
 from bench.lib.readme import engines_table, scorers_table
 from bench.lib.rivals import response_rows
 from bench.lib.rows import encoded, longest, random_tokens
@@ -69,7 +69,7 @@ def test_random_tokens_keep_lengths_and_spans(tiny: Tiny) -> None:
     assert rows.tokens == drawn.tokens > drawn.scored_tokens == rows.scored_tokens > 0
     assert [s.targets for s in rows.sequences] == [s.targets for s in drawn.sequences]
     tokens = {token for s in drawn.sequences for token in s.token_ids}
-    assert tokens == set(range(50))  # of hundreds of draws
+    assert tokens == set(range(50))
 
 
 def test_the_rows_asked_of_vllm_are_those_that_predict_the_response() -> None:
@@ -91,7 +91,7 @@ def test_scorers_of_random_weights(tmp_path: Path, smollm2: ModelFiles) -> None:
     sides = ("--weak", str(tmp_path / "weak"), "--strong", str(tmp_path / "strong"))
     result = scorers("--dummy-weights", *sides, "--weak-engine", "packed", "--strong-engine", "packed")
     weak, strong = result["weak"], result["strong"]
-    assert (weak["model"], strong["model"]) == ("weak", "strong")  # and not where they lie
+    assert (weak["model"], strong["model"]) == ("weak", "strong")  # without their paths
     assert weak["parameters"] == (50257 + 1024 + 2 * (12 * 32 + 13) + 2) * 32
     assert strong["parameters"] == 2 * 1000 * 64 + 2 * (4 * 64 + 3 * 128 + 2) * 64 + 64
     assert weak["tokens"] == strong["tokens"] == encoded(str(EXAMPLES), 6, smollm2, 1024).tokens
@@ -102,13 +102,13 @@ def test_scorers_of_random_weights(tmp_path: Path, smollm2: ModelFiles) -> None:
 
 
 def test_weights_that_know_something_are_no_random_ones(tmp_path: Path) -> None:
-    """Were the weights of another scale, or the sums wrong, ln(1000) = 6.9 nats a token would be missed."""
+    """With other weights, or wrong sums, the mean is far from ln(1000) = 6.9 nats a token."""
     (tmp_path / "config.json").write_text(json.dumps(TINY["strong"] | {"initializer_range": 1.0}))
     sides = ["--weak", str(tmp_path), "--strong", str(tmp_path), "--weak-engine", "packed"]
     done = CliRunner().invoke(bench, ["scorers", "--rows", "6", "--dummy-weights", *sides])
     assert isinstance(done.exception, SystemExit)
     assert done.exit_code == 1
-    assert "nats a token of 1,000 words" in done.output
+    assert "nats a token with random weights and a vocabulary of 1,000" in done.output
     assert "speed_up" not in done.output
 
 
@@ -124,10 +124,10 @@ def test_a_scorer_agrees_with_itself(tiny: Tiny) -> None:
 
 def test_engines_are_compared_before_they_are_reported(tiny: Tiny) -> None:
     files = tiny("qwen2")
-    asked = Asked(str(EXAMPLES), 6, files.name, 1, 0)
+    config = EnginesConfig(str(EXAMPLES), 6, files.name, 1, 0)
     sample = encoded(str(EXAMPLES), 6, files, 1024)
     with ExitStack() as stack:
-        engines, left_out = open_engines(asked, (REFERENCE, PACKED32, PACKED16), "cpu", files, stack)
+        engines, left_out = open_engines(config, (REFERENCE, PACKED32, PACKED16), "cpu", files, stack)
         seconds, tables, errors = rounds(engines, sample, 2, Console(quiet=True))
     assert left_out == {}
     assert {name: len(own) for name, own in seconds.items()} == {REFERENCE: 2, PACKED32: 2, PACKED16: 2}
@@ -145,9 +145,9 @@ def test_engines_are_compared_before_they_are_reported(tiny: Tiny) -> None:
 
 def test_without_vllm_its_rows_are_left_out_with_a_reason(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("scorer.requirements.find_spec", lambda module: None)
-    asked = Asked(str(EXAMPLES), 6, "tiny", 1, 0)
+    config = EnginesConfig(str(EXAMPLES), 6, "tiny", 1, 0)
     with ExitStack() as stack:
-        engines, left_out = open_engines(asked, (PACKED16, VLLM, STOCK), "cpu", tiny("gpt2"), stack)
+        engines, left_out = open_engines(config, (PACKED16, VLLM, STOCK), "cpu", tiny("gpt2"), stack)
     assert engines.keys() == {PACKED16}
     assert left_out.keys() == {VLLM, STOCK}
     assert all("--engine vllm needs vllm, not installed here" in why for why in left_out.values())

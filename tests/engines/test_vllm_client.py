@@ -1,4 +1,4 @@
-"""The engine that a server is: a real vLLM server on the loopback, killed, started again, and asked for nonsense."""
+"""The remote engine against a real vLLM server: killed, started again, and sent invalid requests."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def assert_same(one: pl.DataFrame, two: pl.DataFrame) -> None:
 
 
 def test_a_served_model_scores_and_comes_back_in_the_middle(tiny: Tiny, tmp_path: Path) -> None:
-    """The table of the packed engine; nonsense is refused; killed and started again, the run goes on by itself."""
+    """The table of the packed engine; errors for invalid requests; a run continues when its server is back."""
     files, port = tiny("gpt2"), free_port()
     url = f"http://127.0.0.1:{port}"
     rows = [*alpaca(200), {"instruction": "no answer", "output": ""}]
@@ -124,7 +124,7 @@ def test_a_served_model_scores_and_comes_back_in_the_middle(tiny: Tiny, tmp_path
         for arguments, key, words in (
             (common, "wrong", "API key"),
             ((*common, "--dtype", "bfloat16"), KEY, "computes in float32"),
-            ((*common, "--batch-tokens", 9), KEY, "for the server to say"),
+            ((*common, "--batch-tokens", 9), KEY, "the server sets this"),
             (("score", "data.json", "--model", tiny("llama").path), KEY, "differ in"),
         ):
             assert words in command(*arguments, "-o", "other", "--engine", url, VLLM_API_KEY=key).line()

@@ -1,6 +1,4 @@
-"""What can be said of the vLLM engine before vLLM's processes start: its plugin's layout, the head it finds, the
-options it takes, and which engine is chosen.
-"""
+"""The vLLM engine without vLLM's processes: the plugin's step layout and head, the options, and the engine's choice."""
 
 from __future__ import annotations
 
@@ -38,7 +36,7 @@ def config(**options: Any) -> ScoreConfig:
 
 
 def changed(files: ModelFiles, folder: Path, **settings: object) -> ModelFiles:
-    """A copy of a model whose config.json says something else."""
+    """A copy of a model with other settings in config.json."""
     shutil.copytree(files.path, folder)
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
@@ -47,7 +45,7 @@ def changed(files: ModelFiles, folder: Path, **settings: object) -> ModelFiles:
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """`installed(vllm="0.30.0")`: these packages, and no other, are what the engine finds."""
+    """`installed(vllm="0.30.0")` pretends that these packages, and no others, are installed."""
 
     def pretend(**releases: str) -> None:
         def version(package: str) -> str:
@@ -65,11 +63,11 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 @needs_vllm
 def test_layout_of_whole_prompts_by_hand() -> None:
-    from scorer.engines.vllm_plugin import lay_out
+    from scorer.engines.vllm_plugin import plan_step
 
     # Hidden states of three prompts of 5, 4 and 3 tokens lie end to end: rows 0-4, 5-8 and 9-11.
     spans: list[Spans] = [[[1, 2], [3, 5]], [], [[2, 3]]]
-    step = lay_out(spans, np.array([5, 4, 3]), np.array([5, 4, 3]))
+    step = plan_step(spans, np.array([5, 4, 3]), np.array([5, 4, 3]))
     assert step.rows.tolist() == [0, 2, 3, 10]  # each the one before the token that it predicts
     assert step.requests.tolist() == [0, 0, 0, 2]
     assert step.positions.tolist() == [1, 3, 4, 2]
@@ -80,11 +78,11 @@ def test_layout_of_whole_prompts_by_hand() -> None:
 
 @needs_vllm
 def test_layout_of_parts_of_prompts_by_hand() -> None:
-    from scorer.engines.vllm_plugin import lay_out
+    from scorer.engines.vllm_plugin import plan_step
 
     # Of the first prompt tokens 4-6 are computed now (rows 0-2), of the second 0-1 (rows 3-4).
     spans: list[Spans] = [[[2, 6], [6, 9]], [[4, 9]]]
-    step = lay_out(spans, np.array([3, 2]), np.array([7, 2]))
+    step = plan_step(spans, np.array([3, 2]), np.array([7, 2]))
     assert step.rows.tolist() == [0, 1, 2]
     assert step.positions.tolist() == [5, 6, 7]
     assert step.offsets.tolist() == [0, 1, 3, 3]  # one token of the first span, two of the second, none of the third
@@ -93,23 +91,23 @@ def test_layout_of_parts_of_prompts_by_hand() -> None:
 
 
 @needs_vllm
-def test_the_last_token_scored_is_told_and_not_computed() -> None:
-    from scorer.engines.vllm_plugin import request
+def test_the_last_scored_token_is_not_in_the_prompt() -> None:
+    from scorer.engines.vllm_plugin import scoring_request
 
     ids = [11, 12, 13, 14, 15, 16]
-    prompt, params = request(ids, [[1, 2], [4, 6]])
+    prompt, params = scoring_request(ids, [[1, 2], [4, 6]])
     assert prompt["prompt_token_ids"] == [11, 12, 13, 14, 15]
     assert params.extra_kwargs == {"spans": [[1, 2], [4, 6]], "last": 16}
-    prompt, params = request(ids, [[1, 3]])  # nor is anything after it
+    prompt, params = scoring_request(ids, [[1, 3]])  # nor is anything after it
     assert prompt["prompt_token_ids"] == [11, 12]
     assert params.extra_kwargs == {"spans": [[1, 3]], "last": 13}
 
 
 @needs_vllm
 def test_layout_of_nothing_to_score() -> None:
-    from scorer.engines.vllm_plugin import lay_out
+    from scorer.engines.vllm_plugin import plan_step
 
-    step = lay_out([[], []], np.array([4, 4], np.int32), np.array([4, 4], np.int32))
+    step = plan_step([[], []], np.array([4, 4], np.int32), np.array([4, 4], np.int32))
     assert len(step.rows) == len(step.slots) == 0
     assert step.offsets.tolist() == [0]
     assert step.shape == (2, 1)
@@ -117,7 +115,7 @@ def test_layout_of_nothing_to_score() -> None:
 
 @st.composite
 def prompts(draw: st.DrawFn) -> tuple[int, Spans, list[int]]:
-    """A prompt's length, its spans, and the lengths of the parts that it is computed in."""
+    """A prompt's length, its spans, and the lengths of the parts of a chunked prefill."""
     length = draw(st.integers(1, 40))
     bounds = sorted(draw(st.lists(st.integers(1, length + 1), max_size=8)))  # the token after the prompt is predicted
     spans = [list(pair) for pair in zip(bounds[::2], bounds[1::2], strict=False)]  # some empty, some side by side
@@ -131,7 +129,7 @@ def prompts(draw: st.DrawFn) -> tuple[int, Spans, list[int]]:
 def test_the_parts_of_any_split_add_up_to_the_whole(
     requests: list[tuple[int, Spans, list[int]]], data: st.DataObject
 ) -> None:
-    from scorer.engines.vllm_plugin import lay_out
+    from scorer.engines.vllm_plugin import plan_step
 
     scored: dict[tuple[int, int], list[int]] = {
         (r, s): [] for r, (_, spans, _) in enumerate(requests) for s in range(len(spans))
@@ -145,7 +143,7 @@ def test_the_parts_of_any_split_add_up_to_the_whole(
         for r, count in zip(chosen, scheduled, strict=True):
             seen[r] += count
         spans = [requests[r][1] for r in chosen]
-        step = lay_out(spans, np.array(scheduled), np.array([seen[r] for r in chosen]))
+        step = plan_step(spans, np.array(scheduled), np.array([seen[r] for r in chosen]))
         predicted = [(i, position + 1) for i, position in (owners[row] for row in step.rows)]
         assert predicted == list(zip(step.requests, step.positions, strict=True))
         assert len(step.offsets) == len(step.slots) + 1
@@ -193,7 +191,7 @@ def test_a_variant_is_the_models_own_class() -> None:
 
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A world of this one process, which vLLM's layers have to have."""
+    """A process group of this process alone, which vLLM's layers need."""
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.distributed import parallel_state
 
@@ -207,7 +205,7 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 class Last(torch.nn.Module):
-    """What a model of vLLM's ends in: a padded head of 257 words, and a logits processor."""
+    """The end of a vLLM model: a padded head with a vocabulary of 257, and a logits processor."""
 
     def __init__(self, has_bias: bool = False, **options: Any):
         from vllm.model_executor.layers.logits_processor import LogitsProcessor
@@ -231,15 +229,15 @@ class Last(torch.nn.Module):
 @pytest.mark.parametrize("has_bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("options", [{}, {"scale": 0.25}, {"soft_cap": 4.0}, {"scale": 0.5, "soft_cap": 3.0}])
 def test_the_head_found_gives_the_models_own_nll(options: dict[str, float], has_bias: bool) -> None:
-    from scorer.engines.vllm_plugin import Head
+    from scorer.engines.vllm_plugin import ScoringHead
 
     model = Last(has_bias=has_bias, **options)
     hidden = torch.randn(40, 32, generator=torch.Generator().manual_seed(1))
-    targets = torch.arange(40) * 6 + 22  # up to 256, the last word before the padding
+    targets = torch.arange(40) * 6 + 22  # up to 256, the last token before the padding
     logits = model.compute_logits(hidden)
     assert len(model.lm_head.weight) > 257
     assert logits.shape == (40, 257)
-    ours = Head.of(model, hidden).nll(hidden, targets)
+    ours = ScoringHead.of(model, hidden).nll(hidden, targets)
     expected = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
@@ -261,7 +259,7 @@ class TwoProcessors(Last):
 
 
 class Quantized(Last):
-    """Its weight goes by another name, and is of another dtype."""
+    """Its weight has another name and dtype."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -284,19 +282,19 @@ class Shuffled(Last):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (Doubled, "Doubled computes its logits in a way that is not known here"),
-        (Twice, "Twice computes its logits in 2 calls"),
-        (TwoProcessors, "TwoProcessors has 2 logits processors"),
-        (Shuffled, "not known here"),
-        (Quantized, r"quantized or widened head \(ParallelLMHead\)"),
+        (Doubled, "Doubled can't be scored: its logits are not those of its head"),
+        (Twice, "Twice can't be scored: it computes its logits in 2 calls"),
+        (TwoProcessors, "TwoProcessors can't be scored: it has 2 logits processors"),
+        (Shuffled, "its logits are not those of its head"),
+        (Quantized, r"its head \(ParallelLMHead\) is quantized or widened"),
     ],
     ids=["doubled", "twice", "two-processors", "shuffled", "quantized"],
 )
 def test_a_head_that_is_not_understood_is_refused(model: Callable[[], torch.nn.Module], message: str) -> None:
-    from scorer.engines.vllm_plugin import Head
+    from scorer.engines.vllm_plugin import ScoringHead
 
     with pytest.raises(RuntimeError, match=message):
-        Head.of(model(), torch.zeros(3, 32))
+        ScoringHead.of(model(), torch.zeros(3, 32))
 
 
 # --- what is installed ---
@@ -357,11 +355,11 @@ def test_a_step_holds_the_longest_sequence_unless_it_may_be_cut(tiny: Tiny) -> N
     ("options", "message"),
     [
         ({"vllm_args": {"max_num_sequences": 4}}, "max_num_sequences: vLLM has no such"),
-        ({"vllm_args": {"dtype": "float16"}}, "--vllm-arg dtype: give --dtype"),
-        ({"vllm_args": {"max_num_batched_tokens": 64}}, "max_num_batched_tokens: give --batch-tokens"),
-        ({"vllm_args": {"tensor_parallel_size": 2}}, "give --tensor-parallel-size"),
-        ({"vllm_args": {"runner": "generate"}}, "--vllm-arg runner: scoring sets this one itself"),
-        ({"vllm_args": {"seed": 1, "hf_overrides": {}}}, "hf_overrides: scoring sets"),
+        ({"vllm_args": {"dtype": "float16"}}, "--vllm-arg dtype: use --dtype"),
+        ({"vllm_args": {"max_num_batched_tokens": 64}}, "max_num_batched_tokens: use --batch-tokens"),
+        ({"vllm_args": {"tensor_parallel_size": 2}}, "use --tensor-parallel-size"),
+        ({"vllm_args": {"runner": "generate"}}, "--vllm-arg runner: scorer sets this argument itself"),
+        ({"vllm_args": {"seed": 1, "hf_overrides": {}}}, "hf_overrides: scorer sets"),
     ],
 )
 def test_arguments_that_are_refused(options: dict[str, Any], message: str) -> None:
@@ -409,7 +407,7 @@ def test_auto_is_packed_for_what_it_can_run(tiny: Tiny, installed: Callable[...,
 
 def test_auto_is_vllm_where_an_option_of_its_is_set(tiny: Tiny) -> None:
     chosen = choose_engine(config(engine="auto", tensor_parallel_size=1, vllm_args={"seed": 1}), tiny("llama"))
-    assert chosen == ("vllm", "tensor_parallel_size, vllm_args asked for it")
+    assert chosen == ("vllm", "only vLLM has tensor_parallel_size, vllm_args")
 
 
 def test_auto_is_vllm_for_what_packed_cannot_run(tiny: Tiny, tmp_path: Path, installed: Callable[..., None]) -> None:

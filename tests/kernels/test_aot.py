@@ -1,6 +1,6 @@
-"""The Triton kernels, compiled without a GPU as the launchers call them, for each chip and configuration of the table.
+"""The Triton kernels compiled without a GPU, as the launchers call them, for each chip and configuration of the table.
 
-A process of its own for each chip: the kernels of this one are interpreted. What runs there is below the tests.
+Each chip has its own process, which runs `report` below the tests.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def start(chip: int, directory: str) -> subprocess.Popen[str]:
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
-    """What each chip's process reports: a dictionary for each kernel that a launch compiled."""
+    """The report of each chip's process: a dictionary for each compiled kernel."""
     processes = {chip: start(chip, str(tmp_path_factory.mktemp(f"sm_{chip}"))) for chip in SHARED_BYTES}
     reports = {}
     for chip, process in processes.items():
@@ -72,7 +72,7 @@ def test_one_kernel_serves_every_batch(compiled: dict[int, list[dict[str, Any]]]
 
 
 def report(chip: int) -> None:
-    """Calls the launchers with a driver that has a chip to compile for, and none to launch on."""
+    """Call the launchers with a driver that compiles for a chip and launches nothing."""
     import contextlib
     import io
 
@@ -84,7 +84,7 @@ def report(chip: int) -> None:
     from triton.backends.nvidia.driver import CudaDriver
 
     class CompileOnly(CudaDriver):  # type: ignore[misc]
-        def __init__(self) -> None:  # none of CUDA is loaded
+        def __init__(self) -> None:  # loads nothing of CUDA
             self.get_current_device = lambda: 0
             self.get_current_stream = lambda device: 0
 
@@ -119,9 +119,10 @@ def report(chip: int) -> None:
     for launcher in (linear, segments):
         vars(launcher)["on_device"] = lambda tensor: contextlib.nullcontext()
 
-    def head(dtype: torch.dtype, rows: int, depth: int, words: int, config: table.Config, **options: Any) -> None:
-        hidden, weight = torch.zeros(rows, depth, dtype=dtype), torch.zeros(words, depth, dtype=dtype)
-        sk.linear_nll(hidden, weight, torch.zeros(rows, dtype=torch.int64), config=config, **options)
+    def head(dtype: torch.dtype, shape: tuple[int, int, int], config: table.Config, **options: Any) -> None:
+        rows, hidden_size, vocab_size = shape
+        hidden, weight = torch.zeros(rows, hidden_size, dtype=dtype), torch.zeros(vocab_size, hidden_size, dtype=dtype)
+        sk.linear_nll(hidden, sk.Head(weight, **options), torch.zeros(rows, dtype=torch.int64), config=config)
 
     capability = (chip // 10, chip % 10)
     for row in table.TABLE:
@@ -131,22 +132,22 @@ def report(chip: int) -> None:
             for dtype in dtypes:
                 kind = "half" if row.itemsize == 2 else "single"
                 case = f"{kind} plain"
-                head(dtype, 300, 768, 1000, row.config)
+                head(dtype, (300, 768, 1000), row.config)
             case = f"{kind} options"
-            head(dtypes[0], 300, 768, 1000, row.config, bias=torch.zeros(1000), scale=0.5, softcap=30.0)
+            head(dtypes[0], (300, 768, 1000), row.config, bias=torch.zeros(1000), scale=0.5, softcap=30.0)
             case = "other batch"
-            head(dtypes[0], 1, 768, 7, row.config)
-            head(dtypes[0], 64, 768, 1024, row.config)
-    if chip == min(SHARED_BYTES):  # the fallback is for the least shared memory
+            head(dtypes[0], (1, 768, 7), row.config)
+            head(dtypes[0], (64, 768, 1024), row.config)
+    if chip == min(SHARED_BYTES):  # the chip with the least shared memory
         case = "fallback"
-        head(torch.bfloat16, 300, 100, 1000, table.FALLBACK[2])
-        head(torch.float32, 300, 100, 1000, table.FALLBACK[4])
+        head(torch.bfloat16, (300, 100, 1000), table.FALLBACK[2])
+        head(torch.float32, (300, 100, 1000), table.FALLBACK[4])
     if chip == 90:
         for config in table.CANDIDATES:
             case = "half candidate"
-            head(torch.bfloat16, 300, 768, 1000, config)
+            head(torch.bfloat16, (300, 768, 1000), config)
     case = "rest"
-    sk.linear_nll_partials(torch.zeros(5, 64), torch.zeros(9, 64), torch.zeros(5, dtype=torch.int64), vocab_start=9)
+    sk.linear_nll_partials(torch.zeros(5, 64), sk.Head(torch.zeros(9, 64), vocab_start=9), torch.zeros(5).long())
     sk.merge_partials(torch.zeros(2, 3, 5))
     sk.segment_nll(torch.zeros(5), torch.tensor([0, 2, 5]))
     sk.sample_ifd(torch.zeros(5), torch.tensor([[0, 2]]), torch.tensor([[2, 5]]))

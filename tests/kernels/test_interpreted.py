@@ -1,4 +1,4 @@
-"""The Triton kernels by Triton's interpreter, which is chosen when Triton is first imported: a process of its own."""
+"""Runs kernels_interpreted.py in its own process: Triton's interpreter is enabled when Triton is first imported."""
 
 from __future__ import annotations
 

@@ -1,51 +1,49 @@
-"""The head in slices of the vocabulary on CPU, as tensor parallel ranks hold it, against the head in one piece."""
+"""Slices of the vocabulary on CPU, as tensor parallel ranks hold them, against the whole head."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
-from typing import Any
 
 import pytest
 import torch
-from scorer_kernels import merge_nll_partials, nll_head, nll_partials
+from scorer_kernels import Head, merge_nll_partials, nll_head, nll_partials
 from scorer_kernels.reference import reference_nll
 
-ROWS, DEPTH, WORDS = 24, 40, 257
+ROWS, HIDDEN_SIZE, VOCAB_SIZE = 24, 40, 257
 SLICES = {
     "whole": (0, 257),
     "halves": (0, 128, 257),
     "uneven": (0, 1, 200, 257),
     "thirds": (0, 86, 172, 257),
 }
-PADDING = 7  # rows of NaN behind each slice's words, as a rank's share of a padded vocabulary has
+PADDING = 7  # rows of NaN after each slice, as in a rank's share of a padded vocabulary
 
 
 def drawn(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Hidden states, weight, bias, and targets that lie in every slice: the first and last words of each among them."""
+    """Hidden states, weight, bias, and targets in every slice, the first and last token of each included."""
     generator = torch.Generator().manual_seed(3)
-    hidden = torch.randn(ROWS, DEPTH, generator=generator) * 3 / DEPTH**0.5
-    weight, bias = torch.randn(WORDS, DEPTH, generator=generator), torch.randn(WORDS, generator=generator)
+    hidden = torch.randn(ROWS, HIDDEN_SIZE, generator=generator) * 3 / HIDDEN_SIZE**0.5
+    weight, bias = (
+        torch.randn(VOCAB_SIZE, HIDDEN_SIZE, generator=generator),
+        torch.randn(VOCAB_SIZE, generator=generator),
+    )
     edges = [0, 1, 85, 86, 127, 128, 171, 172, 199, 200, 256]
-    targets = torch.cat((torch.tensor(edges), torch.randint(WORDS, (ROWS - len(edges),), generator=generator)))
+    targets = torch.cat((torch.tensor(edges), torch.randint(VOCAB_SIZE, (ROWS - len(edges),), generator=generator)))
     return hidden.to(dtype), weight.to(dtype), bias.to(dtype), targets
 
 
-def in_slices(
-    bounds: tuple[int, ...],
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    **options: Any,
-) -> torch.Tensor:
+def in_slices(bounds: tuple[int, ...], hidden: torch.Tensor, head: Head, targets: torch.Tensor) -> torch.Tensor:
     """The partials of all slices, [P, 3, N], each from a weight of its own with padding behind it."""
     parts = []
     for start, end in pairwise(bounds):
-        own = torch.nn.functional.pad(weight[start:end], (0, 0, 0, PADDING), value=math.nan)
-        shift = None if bias is None else torch.nn.functional.pad(bias[start:end], (0, PADDING), value=math.nan)
-        size: dict[str, Any] = {"vocab_start": start, "vocab_size": end - start}
-        parts.append(nll_partials(hidden, own, targets, bias=shift, **size, **options))
+        weight = torch.nn.functional.pad(head.weight[start:end], (0, 0, 0, PADDING), value=math.nan)
+        bias = (
+            None if head.bias is None else torch.nn.functional.pad(head.bias[start:end], (0, PADDING), value=math.nan)
+        )
+        own = replace(head, weight=weight, bias=bias, vocab_size=end - start, vocab_start=start)
+        parts.append(nll_partials(hidden, own, targets))
     return torch.stack(parts)
 
 
@@ -58,23 +56,23 @@ def test_slices_merged_are_the_whole_head(
     bounds: tuple[int, ...], has_bias: bool, softcap: float | None, scale: float, dtype: torch.dtype
 ) -> None:
     hidden, weight, bias, targets = drawn(dtype)
-    options: dict[str, Any] = {"bias": bias if has_bias else None, "scale": scale, "softcap": softcap}
-    partials = in_slices(bounds, hidden, weight, targets, **options)
+    head = Head(weight, bias if has_bias else None, scale, softcap)
+    partials = in_slices(bounds, hidden, head, targets)
     assert partials.dtype == torch.float32
     assert partials.shape == (len(bounds) - 1, 3, ROWS)
     assert ((~partials[:, 2].isnan()).sum(0) == 1).all()  # each target lies in one slice
     merged = merge_nll_partials(partials)
     assert merged.dtype == torch.float32
-    # Of bfloat16 the logits of a block are rounded, in the whole head as in its slices, but for the target's.
+    # In bfloat16 the logits of a block are rounded, in the whole head as in its slices, except the target's.
     near = 1e-5 if dtype == torch.float32 else 4e-3
-    torch.testing.assert_close(merged, nll_head(hidden, weight, targets, **options), rtol=near, atol=near)
-    exact = reference_nll(hidden, weight, targets, dtype=torch.float64, **options)
+    torch.testing.assert_close(merged, nll_head(hidden, head, targets), rtol=near, atol=near)
+    exact = reference_nll(hidden, head, targets)
     torch.testing.assert_close(merged.double(), exact, rtol=near, atol=near)
 
 
 def test_the_order_of_the_slices_does_not_matter() -> None:
     hidden, weight, bias, targets = drawn(torch.float32)
-    partials = in_slices(SLICES["uneven"], hidden, weight, targets, bias)
+    partials = in_slices(SLICES["uneven"], hidden, Head(weight, bias), targets)
     torch.testing.assert_close(merge_nll_partials(partials.flip(0)), merge_nll_partials(partials), rtol=1e-6, atol=0)
 
 
@@ -82,7 +80,7 @@ def test_by_hand() -> None:
     """Logits 0, ln 2 | ln 3, ln 4: probabilities 1/10, 2/10 | 3/10, 4/10."""
     hidden = torch.ones(4, 1)
     weight = torch.tensor([1.0, 2.0, 3.0, 4.0]).log()[:, None]
-    partials = in_slices((0, 2, 4), hidden, weight, torch.arange(4))
+    partials = in_slices((0, 2, 4), hidden, Head(weight), torch.arange(4))
     assert (partials[:, 0] + partials[:, 1].log()).exp()[:, 0].tolist() == pytest.approx([3.0, 7.0])
     assert partials[0, 2, :2].tolist() == pytest.approx([0.0, math.log(2)], abs=1e-6)
     assert partials[0, 2].isnan().tolist() == [False, False, True, True]
@@ -93,28 +91,28 @@ def test_a_slice_far_below_another_or_impossible_adds_nothing() -> None:
     hidden = torch.ones(2, 1)
     weight = torch.tensor([-300.0, -300.0, 300.0, 300.0])[:, None]
     targets = torch.tensor([3, 0])
-    far = merge_nll_partials(in_slices((0, 2, 4), hidden, weight, targets))
+    far = merge_nll_partials(in_slices((0, 2, 4), hidden, Head(weight), targets))
     assert far.tolist() == pytest.approx([math.log(2), 600 + math.log(2)], abs=1e-4)  # float32 near 300
     bias = torch.tensor([-math.inf, -math.inf, 0.0, 0.0])
-    never = merge_nll_partials(in_slices((0, 2, 4), hidden, weight, targets, bias))
+    never = merge_nll_partials(in_slices((0, 2, 4), hidden, Head(weight, bias), targets))
     assert never.tolist() == pytest.approx([math.log(2), math.inf], abs=1e-4)
 
 
 def test_a_target_of_no_slice_is_undefined_and_harms_no_other() -> None:
     hidden, weight, _, targets = drawn(torch.float32)
     wrong = targets.clone()
-    wrong[[0, 5, 9]] = torch.tensor([-1, WORDS, 2**62])
-    merged = merge_nll_partials(in_slices(SLICES["thirds"], hidden, weight, wrong))
+    wrong[[0, 5, 9]] = torch.tensor([-1, VOCAB_SIZE, 2**62])
+    merged = merge_nll_partials(in_slices(SLICES["thirds"], hidden, Head(weight), wrong))
     assert merged.isnan().nonzero()[:, 0].tolist() == [0, 5, 9]
     right = [i for i in range(ROWS) if i not in (0, 5, 9)]
-    torch.testing.assert_close(merged[right], nll_head(hidden, weight, targets)[right], rtol=1e-5, atol=1e-5)
-    # A rank's padding is nobody's word, even where it lies beside a slice that starts there.
-    beside = merge_nll_partials(in_slices((0, 86), hidden, weight, torch.full((ROWS,), 86)))
+    torch.testing.assert_close(merged[right], nll_head(hidden, Head(weight), targets)[right], rtol=1e-5, atol=1e-5)
+    # Padding holds no token, even where the next slice's ids would begin.
+    beside = merge_nll_partials(in_slices((0, 86), hidden, Head(weight), torch.full((ROWS,), 86)))
     assert beside.isnan().all()
 
 
 def test_undefined_logits_stay_undefined() -> None:
     hidden, weight, _, targets = drawn(torch.float32)
     hidden[4] = math.nan
-    merged = merge_nll_partials(in_slices(SLICES["halves"], hidden, weight, targets))
+    merged = merge_nll_partials(in_slices(SLICES["halves"], hidden, Head(weight), targets))
     assert merged.isnan().nonzero()[:, 0].tolist() == [4]

@@ -1,19 +1,18 @@
-"""The Triton kernels against float64, with TRITON_INTERPRET=1; all memory that they are given is NaN first.
+"""The Triton kernels against float64, with TRITON_INTERPRET=1; all memory is NaN first.
 
-test_kernels.py runs this file.
+tests/kernels/test_interpreted.py runs this file.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scorer_kernels import linear_nll, linear_nll_partials, merge_partials, sample_ifd, segment_nll, table
+from scorer_kernels import Head, linear_nll, linear_nll_partials, merge_partials, sample_ifd, segment_nll, table
 from scorer_kernels.reference import reference_ifd, reference_nll, reference_segment_nll
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of exp(-inf) and log(0)
@@ -31,12 +30,13 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def drawn(rows: int, depth: int, words: int, dtype: torch.dtype, seed: int) -> tuple[torch.Tensor, ...]:
+def drawn(rows: int, hidden_size: int, vocab_size: int, dtype: torch.dtype, seed: int) -> tuple[torch.Tensor, ...]:
     """Hidden states, weight, targets and bias, for logits of about -8 to 8."""
     generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(rows, depth, generator=generator) * 2 / depth**0.5
-    weight, bias = torch.randn(words, depth, generator=generator), torch.randn(words, generator=generator)
-    return hidden.to(dtype), weight.to(dtype), torch.randint(words, (rows,), generator=generator), bias.to(dtype)
+    hidden = torch.randn(rows, hidden_size, generator=generator) * 2 / hidden_size**0.5
+    weight = torch.randn(vocab_size, hidden_size, generator=generator)
+    bias = torch.randn(vocab_size, generator=generator)
+    return hidden.to(dtype), weight.to(dtype), torch.randint(vocab_size, (rows,), generator=generator), bias.to(dtype)
 
 
 def assert_as_good_as_eager(ours: torch.Tensor, exact: torch.Tensor, eager: torch.Tensor) -> None:
@@ -50,8 +50,8 @@ def assert_as_good_as_eager(ours: torch.Tensor, exact: torch.Tensor, eager: torc
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     rows=st.integers(0, 50),
-    depth=st.integers(1, 70),
-    words=st.integers(1, 150),
+    hidden_size=st.integers(1, 70),
+    vocab_size=st.integers(1, 150),
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 1000),
     has_bias=st.booleans(),
@@ -61,8 +61,8 @@ def assert_as_good_as_eager(ours: torch.Tensor, exact: torch.Tensor, eager: torc
 )
 def test_ragged_shapes(
     rows: int,
-    depth: int,
-    words: int,
+    hidden_size: int,
+    vocab_size: int,
     dtype: torch.dtype,
     seed: int,
     has_bias: bool,
@@ -70,15 +70,13 @@ def test_ragged_shapes(
     softcap: float | None,
     padding: int,
 ) -> None:
-    hidden, weight, targets, bias = drawn(rows, depth, words, dtype, seed)
-    options: dict[str, Any] = {"scale": scale, "softcap": softcap, "vocab_size": words}
-    padded = torch.cat([weight, weight.new_full((padding, depth), torch.nan)])
+    hidden, weight, targets, bias = drawn(rows, hidden_size, vocab_size, dtype, seed)
+    padded = torch.cat([weight, weight.new_full((padding, hidden_size), torch.nan)])
     padded_bias = torch.cat([bias, bias.new_full((padding,), torch.nan)]) if has_bias else None
-    ours = linear_nll(hidden, padded, targets, bias=padded_bias, config=SMALL, **options)
-    exact, eager = (
-        reference_nll(hidden, weight, targets, bias=bias if has_bias else None, dtype=d, **options)
-        for d in (torch.float64, dtype)
-    )
+    head = Head(padded, padded_bias, scale, softcap, vocab_size)
+    ours = linear_nll(hidden, head, targets, config=SMALL)
+    plain = Head(weight, bias if has_bias else None, scale, softcap)
+    exact, eager = (reference_nll(hidden, plain, targets, d) for d in (torch.float64, dtype))
     assert_as_good_as_eager(ours, exact, eager)
 
 
@@ -86,7 +84,7 @@ WIDE = table.Config(16, 1024, 64, warps=4, stages=2)
 
 
 @pytest.mark.parametrize(
-    ("rows", "depth", "words", "config"),
+    ("rows", "hidden_size", "vocab_size", "config"),
     [
         (1, 576, 500, None),
         (3, 768, 7, None),
@@ -99,30 +97,32 @@ WIDE = table.Config(16, 1024, 64, warps=4, stages=2)
 )
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 def test_shapes_of_real_models(
-    rows: int, depth: int, words: int, config: table.Config | None, dtype: torch.dtype
+    rows: int, hidden_size: int, vocab_size: int, config: table.Config | None, dtype: torch.dtype
 ) -> None:
-    hidden, weight, targets, _ = drawn(rows, depth, words, dtype, 0)
-    ours = linear_nll(hidden, weight, targets, config=config)
-    exact, eager = (reference_nll(hidden, weight, targets, dtype=d) for d in (torch.float64, dtype))
+    hidden, weight, targets, _ = drawn(rows, hidden_size, vocab_size, dtype, 0)
+    ours = linear_nll(hidden, Head(weight), targets, config=config)
+    exact, eager = (reference_nll(hidden, Head(weight), targets, d) for d in (torch.float64, dtype))
     assert_as_good_as_eager(ours, exact, eager)
-    assert ours.equal(linear_nll(hidden, weight, targets, config=config)), "the same bits from run to run"
+    assert ours.equal(linear_nll(hidden, Head(weight), targets, config=config)), "the same bits from run to run"
 
 
 @pytest.mark.parametrize("row_blocks_in_cache", [1, 2, 3, 100])
-def test_programs_in_groups_cover_all_rows_and_words(row_blocks_in_cache: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_programs_in_groups_cover_all_rows_and_tokens(
+    row_blocks_in_cache: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hidden, weight, targets, _ = drawn(90, 20, 300, torch.float32, 1)
     monkeypatch.setattr(table, "L2_BYTES", row_blocks_in_cache * SMALL.block_m * 20 * 4)
-    assert table.plan(90, 20, 300, 4, SMALL, 4).group == min(row_blocks_in_cache, 6)
-    ours = linear_nll(hidden, weight, targets, config=SMALL)
-    assert torch.allclose(ours.double(), reference_nll(hidden, weight, targets), rtol=0, atol=2e-6)
+    assert table.plan_grid(90, 20, 300, 4, SMALL, 4).group == min(row_blocks_in_cache, 6)
+    ours = linear_nll(hidden, Head(weight), targets, config=SMALL)
+    assert torch.allclose(ours.double(), reference_nll(hidden, Head(weight), targets), rtol=0, atol=2e-6)
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.integers(1, 10**6), st.integers(1, 8192), st.integers(1, 260_000), st.integers(1, 160))
-def test_a_plan_has_no_empty_split(rows: int, depth: int, words: int, slots: int) -> None:
+def test_a_plan_has_no_empty_split(rows: int, hidden_size: int, vocab_size: int, processors: int) -> None:
     config = table.Config(128, 256, 64, 8, 4)
-    plan = table.plan(rows, depth, words, 2, config, slots)
-    tiles = -(-words // 256)
+    plan = table.plan_grid(rows, hidden_size, vocab_size, 2, config, processors)
+    tiles = -(-vocab_size // 256)
     assert (plan.splits - 1) * plan.tiles_per_split < tiles <= plan.splits * plan.tiles_per_split
     assert plan.row_blocks == -(-rows // 128)
     assert 1 <= plan.group <= plan.row_blocks
@@ -130,9 +130,9 @@ def test_a_plan_has_no_empty_split(rows: int, depth: int, words: int, slots: int
 
 def test_plans_fill_an_h100() -> None:
     config = table.config_for((9, 0), 2, 768, 50257)
-    one_row = table.plan(1, 768, 50257, 2, config, 132)
+    one_row = table.plan_grid(1, 768, 50257, 2, config, 132)
     assert (one_row.splits, one_row.tiles_per_split) == (99, 2)  # 197 tiles: no way to end after one
-    many = table.plan(65536, 768, 50257, 2, config, 132)
+    many = table.plan_grid(65536, 768, 50257, 2, config, 132)
     waves = -(-many.row_blocks * many.splits // 132)
     assert many.row_blocks * 197 / (waves * many.tiles_per_split * 132) > 0.95
     assert many.splits * 8 * 65536 < 0.01 * 65536 * 50257 * 2, "partials are under 1 % of the logits"
@@ -146,13 +146,13 @@ def test_logits_of_100_ties_and_minus_infinity() -> None:
     weight[:, 2] = torch.tensor([1.0, -1.0]).repeat(100)  # row 2: -100, 100, -100, ...
     bias = torch.zeros(200)
     targets = torch.tensor([150, 0, 0, 3])
-    ours = linear_nll(hidden, weight, targets, bias=bias, config=SMALL)
+    ours = linear_nll(hidden, Head(weight, bias), targets, config=SMALL)
     assert ours.tolist() == pytest.approx([0.0, math.log(200), 200 + math.log(100), math.log(200)], abs=2e-5)
-    assert linear_nll(hidden, weight, torch.tensor([0, 1, 1, 0]), config=SMALL).tolist() == pytest.approx(
+    assert linear_nll(hidden, Head(weight), torch.tensor([0, 1, 1, 0]), config=SMALL).tolist() == pytest.approx(
         [100.0, math.log(200), math.log(100), math.log(200)], abs=2e-5
     )
     bias[:180] = -torch.inf  # whole tiles, the first ones among them, and a part of one
-    masked = linear_nll(hidden, weight, torch.tensor([199, 199, 199, 3]), bias=bias, config=SMALL)
+    masked = linear_nll(hidden, Head(weight, bias), torch.tensor([199, 199, 199, 3]), config=SMALL)
     assert masked[:3].tolist() == pytest.approx([math.log(20), math.log(20), math.log(10)], abs=2e-5)
     assert masked[3] == torch.inf
 
@@ -162,36 +162,39 @@ def test_a_certain_token_never_costs_less_than_nothing(dtype: torch.dtype) -> No
     hidden, weight, _, _ = drawn(64, 50, 40, dtype, 2)
     hidden = hidden * 20
     targets = (hidden.double() @ weight.double().T).argmax(1)
-    ours = linear_nll(hidden, weight, targets, config=SMALL)
+    ours = linear_nll(hidden, Head(weight), targets, config=SMALL)
     assert (ours >= 0).all()
-    assert torch.allclose(ours.double(), reference_nll(hidden, weight, targets), rtol=1e-5, atol=5e-5)
+    assert torch.allclose(ours.double(), reference_nll(hidden, Head(weight), targets), rtol=1e-5, atol=5e-5)
 
 
 def test_a_target_outside_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight, targets, _ = drawn(20, 16, 50, torch.float32, 3)
     wrong = targets.clone()
     wrong[[2, 7, 8, 19]] = torch.tensor([-100, 50, 2**62, -(2**62)])
-    ours = linear_nll(hidden, weight, wrong, config=SMALL)
+    ours = linear_nll(hidden, Head(weight), wrong, config=SMALL)
     assert ours.isnan().nonzero()[:, 0].tolist() == [2, 7, 8, 19]
     right = ~ours.isnan()
-    assert ours[right].equal(linear_nll(hidden, weight, targets, config=SMALL)[right])
+    assert ours[right].equal(linear_nll(hidden, Head(weight), targets, config=SMALL)[right])
     monkeypatch.setenv("SCORER_KERNELS_DEBUG", "1")
     with pytest.raises(IndexError, match=r"outside the vocabulary's 0 to 49"):
-        linear_nll(hidden, weight, wrong, config=SMALL)
+        linear_nll(hidden, Head(weight), wrong, config=SMALL)
     with pytest.raises(IndexError, match=r"0 to 9"):
-        linear_nll(hidden, weight, targets, vocab_size=10, config=SMALL)
+        linear_nll(hidden, Head(weight, vocab_size=10), targets, config=SMALL)
 
 
 def test_wrong_tensors_are_refused() -> None:
     hidden, weight, targets, bias = drawn(4, 8, 9, torch.float32, 0)
     for wrong in (
-        lambda: linear_nll(hidden, weight[:, :7], targets),
-        lambda: linear_nll(hidden, weight.bfloat16(), targets),
-        lambda: linear_nll(hidden, weight, targets.int()),
-        lambda: linear_nll(hidden, weight, targets[:3]),
-        lambda: linear_nll(hidden, weight, targets, bias=bias[:8]),
-        lambda: linear_nll(hidden, weight, targets, vocab_size=10),
-        lambda: linear_nll(hidden, weight.T.contiguous().T, targets),
+        lambda: linear_nll(hidden, Head(weight[:, :7]), targets),
+        lambda: linear_nll(hidden, Head(weight.bfloat16()), targets),
+        lambda: linear_nll(hidden, Head(weight), targets.int()),
+        lambda: linear_nll(hidden, Head(weight), targets[:3]),
+        lambda: linear_nll(hidden, Head(weight.T.contiguous().T), targets),
+        lambda: linear_nll(hidden, Head(weight, vocab_start=1), targets),
+        lambda: Head(weight, bias[:8]),
+        lambda: Head(weight, vocab_size=10),
+        lambda: Head(weight, softcap=0.0),
+        lambda: Head(weight.double()),
         lambda: merge_partials(torch.zeros(3, 4)),
         lambda: segment_nll(torch.zeros(4).double(), torch.tensor([0, 4])),
         lambda: sample_ifd(torch.zeros(4), torch.tensor([[0, 4]]), torch.tensor([[0, 1], [1, 4]])),
@@ -205,7 +208,7 @@ def test_slices_of_the_vocabulary_merge() -> None:
     targets[0] = 95
     slices = [(0, 40), (40, 41), (41, 90)]
     partials = [
-        linear_nll_partials(hidden, weight[a:b], targets, bias=bias[a:b], softcap=3.0, vocab_start=a, config=SMALL)
+        linear_nll_partials(hidden, Head(weight[a:b], bias[a:b], softcap=3.0, vocab_start=a), targets, config=SMALL)
         for a, b in slices
     ]
     for (a, b), (largest, total, logit) in zip(slices, partials, strict=True):
@@ -214,15 +217,15 @@ def test_slices_of_the_vocabulary_merge() -> None:
         assert torch.allclose(total.double(), (x - x.amax(1, keepdim=True)).exp().sum(1), rtol=1e-5)
         assert logit.isnan().equal((targets < a) | (targets >= b))
     merged = merge_partials(torch.stack(partials))
-    exact = reference_nll(hidden[1:], weight, targets[1:], bias=bias, softcap=3.0)
+    exact = reference_nll(hidden[1:], Head(weight, bias, softcap=3.0), targets[1:])
     assert torch.allclose(merged[1:].double(), exact, rtol=0, atol=2e-6)
-    assert merged[0].isnan(), "no slice has word 95"
+    assert merged[0].isnan(), "no slice holds token 95"
 
 
 def test_no_rows() -> None:
     hidden, weight, targets, _ = drawn(0, 8, 9, torch.float32, 0)
-    assert linear_nll(hidden, weight, targets).shape == (0,)
-    assert merge_partials(linear_nll_partials(hidden, weight, targets)[None]).shape == (0,)
+    assert linear_nll(hidden, Head(weight), targets).shape == (0,)
+    assert merge_partials(linear_nll_partials(hidden, Head(weight), targets)[None]).shape == (0,)
     assert [x.tolist() for x in segment_nll(torch.zeros(0), torch.tensor([0]))] == [[], []]
     assert sample_ifd(torch.zeros(0), *torch.zeros(2, 0, 2, dtype=torch.int64)).ifd.shape == (0,)
 
