@@ -78,7 +78,7 @@ class Layout:
             start, first = self.groups[-1].end, last
 
 
-def varlen_attention(
+def varlen_attention(  # noqa: PLR0913 (transformers calls it)
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,

@@ -18,6 +18,13 @@ from scorer.types import ScorerError
 
 # The largest weak model, in 16 bits; above it, vLLM is worth the time that it takes to start.
 PACKED_BYTES = 5 << 30
+BATCH_TOKENS = {  # by engine and device
+    ("packed", "cpu"): 1024,
+    ("packed", "cuda"): 65536,
+    ("vllm", "cpu"): 2048,
+    ("vllm", "cuda"): 32768,
+}
+CONTEXT_KEYS = ("max_position_embeddings", "n_positions")
 
 
 def check_engine(config: ScoreConfig) -> None:
@@ -102,17 +109,6 @@ def open_engine(config: ScoreConfig, files: ModelFiles) -> Engine:
             return VllmEngine(config, files)
         case other:
             raise ScorerError(f"no engine '{other}'")
-
-
-BATCH_TOKENS = {  # by engine and device
-    ("packed", "cpu"): 1024,
-    ("packed", "cuda"): 65536,
-    ("vllm", "cpu"): 2048,
-    ("vllm", "cuda"): 32768,
-}
-
-
-CONTEXT_KEYS = ("max_position_embeddings", "n_positions")
 
 
 def resolve_config(
