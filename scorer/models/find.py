@@ -106,14 +106,13 @@ def find_model(
 
 def model_table() -> list[ModelRow]:
     """The embedded models, then examples from the hub, each with its path and size if it is on this machine."""
-    rows = [(m.name, "embedded", f"{m.what}; {m.licence}", on_disk(m.name)) for m in EMBEDDED.values()]
+    rows = [(m.name, "embedded", m.what, on_disk(m.name)) for m in EMBEDDED.values()]
     rows += [(name, "hub", what, _in_hub_cache(name, None)) for name, what in HUB_EXAMPLES.items()]
-    return [
-        ModelRow(
-            *row, None if row[3] is None else sum(f.stat().st_size for f in row[3].rglob("*") if f.is_file()) / 1e6
-        )
-        for row in rows
-    ]
+    return [ModelRow(*row, _megabytes(row[-1])) for row in rows]
+
+
+def _megabytes(folder: Path | None) -> float | None:
+    return None if folder is None else sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / 1e6
 
 
 def weight_bytes(files: ModelFiles) -> int:

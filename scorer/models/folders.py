@@ -96,8 +96,8 @@ def _check_embedder(folder: Path, allow_pickle: bool) -> None:
         has_files = "." not in kind and kind != "Normalize"  # other classes are not known, and Normalize has none
         if has_files and (not files or not (weights or kind in WEIGHTLESS)):
             raise ScorerError(f"{path}: files of the module {kind} are missing; copy the model again")
-        pickled = [file for file in weights if file.name == "pytorch_model.bin"]
-        if not allow_pickle and any(not file.with_name("model.safetensors").is_file() for file in pickled):
+        pickled = {file.parent for file in files if file.name == "pytorch_model.bin"}
+        if not allow_pickle and any(not (parent / "model.safetensors").is_file() for parent in pickled):
             raise ScorerError(f"{path}: {PICKLED}")
 
 

@@ -43,19 +43,18 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def check_writable(path: Path) -> None:
     """Raise ScorerError unless a file can be made at `path`; parent folders may be missing. Objects are not checked."""
-    if is_remote(path):
-        return
-    if is_folder(path):
-        raise ScorerError(f"{path}: is a folder; name a file")
-    check_folder(path.parent)
+    if not is_remote(path):
+        if is_folder(path):
+            raise ScorerError(f"{path}: is a folder; name a file")
+        check_folder(path.parent)
 
 
 def check_folder(path: Path) -> None:
     """Raise ScorerError unless the folder `path` exists or can be made, and is writable."""
     folder = next(parent for parent in (path.absolute(), *path.absolute().parents) if exists(parent))
     if not is_folder(folder):
-        prefix = "" if folder == path.absolute() else f"{path}: "
-        raise ScorerError(f"{prefix}{folder if prefix else path} is a file, not a folder; choose another path")
+        name = path if folder == path.absolute() else f"{path}: {folder}"
+        raise ScorerError(f"{name} is a file, not a folder; choose another path")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise ScorerError(f"{path}: you can't write in {folder}; choose another path")
 

