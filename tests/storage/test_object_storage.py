@@ -1,4 +1,4 @@
-"""Object storage is a place like any other: a real S3 server on loopback, that refuses, dies and comes back."""
+"""Object storage works like a disk: against a real S3 server on loopback, which refuses, dies and comes back."""
 
 from __future__ import annotations
 
