@@ -191,9 +191,9 @@ def ray_million(rows: int, shard_rows: int, workers: int, save: bool) -> None:
 
 
 @bench.command()
-@click.option("--check", is_flag=True, help="Fail if the README differs from the results.")
+@click.option("--check", is_flag=True, help="Fail if a page differs from the results.")
 def readme(check: bool) -> None:
-    """Write the figures of bench/results into the README."""
+    """Write the figures of bench/results into the pages."""
     from bench.lib.readme import update
 
     update(check)

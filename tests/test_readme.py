@@ -1,4 +1,4 @@
-"""What README.md and docs/ say: commands that parse, links that lead somewhere. CI runs the README itself."""
+"""README.md and docs/: commands parse, extras exist, links work. `.ci/run` runs the commands of README and recipes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ import pytest
 
 from scorer.commands import cli
 from scorer.requirements import REQUIREMENTS
-from tests.lib.readme import README, ROOT, commands, masked
+from tests.lib import readme
+from tests.lib.readme import README, ROOT, commands, compare, masked
 
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+TABLES_ONLY = ("benchmarks.md", "measures.md")  # pages without commands of scorer
 EXTRAS = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
 CODE = re.compile(r"^    (?:\$ )?(.*?)(?:  +# .*)?$", re.MULTILINE)
 
@@ -31,40 +33,56 @@ def typed(page: Path) -> list[str]:
 def test_commands_parse(page: Path) -> None:
     """Every command and option is known; nothing is run."""
     lines = [line for line in typed(page) if line.startswith("scorer ")]
-    assert lines
+    assert lines or page.name in TABLES_ONLY
     for line in lines:
         _, name, *arguments = shlex.split(line)
         command = cli.commands[name]
         command.make_context(name, arguments, parent=click.Context(cli))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_extras_exist(page: Path) -> None:
-    named = re.findall(r"pip install .*'\.\[(.*?)\]'", page.read_text(encoding="utf-8"))
-    assert named
-    assert {extra for names in named for extra in names.split(",")} <= EXTRAS
+def test_extras_exist() -> None:
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    named = re.findall(r"pip install .*'\.\[(.*?)\]'", text)
+    assert {extra for names in named for extra in names.split(",")} == EXTRAS - {"lint", "test"}
 
 
 def test_extras_that_are_required_exist() -> None:
     assert {needed.extra for needed in REQUIREMENTS.values()} <= EXTRAS
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, *ROOT.glob("C*.md")], ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     for link in re.findall(r"\]\((?!http)(.*?)\)", page.read_text(encoding="utf-8")):
         assert (page.parent / link.partition("#")[0]).exists(), link
 
 
-def test_every_command_of_the_readme_is_run() -> None:
-    """A command of scorer's stands behind a prompt, which is what makes tests/lib/readme.py run it."""
-    text = README.read_text(encoding="utf-8")
-    assert not re.findall(r"^    (?!\$ )(?:scorer|pip|python) .*", text, re.MULTILINE)
-    run = "\n".join(command.text for command in commands(text))
-    for name in ("make demo", "scorer select", "scorer score", "scorer models", "scorer lp", "scorer cluster"):
-        assert name in run
-    assert {"scorer compare", "scorer report", "pip install", "import scorer"} <= set(
-        re.findall(r"scorer compare|scorer report|pip install|import scorer", run)
-    )
+def test_every_command_of_readme_and_recipes_is_run() -> None:
+    """A command stands behind a prompt, which makes tests/lib/readme.py run it. The order is that of a fresh clone."""
+    pages = [page.read_text(encoding="utf-8") for page in readme.PAGES]
+    for text in pages:
+        assert not re.findall(r"^    (?!\$ )(?:scorer|pip|python) .*", text, re.MULTILINE)
+    run = [command.text for text in pages for command in commands(text)]
+    assert run[:2] == ["make demo", ". .venv/bin/activate"]
+    joined = "\n".join(run)
+    for name in ("select", "score", "models", "lp", "cluster", "compare", "report"):
+        assert f"scorer {name}" in joined
+    assert "pip install" in joined
+    assert "import scorer" in joined
+
+
+def test_the_table_of_commands_is_complete() -> None:
+    table = re.findall(r"^\| `scorer (\w+)", README.read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(table) == sorted(cli.commands)
+
+
+def test_output_is_compared_and_written(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("    $ one\n    kept 1\n    $ two\n    5 s\n    more\nend\n")
+    found = list(commands(page.read_text()))
+    assert compare(page, found, [(0, ["kept 1"]), (0, ["7 s", "more"])], write=False) == 0
+    assert compare(page, found, [(0, ["kept 2"]), (1, ["7 s", "more"])], write=False) == 2
+    assert compare(page, found, [(0, ["kept 2", "new"]), (0, ["7 s"])], write=True) == 0
+    assert page.read_text() == "    $ one\n    kept 2\n    new\n    $ two\n    7 s\nend\n"
 
 
 def test_what_is_run_and_what_it_prints() -> None:

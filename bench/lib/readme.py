@@ -1,6 +1,6 @@
-"""Writes the figures of bench/results into the README.
+"""The figures in README.md and docs/: taken from bench/results, never written by hand.
 
-The text between `<!-- bench:NAME -->` and `<!-- /bench -->` is generated from the results of benchmark NAME.
+The text between `<!-- bench:NAME -->` and `<!-- /bench -->` is made from the results whose benchmark is NAME.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from typing import Any
 
 from bench.lib.report import RESULTS
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
 SECTION = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
 
 def engines_table(result: dict[str, Any]) -> str:
-    """A row for each engine, and sentences on agreement and overhead."""
+    """A line per engine, and below the table what does not fit into it."""
     lines = [
-        f"{_where(result)}; {result['model']}, {result['rows']} rows of `{result['data']}`, "
+        f"{_machine(result)}; {result['model']}, {result['rows']} rows of `{result['data']}`, "
         f"{result['tokens']:,} tokens:",
         "",
         "| engine | rows/s | tokens/s | × reference | of the bound |",
@@ -32,45 +32,45 @@ def engines_table(result: dict[str, Any]) -> str:
             f"| {name} | {figures['rows_per_second']:.2f} | {figures['tokens_per_second']:,.0f} "
             f"| {'-' if times is None else f'{times:.2f}'} | {figures['fraction_of_bound']:.0%} |"
         )
-    said = []
+    notes = []
     if result["largest_relative_error"] is not None:
-        said.append(
+        notes.append(
             f"packed against reference in float32: largest relative error {result['largest_relative_error']:.0e}."
         )
     if agreement := result.get("bfloat16_against_float32"):
-        said.append(
+        notes.append(
             f"bfloat16 against float32 over {agreement['rows']:,} rows: Spearman of IFD "
             f"{agreement['spearman_ifd']:.4f}, overlap of the top tenth {agreement['top_10_percent_overlap']:.2f}."
         )
     if result["overhead_fraction"] is not None:
-        said.append(f"Reading, tokenising and writing: {result['overhead_fraction']:.1%} of a run.")
+        notes.append(f"Reading, tokenising and writing: {result['overhead_fraction']:.1%} of a run.")
     if vllm := result.get("vllm"):
-        said += _vllm_sentences(vllm, result["engines"])
+        notes += _vllm_sentences(vllm, result["engines"])
     if result.get("dummy_weights"):
-        said.append("Random weights, and random tokens of the rows' lengths.")
-    return "\n".join([*lines, "", " ".join([*said, f"(`{result['command']}`)"])])
+        notes.append("Random weights, and random tokens of the rows' lengths.")
+    return "\n".join([*lines, "", " ".join([*notes, f"(`{result['command']}`)"])])
 
 
 def _vllm_sentences(vllm: dict[str, Any], engines: dict[str, Any]) -> list[str]:
-    """Sentences on our vLLM engine against stock vLLM and float32, and on engines that were left out."""
-    said = []
+    """How the vLLM engine compares with stock vLLM and with float32, and what was not measured."""
+    notes = []
     mode = "compiled" if vllm["compiled"] else "eager"
     versions = ", ".join(f"{name} {release}" for name, release in vllm["versions"].items())
     if ratios := [f"{ratio:.2f} times {name}" for name, ratio in vllm["times_stock"].items()]:
-        said.append(f"vllm bfloat16 ({versions}, {mode}): {', '.join(ratios)}.")
+        notes.append(f"vllm bfloat16 ({versions}, {mode}): {', '.join(ratios)}.")
     for name, figures in engines.items():
         if name.startswith("vllm") and "spearman_ifd" in figures:
-            said.append(
+            notes.append(
                 f"{name} against {figures['compared_with']}: Spearman of IFD {figures['spearman_ifd']:.4f}, "
                 f"overlap of the top tenth {figures['top_10_percent_overlap']:.2f}."
             )
-    return said + [f"{name} is left out: {why.rstrip('.')}." for name, why in vllm["left_out"].items()]
+    return notes + [f"{name} is left out: {why.rstrip('.')}." for name, why in vllm["left_out"].items()]
 
 
 def scorers_table(result: dict[str, Any]) -> str:
-    """A row for each scorer, the speed-up and the agreement."""
+    """A line per scorer, then the speed-up and how far the two agree."""
     lines = [
-        f"{_where(result)}; {result['rows']} rows of `{result['data']}`:",
+        f"{_machine(result)}; {result['rows']} rows of `{result['data']}`:",
         "",
         "| scorer | engine | parameters | rows/s | tokens/s |",
         "| --- | --- | ---: | ---: | ---: |",
@@ -82,14 +82,14 @@ def scorers_table(result: dict[str, Any]) -> str:
             f"| {figures['parameters'] / 1e6:,.0f}M | {figures['rows_per_second']:.2f} "
             f"| {figures['tokens_per_second']:,.0f} |"
         )
-    said = [f"The weak scorer is {result['speed_up']['rows_per_second']:.1f} times as fast."]
+    notes = [f"The weak scorer is {result['speed_up']['rows_per_second']:.1f} times as fast."]
     for name, title in (("ppl_conditioned", "perplexity"), ("ifd", "IFD")):
         if found := (result["agreement"] or {}).get(name):
             overlap = ", ".join(f"{_figure(own)} of the top {share}" for share, own in found["overlap"].items())
-            said.append(f"Spearman of {title}: {_figure(found['spearman'])}; overlap: {overlap}.")
+            notes.append(f"Spearman of {title}: {_figure(found['spearman'])}; overlap: {overlap}.")
     if result["dummy_weights"]:
-        said.append("Random weights, and random tokens of the rows' lengths.")
-    return "\n".join([*lines, "", " ".join([*said, f"(`{result['command']}`)"])])
+        notes.append("Random weights, and random tokens of the rows' lengths.")
+    return "\n".join([*lines, "", " ".join([*notes, f"(`{result['command']}`)"])])
 
 
 def _figure(figure: dict[str, Any]) -> str:
@@ -97,13 +97,13 @@ def _figure(figure: dict[str, Any]) -> str:
 
 
 def kernel_table(result: dict[str, Any]) -> str:
-    """Milliseconds of each shape and rival."""
+    """The milliseconds of each rival at each shape."""
     names = list(result["shapes"][0]["rivals"])
     rows = "CPU path, " if result["device"] == "cpu" else ""
     lines = [
-        f"The head alone, {result['dtype']}, milliseconds ({rows}{_where(result)}; `{result['command']}`):",
+        f"The head alone, {result['dtype']}, milliseconds ({rows}{_machine(result)}; `{result['command']}`):",
         "",
-        f"| rows x width x vocabulary | {' | '.join(names)} |",
+        f"| rows × hidden size × vocabulary | {' | '.join(names)} |",
         f"| --- |{' ---: |' * len(names)}",
     ]
     for shape in result["shapes"]:
@@ -114,12 +114,12 @@ def kernel_table(result: dict[str, Any]) -> str:
 
 
 def learning_table(result: dict[str, Any]) -> str:
-    """One sentence on a fine-tuning run."""
+    """The result of one fine-tuning, in a sentence."""
     medians = " → ".join(f"{value:.2f}" for value in result["median_perplexity_by_epoch"])
     quantiles = result["lp1_approx_quantiles"]
     return (
         f"Measured on {result['rows']} rows of `{result['data']}` with {result['model']}, {result['epochs']} epoch "
-        f"({_where(result)}): the median perplexity of the training rows went {medians}, and fell for "
+        f"({_machine(result)}): the median perplexity of the training rows went {medians}, and fell for "
         f"{result['share_of_rows_that_fell']:.0%} of them; the median of `lp1_approx` is {quantiles['0.5']:.4f}, its "
         f"tenths go from {quantiles['0.1']:.4f} to {quantiles['0.9']:.4f}; training and scoring took "
         f"{result['seconds']['learn']:,.0f} s, clusters {result['seconds']['cluster']:,.0f} s. (`{result['command']}`)"
@@ -134,14 +134,15 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 
 
-def update(check: bool) -> None:
-    """Write the tables into the README; with `check`, fail where they differ."""
-    text = README.read_text(encoding="utf-8")
-    made = SECTION.sub(lambda match: match[1] + _tables(match[2]) + match[3], text)
-    if check and made != text:
-        raise SystemExit("README.md differs from bench/results: run `python -m bench readme`")
-    if made != text:
-        README.write_text(made, encoding="utf-8")
+def update(check: bool, root: Path = ROOT) -> None:
+    """Write the tables into README.md and docs/ below `root`, or with `check` exit where one differs."""
+    for page in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
+        text = page.read_text(encoding="utf-8")
+        made = SECTION.sub(lambda match: match[1] + _tables(match[2]) + match[3], text)
+        if made != text and check:
+            raise SystemExit(f"{page.relative_to(root)} differs from bench/results: run `python -m bench readme`")
+        if made != text:
+            page.write_text(made, encoding="utf-8")
 
 
 def _tables(name: str) -> str:
@@ -149,6 +150,6 @@ def _tables(name: str) -> str:
     return "".join(TABLES[name](result) + "\n" for result in results if result["benchmark"] == name)
 
 
-def _where(result: dict[str, Any]) -> str:
+def _machine(result: dict[str, Any]) -> str:
     machine = result["machine"]
     return str(machine["gpu"] or f"{machine['cpu']}, {machine['threads']} cores")

@@ -1,13 +1,13 @@
-"""A model's name -> local files.
+"""A model's name -> local files: embedded, in a folder, or on the Hugging Face hub.
 
-Embedded models are fetched by scorer.models.embedded; files become a network in scorer.models.load. The hub's client is
-imported where it is used: this module loads in milliseconds.
+huggingface_hub is imported where it is used, so that this module loads in milliseconds.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from scorer.models.embedded import EMBEDDED, Report, fetch_embedded, on_disk
 from scorer.models.folders import (
     MODEL_FILES,
-    PICKLE_HELP,
+    PICKLED,
     PICKLED_WEIGHTS,
     SMALL_FILES,
     Wanted,
@@ -27,8 +27,8 @@ from scorer.models.folders import (
 from scorer.models.quiet import one_line
 from scorer.types import ScorerError
 
-HUB_SECONDS = 5.0  # how long the hub may take to say whether it knows a name
-HUB_EXAMPLES: Mapping[str, str] = {  # of the families that the packed engine runs
+HUB_TIMEOUT = 5.0  # seconds, for the request that looks a name up
+HUB_EXAMPLES: Mapping[str, str] = {  # from the families that the packed engine runs
     "gpt2": "124M, the paper's weak model",
     "gpt2-medium": "355M",
     "gpt2-large": "774M",
@@ -46,22 +46,20 @@ HUB_EXAMPLES: Mapping[str, str] = {  # of the families that the packed engine ru
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
-    """A model on this machine: `path` is a folder with config.json, weights and (for scoring) a tokenizer.
-
-    `revision` tells its content apart from any other's. `document_token_id` is None where the tokenizer's BOS (EOS
-    where it has none) separates documents. `origin` is embedded, directory or hub.
-    """
+    """A model on this machine."""
 
     name: str
-    path: Path
-    revision: str
-    document_token_id: int | None
-    origin: str
+    path: Path  # a folder with config.json, weights and (for scoring) a tokenizer
+    revision: str  # identifies the content
+    document_token_id: (
+        int | None
+    )  # the token that separates documents; None: the tokenizer's BOS, or EOS if it has none
+    origin: str  # embedded, directory or hub
 
 
 @dataclass(frozen=True, slots=True)
 class ModelRow:
-    """One line of the table of known models; `path` and `megabytes` (10^6 bytes) are None unless it is on disk."""
+    """A line of the table of known models; `path` and `megabytes` (10^6 bytes) are None unless it is on disk."""
 
     name: str
     origin: str
@@ -79,16 +77,15 @@ def find_model(
     embedder: bool = False,
     report: Report | None = None,
 ) -> ModelFiles:
-    """The files of an embedded model, a local folder or a hub model, in that order, fetched if need be.
+    """The files of an embedded model, a local folder or a hub model, in that order; downloaded if necessary.
 
-    An embedded name wins over a folder of that name in the working directory: write `./name` for the folder. A folder
-    wins over a hub model. A hub model that lies in the local hub cache is used as it is, without asking the hub.
-    A folder's revision is `sha256:` and a digest of the names, sizes and contents of its files; of a file over 64 MiB
-    the size, the first MiB and the last MiB count. Without `weights` a folder may lack them, and the hub's are not
-    fetched: for a model that is served elsewhere. With `embedder` the model is one of sentence-transformers, whose
-    modules lie in folders of it; one without modules.json is refused, since nothing says how its tokens become a
-    sentence. Raises ScorerError, within seconds, if the name is none of these, if there are weights in pickle format
-    only and not `allow_pickle`, or if files are missing; see also `fetch_embedded`.
+    For a folder with the name of an embedded model, write `./name`. A hub model in the local hub cache is used without
+    asking the hub. The revision of a folder is a digest of its files (see `digest`). weights: False for a model that is
+    served elsewhere; a folder may lack them, and they are not downloaded. embedder: the model is one of
+    sentence-transformers; it must have a modules.json, which says how token vectors become a sentence vector.
+
+    Raises ScorerError, within seconds, if the name is unknown, if the only weights are pickled and `allow_pickle` is
+    False, or if files are missing; also as `fetch_embedded`.
     """
     folder = Path(os.path.expanduser(name))
     wanted = Wanted(allow_pickle, weights, embedder)
@@ -108,27 +105,24 @@ def find_model(
 
 
 def model_table() -> list[ModelRow]:
-    """The embedded models, then examples from the hub, with what of them is on this machine."""
-    rows = [(m.name, "embedded", f"{m.what}; {m.licence}", on_disk(m.name)) for m in EMBEDDED.values()]
+    """The embedded models, then examples from the hub, each with its path and size if it is on this machine."""
+    rows = [(m.name, "embedded", m.what, on_disk(m.name)) for m in EMBEDDED.values()]
     rows += [(name, "hub", what, _in_hub_cache(name, None)) for name, what in HUB_EXAMPLES.items()]
-    return [
-        ModelRow(name, origin, what, path, sum(f.stat().st_size for f in _files(path)) / 1e6 if path else None)
-        for name, origin, what, path in rows
-    ]
+    return [ModelRow(*row, _megabytes(row[-1])) for row in rows]
+
+
+def _megabytes(folder: Path | None) -> float | None:
+    return None if folder is None else sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / 1e6
 
 
 def weight_bytes(files: ModelFiles) -> int:
-    """The size of the model's weights, as they are on disk."""
+    """The size of the model's weight files."""
     return sum(f.stat().st_size for pattern in ("*.safetensors", PICKLED_WEIGHTS) for f in files.path.glob(pattern))
 
 
 def model_settings(files: ModelFiles) -> dict[str, Any]:
-    """The model's config.json. Raises ScorerError where it cannot be read, or holds anything but a JSON object."""
+    """The model's config.json. Raises ScorerError if it can't be read or is not a JSON object."""
     return settings_of(files.path)
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.is_file())
 
 
 def _in_hub_cache(name: str, revision: str | None, file: str = "config.json") -> Path | None:
@@ -139,32 +133,49 @@ def _in_hub_cache(name: str, revision: str | None, file: str = "config.json") ->
 
 
 def _from_hub(name: str, revision: str | None, wanted: Wanted, report: Report | None) -> ModelFiles:
-    from huggingface_hub import HfApi, errors, snapshot_download
+    problem: ScorerError | None = None
+    with _hub_errors(name, revision):
+        path = _in_hub_cache(name, revision, "modules.json" if wanted.embedder else "config.json")
+    if path is not None:
+        try:
+            wanted.check(path)
+            if not wanted.embedder:
+                check_tokenizer(path)
+            return ModelFiles(name, path, path.name, None, "hub")
+        except ScorerError as error:  # another program downloaded some of the files only: download the others
+            problem = error
+    with _hub_errors(name, revision, problem):
+        path = _download(name, revision, wanted, report)
+    wanted.check(path)
+    return ModelFiles(name, path, path.name, None, "hub")
+
+
+def _download(name: str, revision: str | None, wanted: Wanted, report: Report | None) -> Path:
+    from huggingface_hub import HfApi, snapshot_download
+
+    info = HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT)
+    files = [PurePosixPath(file.rfilename) for file in info.siblings or ()]
+    if wanted.embedder and PurePosixPath("modules.json") not in files:
+        raise ScorerError(f"model '{name}': not a sentence-transformers model, which has a modules.json")
+    pickled = pickled_only(files if wanted.embedder else [file for file in files if len(file.parts) == 1])
+    if wanted.weights and pickled and not wanted.allow_pickle:
+        raise ScorerError(f"model '{name}': {PICKLED}")
+    if report:
+        report(f"fetching {name} from the hub")
+    patterns = [*MODEL_FILES, *([PICKLED_WEIGHTS] if pickled else [])] if wanted.weights else [*SMALL_FILES]
+    # Folders hold the modules of an embedder; of other models, the same weights in other formats.
+    ignored = None if wanted.embedder else ["*/*"]
+    return Path(snapshot_download(name, revision=info.sha, allow_patterns=patterns, ignore_patterns=ignored))
+
+
+@contextmanager
+def _hub_errors(name: str, revision: str | None, problem: ScorerError | None = None) -> Iterator[None]:
+    """Turn the errors of huggingface_hub into ScorerError. `problem`: what is wrong with the model in the hub cache."""
+    from huggingface_hub import errors
 
     login = f"model '{name}': accept its licence at https://huggingface.co/{name}, then run `hf auth login`"
-    problem: ScorerError | None = None  # with what of it lies in the cache
     try:
-        if path := _in_hub_cache(name, revision, "modules.json" if wanted.embedder else "config.json"):
-            try:
-                wanted.check(path)
-                if not wanted.embedder:
-                    check_tokenizer(path)
-                return ModelFiles(name, path, path.name, None, "hub")
-            except ScorerError as error:  # such as a part that another program needed: the hub has the rest
-                problem = error
-        info = HfApi().model_info(name, revision=revision, timeout=HUB_SECONDS)
-        files = [PurePosixPath(file.rfilename) for file in info.siblings or ()]
-        if wanted.embedder and PurePosixPath("modules.json") not in files:
-            raise ScorerError(f"model '{name}': not a sentence-transformers model, which has a modules.json")
-        pickled = pickled_only(files if wanted.embedder else [file for file in files if len(file.parts) == 1])
-        if wanted.weights and pickled and not wanted.allow_pickle:
-            raise ScorerError(f"model '{name}': its weights are pickled (*.bin), {PICKLE_HELP}")
-        if report:
-            report(f"fetching {name} from the hub")
-        patterns = [*MODEL_FILES, *([PICKLED_WEIGHTS] if pickled else [])] if wanted.weights else [*SMALL_FILES]
-        # in folders lie an embedder's modules; of other models, other formats of the same weights
-        left = None if wanted.embedder else ["*/*"]
-        path = Path(snapshot_download(name, revision=info.sha, allow_patterns=patterns, ignore_patterns=left))
+        yield
     except errors.GatedRepoError as error:
         raise ScorerError(login) from error
     except errors.RevisionNotFoundError as error:
@@ -175,16 +186,14 @@ def _from_hub(name: str, revision: str | None, wanted: Wanted, report: Report | 
         if error.response.status_code in (401, 403):
             raise ScorerError(login) from error
         raise _unknown(name, f"the hub failed ({one_line(error)})") from error
-    except (OSError, errors.HTTPError) as error:  # type: ignore[attr-defined]  # of whichever HTTP client the hub's has
+    except (OSError, errors.HTTPError) as error:  # type: ignore[attr-defined]  # that of the hub's HTTP client
         if problem is not None:
             raise ScorerError(f"{problem}; the hub, which has the rest, cannot be reached") from error
         raise _unknown(name, f"the hub cannot be reached ({one_line(error)})") from error
-    wanted.check(path)
-    return ModelFiles(name, path, path.name, None, "hub")
 
 
 def _unknown(name: str, hub: str) -> ScorerError:
     return ScorerError(
-        f"model '{name}': not a folder, not embedded ({', '.join(EMBEDDED)}), not in the hub's cache here, and {hub}; "
+        f"model '{name}': not a folder, not embedded ({', '.join(EMBEDDED)}), not in the local hub cache, and {hub}; "
         f"names on the hub are such as {', '.join(list(HUB_EXAMPLES)[:5])}"
     )

@@ -1,6 +1,6 @@
 """A model's local files -> tokenizer and network; the choice of device and dtype.
 
-torch and transformers are imported where they are used. How a name becomes files is scorer.models.find's.
+torch and transformers are imported where they are used.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from scorer.types import ScorerError, one_of
 
 
 def choose_device(device: str) -> str:
-    """`cpu` or `cuda`. auto: cuda where torch finds one. Raises ScorerError if cuda is asked for and there is none."""
+    """`cpu` or `cuda`; auto is cuda if torch finds a device. Raises ScorerError for cuda without a device."""
     import torch
 
     one_of("device", device, DEVICES)
-    found = torch.cuda.is_available()
-    if device == "cuda" and not found:
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
         raise ScorerError("device: torch finds no CUDA device here; use --device cpu, or install a CUDA build of torch")
-    return ("cuda" if found else "cpu") if device == "auto" else device
+    return ("cuda" if available else "cpu") if device == "auto" else device
 
 
 def choose_dtype(dtype: str, device: str) -> str:
-    """The name of the dtype to compute in. auto: bfloat16 where `device` multiplies it in hardware, else float32.
+    """The name of the dtype; auto is bfloat16 if `device` has instructions for it, else float32.
 
-    Where it is emulated, bfloat16 is slower than float32: on a CPU the instructions themselves are asked for
-    (AVX512-BF16, AMX, or ARM's), since oneDNN calls any AVX-512 enough.
+    Emulated bfloat16 is slower than float32. oneDNN reports bfloat16 support for any AVX-512, so on x86 the
+    instructions are checked here (AVX512-BF16, AMX).
     """
     import torch
 
@@ -48,7 +48,7 @@ def choose_dtype(dtype: str, device: str) -> str:
 
 
 def load_tokenizer(files: ModelFiles, *, trust_remote_code: bool = False) -> Any:
-    """The model's tokenizer (transformers). Raises ScorerError if it has none, or one that does not load."""
+    """The transformers tokenizer. Raises ScorerError if there is none or it does not load."""
     check_tokenizer(files.path)
     with loading(files.path):
         from transformers import AutoTokenizer
@@ -65,10 +65,9 @@ def load_causal_lm(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
 ) -> Any:
-    """The causal language model (transformers) in `dtype` on `device`, in eval mode and without gradients.
+    """The transformers model in `dtype` on `device`, in eval mode and without gradients.
 
-    Raises ScorerError if it does not load, or if its weights do not fill the whole network: transformers would fill in
-    random ones.
+    Raises ScorerError if it does not load, or if weights are missing, which transformers would initialise at random.
     """
     check_folder(files.path, allow_pickle)
     with loading(files.path):

@@ -1,7 +1,4 @@
-"""Quiet loading: what transformers raises for files that it cannot load, as one line, and none of what it says.
-
-It does not know what is loaded, or from where.
-"""
+"""Loading with transformers, without its log and progress bars, and with its errors as one line."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from scorer.types import ScorerError
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the progress bars and the advice of transformers and sentence-transformers off standard error."""
+    """Silence the progress bars and warnings of transformers and sentence-transformers."""
     from transformers.utils import logging as transformers_logging
 
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
@@ -35,7 +32,7 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def loading(path: Path) -> Iterator[None]:
-    """Turn what a library raises while it loads `path` into ScorerError; its progress bars and advice stay off."""
+    """Load `path` in the block: quietly, and with a library's exception as ScorerError."""
     import pickle
 
     from safetensors import SafetensorError
@@ -49,6 +46,6 @@ def loading(path: Path) -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """The error's kind and the first line of its text, at most 200 characters of it."""
+    """The error's class and the first line of its text, up to 200 characters."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

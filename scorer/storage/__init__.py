@@ -1,1 +1,1 @@
-"""Paths on a disk or in a store, files that are whole or absent, and locks."""
+"""Paths on a disk or in object storage, atomic writes, and locks."""

@@ -1,6 +1,4 @@
-"""Files that are whole or absent, on a disk and in object storage. Knows places and the operating system's errors;
-nothing of what is written.
-"""
+"""Atomic writes: a file is complete or absent, on a disk and in object storage."""
 
 from __future__ import annotations
 
@@ -18,12 +16,11 @@ SUFFIX = ".tmp"
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, to be written; then flush it to the disk and rename it to `path`.
+    """Yield the path of a temporary file for the block to write, then rename the file to `path`.
 
-    Missing folders on the way to it are made. Where `path` is a symbolic link, all this is done to the file it leads
-    to, and the link stays. Where it is an object, the temporary file is in the temporary folder and is uploaded at the
-    end. If the block raises, the temporary file is removed and `path` stays as it was. An OSError becomes EngineError
-    where the disk is full, and ScorerError where the path can't be written.
+    Makes missing parent folders. If `path` is a symbolic link, its target is replaced; if it is an object, the file is
+    uploaded. If the block raises, `path` stays as it was. Raises EngineError if the disk is full, ScorerError if `path`
+    can't be written.
     """
     if is_remote(path):
         with _uploading(path) as temporary:
@@ -40,28 +37,24 @@ def replacing(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise storage_error(path, error) from error
     finally:
-        with suppress(OSError):  # where even this fails, the error to see is the one that came before
+        with suppress(OSError):  # keep the exception of the block
             temporary.unlink()
 
 
 def check_writable(path: Path) -> None:
-    """Raise ScorerError unless a file can be made at `path`; folders on the way to it may be missing.
-
-    An object store is not asked: it answers when something is written.
-    """
-    if is_remote(path):
-        return
-    if is_folder(path):
-        raise ScorerError(f"{path}: is a folder; name a file")
-    check_folder(path.parent)
+    """Raise ScorerError unless a file can be made at `path`; parent folders may be missing. Objects are not checked."""
+    if not is_remote(path):
+        if is_folder(path):
+            raise ScorerError(f"{path}: is a folder; name a file")
+        check_folder(path.parent)
 
 
 def check_folder(path: Path) -> None:
-    """Raise ScorerError unless the folder `path` is there or can be made, and can be written."""
+    """Raise ScorerError unless the folder `path` exists or can be made, and is writable."""
     folder = next(parent for parent in (path.absolute(), *path.absolute().parents) if exists(parent))
     if not is_folder(folder):
-        where = str(path) if folder == path.absolute() else f"{path}: {folder}"
-        raise ScorerError(f"{where} is a file, not a folder; choose another path")
+        name = path if folder == path.absolute() else f"{path}: {folder}"
+        raise ScorerError(f"{name} is a file, not a folder; choose another path")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise ScorerError(f"{path}: you can't write in {folder}; choose another path")
 
@@ -81,22 +74,21 @@ def _uploading(path: Path) -> Iterator[Path]:
 
 
 def remove_temporaries(path: Path) -> None:
-    """Remove what killed processes left of `replacing(path)`, which nobody else is writing; its name may hold a `*`."""
-    if is_remote(path):
-        return
-    for temporary in path.parent.glob(f".{path.name}.*{SUFFIX}"):
-        temporary.unlink()
+    """Remove the temporary files of killed processes; `path` may be a pattern. No other process may be writing it."""
+    if not is_remote(path):
+        for temporary in path.parent.glob(f".{path.name}.*{SUFFIX}"):
+            temporary.unlink()
 
 
 def storage_error(path: Path, error: OSError) -> ScorerError:
-    """The error to raise instead of an OSError met while writing `path`."""
+    """The error to raise for an OSError from writing `path`."""
     if error.errno in DISK_FULL:
         return EngineError(f"{path}: the disk is full; free some space and run the same command again")
     return ScorerError(f"{path}: can't be written ({error.strerror or error})")
 
 
 def sync(path: Path) -> None:
-    """Force a file's content, or the names in a folder, onto the disk."""
+    """Flush a file, or the entries of a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,10 +1,10 @@
-"""One writer at a time: a lock on a disk, a lease in object storage. Knows nothing of what is written.
+"""One writer at a time: a lock on a disk, a lease in object storage.
 
-A disk's lock dies with its holder. A store has none, so there the holder writes its name and a time into an object and
-renews it; a name whose time has passed, or whose process is known here to be dead, is replaced. Of two that replace one
-at the same moment the later writer holds it, and the other sees so a second later, or where the later one's writing was
-slow, before that one begins. Clocks may differ by less than `LEASE_SECONDS - RENEW_SECONDS`; if they differ more, two
-writers do the same work twice.
+The lock of a disk ends with the process that holds it. Object storage has no such lock, so the holder writes an object
+with its name and a time, and renews it. Another process may replace a lease whose time has passed, or whose process is
+known to be dead. If two replace it at the same moment, the later writer holds it, and the other one notices: a second
+later, or when it renews if the later write was slow. Clocks may differ by up to `LEASE_SECONDS - RENEW_SECONDS`; beyond
+that, two writers do the same work twice.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from scorer.storage.paths import is_remote, store_errors
 from scorer.types import ScorerError
@@ -27,104 +27,108 @@ from scorer.types import ScorerError
 LEASE_SECONDS = 60.0
 RENEW_SECONDS = 15.0
 SETTLE_SECONDS = 1.0
-BOOT = Path("/proc/sys/kernel/random/boot_id")  # of this machine, until it starts again
+FIELDS = ("token", "host", "processes", "process", "until")  # of a lease
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
-Check = Callable[[], None]  # raises ScorerError where the lock was lost since
+Check = Callable[[], None]  # raises ScorerError if the lock was lost
 
 
-@contextmanager
-def locked(lock: Path) -> Iterator[Check]:
-    """Hold the lock file or object `lock` while the block runs. Raises ScorerError where another process does."""
-    with _leased(lock) if is_remote(lock) else _flocked(lock) as check:
-        yield check
+def locked(lock: Path) -> AbstractContextManager[Check]:
+    """Hold the lock file or object `lock` while the block runs. Raises ScorerError if another process holds it."""
+    return _leased(lock) if is_remote(lock) else _flocked(lock)
 
 
 def check_free(lock: Path) -> None:
-    """Raise ScorerError where another process holds `lock` now."""
+    """Raise ScorerError if another process holds `lock` now."""
     if is_remote(lock):
         _check_holder_gone(lock)
     elif lock.exists():
-        with lock.open() as file:
-            _take(file, lock, fcntl.LOCK_SH)
+        with _flocked(lock, "r", fcntl.LOCK_SH):
+            pass
 
 
-def _held(lock: Path, by: str = "") -> ScorerError:
-    return ScorerError(f"{lock.parent}: another process is writing this run{by}; wait for it or choose another")
+def _held(lock: Path, holder: str = "") -> ScorerError:
+    return ScorerError(f"{lock.parent}: another process is writing this run{holder}; wait for it or choose another")
 
 
 @contextmanager
-def _flocked(lock: Path) -> Iterator[Check]:
-    with lock.open("w") as file:
-        _take(file, lock, fcntl.LOCK_EX)
+def _flocked(lock: Path, mode: str = "w", kind: int = fcntl.LOCK_EX) -> Iterator[Check]:
+    with lock.open(mode) as file:
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _held(lock) from None
         yield lambda: None
 
 
-def _take(file: IO[str], lock: Path, kind: int) -> None:
-    try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise _held(lock) from None
+class _Lease:
+    def __init__(self, lock: Path):
+        self.lock, self.token, self.renewed = lock, uuid.uuid4().hex, time.time()
+        self.ended, self.lost = threading.Event(), threading.Event()
+
+    def acquire(self) -> None:
+        began = time.monotonic()
+        _write(self.lock, self.token)
+        # A process that looked before this write and wrote meanwhile considers itself the holder until it renews.
+        slow = time.monotonic() - began > SETTLE_SECONDS / 2
+        time.sleep(SETTLE_SECONDS + (RENEW_SECONDS if slow else 0))
+        if (now := _read(self.lock)).get("token") != self.token:
+            raise _held(self.lock, f" ({now.get('host')}, process {now.get('process')})")
+
+    def renew(self) -> None:
+        if _read(self.lock).get("token") != self.token:
+            self.lost.set()
+        else:
+            _write(self.lock, self.token)
+            self.renewed = time.time()
+
+    def keep_renewing(self) -> None:
+        while not self.lost.is_set() and not self.ended.wait(RENEW_SECONDS):
+            with suppress(ScorerError, FileNotFoundError):  # if the store fails for long, the writer's own writes fail
+                self.renew()
+
+    def check(self) -> None:
+        if time.time() - self.renewed > LEASE_SECONDS:  # the process or the machine was suspended
+            self.renew()
+        if self.lost.is_set():
+            raise _held(self.lock, ", since this one could not renew its lease")
+
+    def release(self) -> None:
+        with suppress(ScorerError, FileNotFoundError):  # the lease expires by itself
+            if _read(self.lock).get("token") == self.token:
+                _write(self.lock, None)
 
 
 @contextmanager
 def _leased(lock: Path) -> Iterator[Check]:
-    token, ended, lost = uuid.uuid4().hex, threading.Event(), threading.Event()
-    renewed = time.time()
-
-    def renew() -> None:
-        nonlocal renewed
-        if _read(lock).get("token") != token:
-            lost.set()
-        else:
-            _write(lock, token)
-            renewed = time.time()
-
-    def keep() -> None:
-        while not lost.is_set() and not ended.wait(RENEW_SECONDS):
-            with suppress(ScorerError, FileNotFoundError):  # a store that fails for a while: the writes themselves tell
-                renew()
-
-    def check() -> None:
-        if time.time() - renewed > LEASE_SECONDS:  # this process, or the machine, slept
-            renew()
-        if lost.is_set():
-            raise _held(lock, ", since this one could not renew its lease")
-
     _check_holder_gone(lock)
-    thread = threading.Thread(target=keep, name="scorer-lease", daemon=True)
+    lease = _Lease(lock)
+    thread = threading.Thread(target=lease.keep_renewing, name="scorer-lease", daemon=True)
     try:
-        began = time.monotonic()
-        _write(lock, token)
-        # One that looked before this appeared, and wrote its own meanwhile, has settled: it learns when it renews.
-        slow = time.monotonic() - began > SETTLE_SECONDS / 2
-        time.sleep(SETTLE_SECONDS + (RENEW_SECONDS if slow else 0))
-        if (now := _read(lock)).get("token") != token:
-            raise _held(lock, f" ({now.get('host')}, process {now.get('process')})")
+        lease.acquire()
         thread.start()
-        yield check
+        yield lease.check
     finally:
-        ended.set()
+        lease.ended.set()
         if thread.ident is not None:
             thread.join()
-        with suppress(ScorerError, FileNotFoundError):  # it runs out by itself
-            if _read(lock).get("token") == token:
-                _write(lock, None)
+        lease.release()
 
 
 def _check_holder_gone(lock: Path) -> None:
     lease = _read(lock)
     if not lease.get("token"):
         return
-    left = float(lease["until"]) - time.time()
-    dead = (lease["host"], lease["processes"]) == (platform.node(), _processes()) and not _is_alive(lease["process"])
+    left, host, process = float(lease["until"]) - time.time(), lease["host"], lease["process"]
+    dead = (host, lease["processes"]) == (platform.node(), _processes()) and not _is_alive(process)
     if left > 0 and not dead:
-        raise _held(lock, f" ({lease['host']}, process {lease['process']}; its lease ends in {left:.0f} s if it died)")
+        raise _held(lock, f" ({host}, process {process}; its lease ends in {left:.0f} s if it died)")
 
 
 def _processes() -> str:
-    """What tells one numbering of processes from another's: machines, and containers of one, may share a name."""
-    with suppress(OSError):
-        return BOOT.read_text().strip() + " " + os.readlink("/proc/self/ns/pid")
+    """Identifies the process namespace: several machines or containers may have the same host name."""
+    with suppress(OSError):  # not on Linux
+        return BOOT_ID.read_text().strip() + " " + os.readlink("/proc/self/ns/pid")
     return ""
 
 
@@ -142,21 +146,12 @@ def _read(lock: Path) -> dict[str, Any]:
     try:
         with store_errors(lock):
             lease = json.loads(lock.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):  # the latter: of a run that was copied from a disk, whose lock is empty
+    except (FileNotFoundError, ValueError):  # ValueError: the empty lock file of a run that was copied from a disk
         return {}
-    return lease if isinstance(lease, dict) and lease.keys() == _lease(None).keys() else {}
+    return lease if isinstance(lease, dict) and lease.keys() == set(FIELDS) else {}
 
 
 def _write(lock: Path, token: str | None) -> None:
+    values = (token, platform.node(), _processes(), os.getpid(), time.time() + LEASE_SECONDS)
     with store_errors(lock):
-        lock.write_text(json.dumps(_lease(token)) + "\n", encoding="utf-8")
-
-
-def _lease(token: str | None) -> dict[str, Any]:
-    return {
-        "token": token,
-        "host": platform.node(),
-        "processes": _processes(),
-        "process": os.getpid(),
-        "until": time.time() + LEASE_SECONDS,
-    }
+        lock.write_text(json.dumps(dict(zip(FIELDS, values, strict=True))) + "\n", encoding="utf-8")

@@ -1,9 +1,7 @@
-"""Where files are: on a disk of this machine, or in object storage under an `s3://` URL.
+"""Paths on a disk of this machine, and `s3://` URLs in object storage, which universal_pathlib makes act as paths.
 
-A place has pathlib's methods either way (universal_pathlib over s3fs for a URL). Credentials, region and endpoint are
-those of the environment, as AWS's own tools take them: no URL holds any. An object appears whole or not at all, and
-an upload that is cut off leaves nothing to see, so nothing is ever renamed there. Knows stores and what they raise;
-nothing of what is kept in them.
+Credentials, region and endpoint come from the environment, as for AWS's own tools; no URL holds any. An object appears
+complete or not at all, and an upload that breaks off leaves nothing, so nothing is renamed in object storage.
 """
 
 from __future__ import annotations
@@ -21,146 +19,141 @@ from scorer.requirements import require
 from scorer.types import EngineError, ScorerError
 
 SCHEME = "s3"
-PATTERN = "*["  # what makes a name one
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # of a disk
+PATTERN = set("*[")  # the characters that make a URL a pattern
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def to_path(where: str | Path) -> Path:
-    """A path, or of an `s3://` URL what acts as one. Raises ScorerError for other URLs, and where s3fs is missing."""
-    if not isinstance(where, str):
-        return where
-    scheme, colons, rest = where.partition("://")
-    if not colons:
-        return Path(where)
+def to_path(path: str | Path) -> Path:
+    """A pathlib.Path, or a UPath for an `s3://` URL. Raises ScorerError for other URLs, and if s3fs is missing."""
+    if not isinstance(path, str):
+        return path
+    scheme, separator, rest = path.partition("://")
+    if not separator:
+        return Path(path)
     if scheme != SCHEME:
-        raise ScorerError(f"{scheme}://: is no place for data; name a file of this machine, or s3://BUCKET/KEY")
+        raise ScorerError(f"{scheme}://: not supported; use a local path or s3://BUCKET/KEY")
     bucket = rest.partition("/")[0]
     if not bucket or set("@*?[") & set(bucket) or "?" in rest:
         raise ScorerError("s3://: write s3://BUCKET/KEY; credentials and endpoint belong in the environment")
     require("s3://")
     from upath import UPath
 
-    # Listings are not kept: other processes write here too.
-    return cast(Path, UPath(where.rstrip("/"), use_listings_cache=False))
+    # No cached listings: other processes write here too.
+    return cast(Path, UPath(path.rstrip("/"), use_listings_cache=False))
 
 
-def is_remote(where: Path) -> bool:
-    """Whether a place is in object storage."""
-    return not isinstance(where, Path)
+def is_remote(path: Path) -> bool:
+    """Whether the path is in object storage."""
+    return not isinstance(path, Path)
 
 
-def absolute(where: str | Path) -> str:
-    """The name of a place that holds in every folder and on every machine that sees it.
-
-    Links stay: what they lead to may have no suffix, as in a hub's cache.
-    """
-    found = to_path(where)
+def absolute(path: str | Path) -> str:
+    """The path as an absolute path or URL. Symbolic links stay: their targets may have no suffix, as in a hub cache."""
+    found = to_path(path)
     return str(found) if is_remote(found) else os.path.abspath(found)
 
 
-def expand(where: str) -> list[str]:
-    """What a URL with a `*` stands for, sorted; anything else is itself: of local files the shell does it.
+def expand(path: str) -> list[str]:
+    """The URLs that match a URL with a `*`, sorted; anything else as it is, since the shell expands local patterns.
 
-    Raises ScorerError where nothing matches.
+    Raises ScorerError if nothing matches.
     """
-    found = to_path(where)
-    if not is_remote(found) or not set(PATTERN) & set(where) or exists(found):
-        return [where]
+    found = to_path(path)
+    if not is_remote(found) or not PATTERN & set(path) or exists(found):
+        return [path]
     with store_errors(found):
-        objects = sorted(_store(found).glob(_key(found)))
-    if not objects:
-        raise ScorerError(f"{where}: nothing there has such a name; check the bucket and the pattern")
-    if odd := next((name for name in objects if "?" in name), None):
-        raise ScorerError(f"{SCHEME}://{odd}: a key with a ? can't be named in a URL; rename the object")
-    return [f"{SCHEME}://{name}" for name in objects]
+        store, key = _store_and_key(found)
+        keys = sorted(store.glob(key))
+    if not keys:
+        raise ScorerError(f"{path}: no object matches; check the bucket and the pattern")
+    if odd := next((key for key in keys if "?" in key), None):
+        raise ScorerError(f"{SCHEME}://{odd}: a URL can't contain a ?; rename the object")
+    return [f"{SCHEME}://{key}" for key in keys]
 
 
-def exists(where: Path) -> bool:
+def exists(path: Path) -> bool:
     """Whether there is such a file, folder or object."""
-    with _read_errors(where):
-        return where.exists()
+    with _read_errors(path):
+        return path.exists()
 
 
-def is_folder(where: Path) -> bool:
+def is_folder(path: Path) -> bool:
     """Whether there is a folder, or any object under the URL."""
-    with _read_errors(where):
-        return where.is_dir()
+    with _read_errors(path):
+        return path.is_dir()
 
 
 @contextmanager
-def _read_errors(where: Path) -> Iterator[None]:
-    """As `store_errors`, and ScorerError where a disk doesn't let this user look, or knows no such names."""
+def _read_errors(path: Path) -> Iterator[None]:
+    """Like `store_errors`, and turn the OSError of a disk into ScorerError, such as a missing permission."""
     try:
-        with store_errors(where):
+        with store_errors(path):
             yield
     except (FileNotFoundError, NotADirectoryError):
         raise
     except OSError as error:
-        raise ScorerError(f"{where}: can't be read ({error.strerror or error})") from error
+        raise ScorerError(f"{path}: can't be read ({error.strerror or error})") from error
 
 
 def list_folder(folder: Path) -> list[Path]:
-    """What is in a folder, in no order; nothing where there is no such folder."""
+    """The paths in a folder, in no order; empty if there is no such folder."""
     try:
         with _read_errors(folder):
             if not is_remote(folder):
                 return list(folder.iterdir())
-            names = [name.rstrip("/") for name in _store(folder).ls(_key(folder), detail=False)]
-        # An object of the folder's own name is what consoles make of an empty folder.
-        return [folder / name.rpartition("/")[2] for name in names if name != _key(folder).rstrip("/")]
+            store, key = _store_and_key(folder)
+            keys = [found.rstrip("/") for found in store.ls(key, detail=False)]
+        # S3 consoles represent an empty folder as an object with the folder's own name.
+        return [folder / found.rpartition("/")[2] for found in keys if found != key.rstrip("/")]
     except (FileNotFoundError, NotADirectoryError):
         return []
 
 
-def object_info(where: Path) -> dict[str, Any]:
-    """What the store knows of an object: size (bytes), ETag and more. Raises ScorerError where there is none."""
+def object_info(path: Path) -> dict[str, Any]:
+    """The store's metadata of an object: size (bytes), ETag and more. Raises ScorerError if there is no such object."""
     try:
-        with store_errors(where):
-            known: dict[str, Any] = _store(where).info(_key(where))
+        with store_errors(path):
+            store, key = _store_and_key(path)
+            info: dict[str, Any] = store.info(key)
     except FileNotFoundError as error:
-        raise ScorerError(f"{where}: no such object; check the bucket and the key") from error
-    if known["type"] != "file":
-        raise ScorerError(f"{where}: is a folder; name the objects in it, or write {where}/*.jsonl")
-    return known
+        raise ScorerError(f"{path}: no such object; check the bucket and the key") from error
+    if info["type"] != "file":
+        raise ScorerError(f"{path}: is a folder; name the objects in it, or write {path}/*.jsonl")
+    return info
 
 
-def _store(where: Path) -> Any:
-    """The fsspec file system of a remote place, which calls the place by its `_key`."""
-    return where.fs  # type: ignore[attr-defined]
-
-
-def _key(where: Path) -> str:
-    """BUCKET/KEY."""
-    return str(where.path)  # type: ignore[attr-defined]
+def _store_and_key(path: Path) -> tuple[Any, str]:
+    """The fsspec file system of a remote path, and BUCKET/KEY."""
+    return path.fs, str(path.path)  # type: ignore[attr-defined]
 
 
 def remove(files: Iterable[Path]) -> None:
-    """Remove files, those that are there; of a store many in one request."""
+    """Remove the files that exist; in object storage, many per request."""
     for folder, group in groupby(files, lambda file: file.parent):
         if not is_remote(folder):
             for file in group:
                 file.unlink(missing_ok=True)
             continue
-        there = set(list_folder(folder))
-        names = [_key(file) for file in group if file in there]
+        present = set(list_folder(folder))
         with store_errors(folder):
-            if names and not set(PATTERN) & set(names[0]):
-                _store(folder).rm(names)
-            else:  # which `rm` would take for a pattern
-                for name in names:
-                    _store(folder).rm_file(name)
+            store, keys = _store_and_key(folder)[0], [_store_and_key(file)[1] for file in group if file in present]
+            if keys and not PATTERN & set(keys[0]):
+                store.rm(keys)
+            else:  # `rm` would expand them as patterns
+                for key in keys:
+                    store.rm_file(key)
 
 
 @contextmanager
-def local_copy(where: Path) -> Iterator[Path]:
-    """A file on this machine's disk: itself, or of an object a copy in the temporary folder while the block runs."""
-    with local_copies([where]) as (file,):
+def local_copy(path: Path) -> Iterator[Path]:
+    """The path of a file on this machine's disk; for an object, of a temporary copy while the block runs."""
+    with local_copies([path]) as (file,):
         yield file
 
 
 @contextmanager
 def local_copies(files: Sequence[Path]) -> Iterator[list[Path]]:
-    """The files of one folder on this machine's disk, as `local_copy` gives one."""
+    """Like `local_copy`, for files of one folder."""
     if not files or not is_remote(files[0]):
         yield list(files)
         return
@@ -168,26 +161,27 @@ def local_copies(files: Sequence[Path]) -> Iterator[list[Path]]:
         copies = [Path(folder, file.name) for file in files]
         try:
             with store_errors(files[0].parent):
-                names = [_key(file) for file in files]
-                _store(files[0]).get(names, list(map(str, copies)))
+                keys = [_store_and_key(file)[1] for file in files]
+                _store_and_key(files[0])[0].get(keys, list(map(str, copies)))
         except FileNotFoundError as error:
             raise ScorerError(f"{files[0].parent}: an object is gone ({_error_text(error)})") from error
         yield copies
 
 
-def upload(file: Path, where: Path) -> None:
-    """Make a local file's content the object `where`: in one request, or in parts that appear together at the end."""
-    with store_errors(where):
-        _store(where).put_file(str(file), _key(where))
+def upload(file: Path, path: Path) -> None:
+    """Upload a local file to the object `path`. The object appears at the end, even if it is uploaded in parts."""
+    with store_errors(path):
+        store, key = _store_and_key(path)
+        store.put_file(str(file), key)
 
 
 @contextmanager
-def store_errors(where: Path) -> Iterator[None]:
-    """Turn what a store raises into an error for the user; what is not there, and a disk's errors, pass.
+def store_errors(path: Path) -> Iterator[None]:
+    """Turn the errors of a store into ScorerError if it refuses access, EngineError if it fails or can't be reached.
 
-    ScorerError where the store refuses, EngineError where it fails or can't be reached.
+    FileNotFoundError, NotADirectoryError and the errors of a disk pass.
     """
-    if not is_remote(where):
+    if not is_remote(path):
         yield
         return
     from aiohttp import ClientError
@@ -198,17 +192,15 @@ def store_errors(where: Path) -> Iterator[None]:
     except (FileNotFoundError, NotADirectoryError):
         raise
     except (PermissionError, NoCredentialsError, PartialCredentialsError, ProfileNotFound) as error:
-        raise ScorerError(
-            f"{where}: the store refuses access ({_error_text(error)}); "
-            "check the bucket and the credentials in the environment"
-        ) from error
+        help = "check the bucket and the credentials in the environment"
+        raise ScorerError(f"{path}: the store refuses access ({_error_text(error)}); {help}") from error
     except (OSError, BotoCoreError, ClientError) as error:
         if isinstance(error, OSError) and error.errno in DISK_FULL:
             folder = tempfile.gettempdir()
             raise EngineError(f"{folder}: the disk is full; free some space or set TMPDIR, and run it again") from error
-        raise EngineError(f"{where}: the store fails ({_error_text(error)}); the same command resumes") from error
+        raise EngineError(f"{path}: the store fails ({_error_text(error)}); the same command resumes") from error
 
 
 def _error_text(error: Exception) -> str:
-    """What an error says, without the document that a store's answer may hold: it names keys."""
+    """The error's text, without the XML document that a store may answer with, which contains keys."""
     return " ".join(str(error).partition("<")[0].split())[:200]

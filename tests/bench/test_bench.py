@@ -16,7 +16,7 @@ from rich.console import Console
 
 from bench.__main__ import EXAMPLES, bench
 from bench.engines import PACKED16, PACKED32, REFERENCE, STOCK, VLLM, EnginesConfig, checked_error, open_engines, rounds
-from bench.lib.readme import engines_table, scorers_table
+from bench.lib.readme import engines_table, scorers_table, update
 from bench.lib.rivals import response_rows
 from bench.lib.rows import encoded, longest, random_tokens
 from bench.lib.shapes import SHAPES, fill, network, outline, shape_config
@@ -212,3 +212,16 @@ def test_the_readme_of_a_result_with_vllm() -> None:
     assert "vllm stock response-only is left out: vLLM refuses it." in table
     result["vllm"] |= {"versions": {}, "times_stock": {}, "left_out": {VLLM: "the vllm engine needs vLLM"}}
     assert "vllm bfloat16 is left out: the vllm engine needs vLLM." in engines_table(result)
+
+
+def test_tables_go_into_every_page_with_a_section(tmp_path: Path) -> None:
+    page = tmp_path / "docs" / "speed.md"
+    page.parent.mkdir()
+    (tmp_path / "README.md").write_text("no section\n")
+    page.write_text("<!-- bench:engines -->\nold\n<!-- /bench -->\n")
+    with pytest.raises(SystemExit, match=r"docs/speed\.md"):
+        update(check=True, root=tmp_path)
+    update(check=False, root=tmp_path)
+    update(check=True, root=tmp_path)
+    assert "| reference float32 |" in page.read_text()
+    assert (tmp_path / "README.md").read_text() == "no section\n"

@@ -1,10 +1,11 @@
-"""The README as typed: its commands are run one after another in one shell, and what they print is compared with it.
+"""Run the commands of README.md, then those of docs/recipes.md, and compare what they print with the pages.
 
-    python tests/lib/readme.py            # in a clone where `make demo` was run
-    python tests/lib/readme.py --write    # put what they print into the README
+    python tests/lib/readme.py            # in a fresh clone: the first command is `make demo`
+    python tests/lib/readme.py --write    # write what they print into the pages
 
-A command is a line of a code block that begins with `$ `; what follows it there is what it prints. A Python block is
-run too. Numbers vary with the machine, so they are compared in the lines of EXACT alone; progress is left out.
+All commands run in one shell, in the order of PAGES. A command is a line of a code block that begins with `$ `; the
+lines below it are its output. Python blocks are run too. Numbers vary with the machine, so only lines that match EXACT
+are compared with their numbers; progress is left out.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
+PAGES = (README, ROOT / "docs" / "recipes.md")
 PROMPT = "    $ "
 MARK = "--- as typed ---"
 EXACT = re.compile(r"kept |status: |k-means: |demo/\S+: \d+ records")
@@ -28,7 +31,7 @@ VARIES = re.compile(r"bfloat16|float32|x86_64|aarch64|[+-]?\d[\d,.]*(e[+-]\d+)?|
 
 @dataclass
 class Command:
-    """A shell command of the README, the lines that it is said to print, and where these stand (0-based, end open)."""
+    """A shell command, its output on the page, and the lines of the page that hold the output (0-based, end open)."""
 
     text: str
     output: list[str]
@@ -72,29 +75,38 @@ def run(found: list[Command]) -> list[tuple[int, list[str]]]:
 
 
 def masked(line: str) -> str:
-    """A line without what varies from machine to machine."""
+    """A line without the parts that vary from machine to machine."""
     return line.strip() if EXACT.match(line) else VARIES.sub("#", line).strip("# ")
 
 
-def main() -> None:
-    """Run the README; exit with 1 where a command fails or prints something else."""
-    text = README.read_text(encoding="utf-8")
-    found = list(commands(text))
-    began = time.monotonic()
+def compare(page: Path, found: list[Command], results: list[tuple[int, list[str]]], write: bool) -> int:
+    """Print the commands of a page that fail or print something else, and count them. `write`: replace the output."""
+    lines = page.read_text(encoding="utf-8").splitlines()
     faults = 0
-    lines = text.splitlines()
-    for command, (code, printed) in reversed(list(zip(found, run(found), strict=True))):
+    for command, (code, printed) in reversed(list(zip(found, results, strict=True))):  # from the end: lines may shift
         if code:
             faults += 1
             print(f"$ {command.text}\nexit code {code}:", *printed, sep="\n")
-        elif command.output and "--write" in sys.argv:
+        elif command.output and write:
             lines[command.start : command.end] = [f"    {line}" for line in printed]
         elif command.output and list(map(masked, command.output)) != list(map(masked, printed)):
             faults += 1
-            print(f"$ {command.text}\nprints what the README does not say:", *printed, sep="\n")
-    if "--write" in sys.argv and not faults:
-        README.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print(f"{len(found)} commands of the README, {faults} faults, {time.monotonic() - began:,.0f} s")
+            print(f"$ {command.text}\nprints something else than {page.name} says:", *printed, sep="\n")
+    if write and not faults:
+        page.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return faults
+
+
+def main() -> None:
+    """Run the commands of all pages. Exit with 1 if a command fails or prints something else."""
+    pages = {page: list(commands(page.read_text(encoding="utf-8"))) for page in PAGES}
+    began = time.monotonic()
+    results = iter(run([command for found in pages.values() for command in found]))
+    faults = 0
+    for page, found in pages.items():
+        faults += compare(page, found, list(islice(results, len(found))), "--write" in sys.argv)
+        print(f"{page.name}: {len(found)} commands")
+    print(f"{faults} faults, {time.monotonic() - began:,.0f} s")
     sys.exit(1 if faults else 0)
 
 

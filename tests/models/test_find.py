@@ -149,7 +149,7 @@ def test_a_tensor_that_is_missing_is_not_made_up(tmp_path: Path) -> None:
     [
         ("config.json", None, "no config.json"),
         ("config.json", "{", r"config\.json: cannot be read \(JSONDecodeError"),
-        ("config.json", "[]", r"config\.json: not a model's configuration"),
+        ("config.json", "[]", r"config\.json: not a JSON object"),
         ("config.json", '{"model_type": "of-no-one"}', "does not load.*of-no-one"),
         ("model.safetensors", None, "no weights"),
         ("model.safetensors", "short", "does not load.*SafetensorError"),

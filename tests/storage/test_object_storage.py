@@ -1,4 +1,4 @@
-"""Object storage is a place like any other: a real S3 server on loopback, that refuses, dies and comes back."""
+"""Object storage works like a disk: against a real S3 server on loopback, which refuses, dies and comes back."""
 
 from __future__ import annotations
 
@@ -311,10 +311,10 @@ def test_names_that_look_like_patterns_are_names(
         (("s3://missing/x.json", "-o", "run"), {}, "s3://missing/x.json"),
         (("data.json", "-o", "s3://missing/run"), {}, "check the bucket"),
         (("s3://bucket/none.json", "-o", "run"), {}, "no such object"),
-        (("s3://bucket/none*.json", "-o", "run"), {}, "nothing there has such a name"),
+        (("s3://bucket/none*.json", "-o", "run"), {}, "no object matches"),
         (("s3://bucket/in", "-o", "run"), {}, "unknown kind of file"),
         (("s3://*/x.json", "-o", "run"), {}, "s3://BUCKET/KEY"),
-        (("s3://bucket/asked/*.json", "-o", "run"), {}, "s3://bucket/asked/why?.json: a key with a ?"),
+        (("s3://bucket/asked/*.json", "-o", "run"), {}, "s3://bucket/asked/why?.json: a URL can't contain a ?"),
         (("gs://bucket/x.json", "-o", "run"), {}, "s3://BUCKET/KEY"),
         (("s3://key:secret@bucket/x.json", "-o", "run"), {}, "belong in the environment"),
     ],
