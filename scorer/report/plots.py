@@ -148,12 +148,12 @@ def group_sizes(sizes: Floats, taken: Mapping[str, Floats]) -> Figure:
     return figure
 
 
-def inline(figure: Figure, name: str, text: str) -> str:
-    """The picture as an <svg> element that takes the page's text colour; `text` (escaped) is read to who can't see."""
+def inline(figure: Figure, name: str) -> str:
+    """The picture as an <svg> element in the page's text colour, for screen readers labelled by the id title-NAME."""
     svg = _render(figure, "svg", transparent=True).decode()
     svg = svg[svg.index("<svg") :].strip().replace(INK, "currentColor")
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)  # one page has many pictures
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{text}" ', 1)
+    return svg.replace("<svg ", f'<svg role="img" aria-labelledby="title-{name}" ', 1)
 
 
 def save(figure: Figure, folder: Path, name: str) -> None:
