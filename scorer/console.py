@@ -21,7 +21,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Column, Table
 
 from scorer.agreement.compare import Contents, Pair
-from scorer.agreement.statistics import Figure
+from scorer.agreement.statistics import Estimate
 from scorer.models.find import ModelRow
 from scorer.runs.directory import Run
 from scorer.scores.summary import COLUMNS, QUANTILES, summarise
@@ -151,19 +151,19 @@ def show_comparison(rows: Sequence[Pair] | Sequence[Contents]) -> None:
         if found.left_out:
             line(f"{found.left_out:,} more have no finite value of both, and are left out")
         table = Table("", *(Column(title, justify="right") for title in ("value", "95% interval")), box=_box(output))
-        table.add_row("Spearman", *_figure(found.spearman))
-        table.add_row("Kendall tau-b", *_figure(found.kendall))
+        table.add_row("Spearman", *_cells(found.spearman))
+        table.add_row("Kendall tau-b", *_cells(found.kendall))
         for where, cuts in (("", found.whole), (" per cluster", found.per_cluster or ())):
             for cut in cuts:
                 name = f"best {100 * float(cut.share):.4g}%{where}, {cut.records:,}"
-                table.add_row(f"{name}: overlap", *_figure(cut.overlap))
-                table.add_row(f"{name}: IoU", *_figure(cut.iou))
+                table.add_row(f"{name}: overlap", *_cells(cut.overlap))
+                table.add_row(f"{name}: IoU", *_cells(cut.iou))
         output.print(table)
 
 
-def _figure(figure: Figure) -> tuple[str, str]:
-    value = "none" if figure.value is None else f"{figure.value:.3f}"
-    return value, "" if figure.low is None or figure.high is None else f"{figure.low:.3f} to {figure.high:.3f}"
+def _cells(found: Estimate) -> tuple[str, str]:
+    value = "none" if found.value is None else f"{found.value:.3f}"
+    return value, "" if found.low is None or found.high is None else f"{found.low:.3f} to {found.high:.3f}"
 
 
 def show_models(rows: Sequence[ModelRow]) -> None:

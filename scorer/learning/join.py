@@ -19,6 +19,7 @@ from scorer.learning.learn import PROTOCOL, check_run_kind, discard, finish, is_
 from scorer.runs.directory import Run
 from scorer.runs.manifest import Manifest, differences
 from scorer.runs.progress import Progress, Silent
+from scorer.scores.aggregate import check_ids, check_same_ids
 from scorer.scores.measures import SCHEMA
 from scorer.storage.paths import absolute, is_folder, local_copy, to_path
 from scorer.types import RowStatus, ScorerError
@@ -44,8 +45,9 @@ def join_runs(
     for manifest in manifests[1:]:
         _check_same_data(manifests[0], manifest)
     tables = [_read_table(to_path(path)) for path in sources]
-    for path, table in zip(sources[1:], tables[1:], strict=True):
-        _check_same_records(str(sources[0]), tables[0], str(path), table)
+    for path, table in zip(sources, tables, strict=True):
+        check_ids(str(path), table, KEYS)
+        check_same_ids(str(sources[0]), tables[0], str(path), table, KEYS)
     digests = [_digest(to_path(path)) for path in sources]
     base = manifests[0] if manifests else _table_manifest(sources, tables[0])
     run = Run(output)
@@ -91,8 +93,6 @@ def _read_table(path: Path) -> pl.DataFrame:
         table = table.select(given.get(name, pl.lit(None)).cast(dtype).alias(name) for name, dtype in SCHEMA.items())
     except pl.exceptions.PolarsError as error:
         raise ScorerError(f"{path}: its columns are not those of a score table ({first_line(error)})") from error
-    if missing_ids := table["record_id"].null_count():
-        raise ScorerError(f"{path}: {missing_ids:,} rows have no record_id")
     return table.sort(KEYS)
 
 
@@ -101,18 +101,6 @@ def _digest(path: Path) -> str:
         return str(Run(path).manifest.fingerprint)
     with local_copy(path) as copy, copy.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _check_same_records(first_name: str, first: pl.DataFrame, name: str, table: pl.DataFrame) -> None:
-    for label, frame in ((first_name, first), (name, table)):
-        if twice := frame.height - frame.select(KEYS).n_unique():
-            raise ScorerError(f"{label}: {twice:,} rows repeat the record_id (and turn) of another")
-    gone, new = first.join(table, on=KEYS, how="anti").height, table.join(first, on=KEYS, how="anti").height
-    if gone or new:
-        raise ScorerError(
-            f"{name}: {gone:,} of the {first.height:,} rows of {first_name} are not in it, and {new:,} of its own are "
-            "not there: give scores of the same data"
-        )
 
 
 def _check_same_data(first: Manifest, other: Manifest) -> None:
