@@ -1,6 +1,6 @@
-"""LP from scores that exist: run directories or plain tables, one before training and one after each epoch, joined.
+"""LP from existing scores: joins run directories or plain tables, one before training and one after each epoch.
 
-The formulas are in scorer.scores.measures; training is scorer.learning.learn's.
+The formulas are in scorer.scores.measures; scorer.learning.learn trains.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from scorer.scores.measures import SCHEMA
 from scorer.storage.paths import absolute, is_folder, local_copy, to_path
 from scorer.types import RowStatus, ScorerError
 
-TABLE_ROWS = 100_000  # records a shard of a run that was joined from tables
+SHARD_ROWS = 100_000  # records per shard of a run that is joined from tables
 KEYS = ["record_id", "turn"]
-SAME = ("protocol", "max_length", "limit", "columns")  # what the runs of one model's epochs agree in
+COMMON_OPTIONS = ("protocol", "max_length", "limit", "columns")  # equal in the runs of all epochs
 
 
 def join_runs(
     sources: Sequence[str | Path], output: str | Path, *, fresh: bool = False, progress: Progress | None = None
 ) -> Run:
-    """The run directory of LP from scores that exist: before training, and after each epoch, in this order.
+    """Make the run directory of LP from existing scores: before training, and after each epoch, in this order.
 
     sources: two or more run directories, or Parquet, CSV or JSON files with `record_id` and `ppl_conditioned`
     (other columns of the score table are taken too). The data is that of the run directories; with none of them the
@@ -65,7 +65,7 @@ def join_runs(
 
 
 def _table_manifest(sources: Sequence[str | Path], table: pl.DataFrame) -> Manifest:
-    config = {"limit": None, "columns": None, "shard_rows": TABLE_ROWS, "protocol": PROTOCOL}
+    config = {"limit": None, "columns": None, "shard_rows": SHARD_ROWS, "protocol": PROTOCOL}
     name = " ".join(to_path(path).name for path in sources)
     return Manifest(
         identity={"config": config, "model_revision": None, "inputs": []},
@@ -105,7 +105,8 @@ def _digest(path: Path) -> str:
 
 def _check_same_data(first: Manifest, other: Manifest) -> None:
     one, two = (
-        {"config": {name: m.config.get(name) for name in SAME}, "inputs": m.identity["inputs"]} for m in (first, other)
+        {"config": {name: m.config.get(name) for name in COMMON_OPTIONS}, "inputs": m.identity["inputs"]}
+        for m in (first, other)
     )
     if differing := differences(one, two):
         raise ScorerError(f"the runs differ ({'; '.join(differing)}): their perplexities can't be compared")

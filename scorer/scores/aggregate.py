@@ -1,6 +1,6 @@
 """The rows of a score table, one a turn -> one row a record.
 
-Pure Polars: it knows the key columns and that all other numbers are measures, not what a measure means.
+Knows the key columns; all other numeric columns are measures, whatever they mean.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ def per_record(scores: pl.DataFrame, aggregate: str = "mean") -> pl.DataFrame:
         twice = table.filter(same & ~later)
         if not twice.is_empty():
             record_id, turn = twice.row(0)[:2]
-            raise ScorerError(f"not a score table: turn {turn} of record {record_id} stands in it twice")
+            raise ScorerError(f"not a score table: turn {turn} of record {record_id} occurs twice")
     scored = pl.col("status").is_in(SCORED)
     reason = pl.when(scored).then(None).otherwise("status").alias("reason")
     floats = [name for name in measures if scores.schema[name].is_float()]
-    if not table.select(same.any()).item():  # of 10 million rows, grouping would take most of the time
+    if not table.select(same.any()).item():  # grouping 10 million rows would take most of the time
         whole = [name for name in measures if name not in floats] if aggregate == "mean" else []
         one_turn = table.select("record_id", reason, *measures)
         return one_turn.with_columns(pl.col(floats).fill_nan(None), pl.col(whole).cast(pl.Float64))

@@ -41,7 +41,7 @@ def figures(path: Path) -> list[dict[str, Any]]:
 def test_two_runs(command: Commands, runs: tuple[Path, Path], tmp_path: Path) -> None:
     shown = command("compare", "one", "two", "--at", "30%,60%", "--json", "a.json").shown()
     assert "one by ifd (highest), two by ifd (highest): 7 records" in shown
-    assert "1 more have no finite value of both" in shown
+    assert "1 more have no finite value from both" in shown
     assert re.search(r"Kendall tau-b +0\.619 ", shown)
     assert "per cluster" not in shown
     (row,) = figures(tmp_path / "a.json")
