@@ -10,9 +10,9 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import partial
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from rich.box import HEAVY_HEAD, Box
 from rich.console import Console
@@ -21,7 +21,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Column, Table
 
 from scorer.agreement.compare import Contents, Pair
-from scorer.agreement.statistics import Figure
+from scorer.agreement.statistics import Estimate
 from scorer.models.find import ModelRow
 from scorer.runs.directory import Run
 from scorer.scores.summary import COLUMNS, QUANTILES, summarise
@@ -32,11 +32,11 @@ PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}  #
 console = Console(stderr=True, **PLAIN)
 line = partial(console.print, soft_wrap=True)  # prints a line that stays one, however long
 PIPE_WIDTH = 10_000  # columns
-PLAIN_SECONDS = 10.0  # between two lines where there is no terminal
+PLAIN_SECONDS = 10.0  # between two lines of progress where there is no terminal
 
 
-class ConsoleProgress:
-    """`scorer.runs.progress.Progress` on a terminal as a bar, elsewhere as a plain line now and then."""
+class ConsoleProgress(AbstractContextManager["ConsoleProgress"]):
+    """`scorer.runs.progress.Progress` as a bar on a terminal, and elsewhere as a line every PLAIN_SECONDS."""
 
     def __init__(self) -> None:
         self.bar = RichProgress(
@@ -52,12 +52,7 @@ class ConsoleProgress:
         self.records = self.done = self.tokens = self.scored = 0
         self.began = self.printed = time.monotonic()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.bar.stop()
 
     def say(self, message: str) -> None:
@@ -90,7 +85,7 @@ class ConsoleProgress:
 
 
 def _standard_output() -> Console:
-    """Standard output; if it is not a terminal, so wide that nothing is cut or wrapped.
+    """Standard output; where it is not a terminal, wide enough that nothing is cut or wrapped.
 
     Raises ScorerError if it is closed.
     """
@@ -149,21 +144,21 @@ def show_comparison(rows: Sequence[Pair] | Sequence[Contents]) -> None:
         ends = [f"{by} ({'lowest' if low else 'highest'})" for by, low in zip(row.by, row.lowest, strict=True)]
         line(f"{row.first} by {ends[0]}, {row.second} by {ends[1]}: {found.records:,} records")
         if found.left_out:
-            line(f"{found.left_out:,} more have no finite value of both, and are left out")
+            line(f"{found.left_out:,} more have no finite value from both, and are left out")
         table = Table("", *(Column(title, justify="right") for title in ("value", "95% interval")), box=_box(output))
-        table.add_row("Spearman", *_figure(found.spearman))
-        table.add_row("Kendall tau-b", *_figure(found.kendall))
+        table.add_row("Spearman", *_cells(found.spearman))
+        table.add_row("Kendall tau-b", *_cells(found.kendall))
         for where, cuts in (("", found.whole), (" per cluster", found.per_cluster or ())):
             for cut in cuts:
                 name = f"best {100 * float(cut.share):.4g}%{where}, {cut.records:,}"
-                table.add_row(f"{name}: overlap", *_figure(cut.overlap))
-                table.add_row(f"{name}: IoU", *_figure(cut.iou))
+                table.add_row(f"{name}: overlap", *_cells(cut.overlap))
+                table.add_row(f"{name}: IoU", *_cells(cut.iou))
         output.print(table)
 
 
-def _figure(figure: Figure) -> tuple[str, str]:
-    value = "none" if figure.value is None else f"{figure.value:.3f}"
-    return value, "" if figure.low is None or figure.high is None else f"{figure.low:.3f} to {figure.high:.3f}"
+def _cells(found: Estimate) -> tuple[str, str]:
+    value = "none" if found.value is None else f"{found.value:.3f}"
+    return value, "" if found.low is None or found.high is None else f"{found.low:.3f} to {found.high:.3f}"
 
 
 def show_models(rows: Sequence[ModelRow]) -> None:

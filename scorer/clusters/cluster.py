@@ -27,7 +27,7 @@ from scorer.runs.directory import CLUSTERS, EMBEDDINGS, FLAGS, Run, write_table
 from scorer.runs.progress import Progress, Silent
 from scorer.types import ScorerError
 
-SAMPLE = 256  # rows a cluster that k-means learns from, at most; all rows are then assigned
+SAMPLE = 256  # maximum rows per cluster that k-means is trained on; all rows are then assigned
 BLOCK_ROWS = 4096
 
 
@@ -36,8 +36,8 @@ def cluster(
 ) -> pl.DataFrame:
     """Embed the records of a run, cluster them, and return what is written to RUN/clusters.parquet.
 
-    options: the fields of ClusterConfig; with `flags`, RUN/flags.parquet is written too. fresh: discard embeddings of
-    an earlier call.
+    options: the fields of ClusterConfig; with `flags`, RUN/flags.parquet is written too. fresh: discard the embeddings
+    that an earlier call left.
 
     Raises ScorerError where the run has no data or its data changed, and where there are fewer records than clusters.
     """
@@ -60,11 +60,10 @@ def cluster(
         k = config.clusters or max(1, records // config.min_mean_size)
         progress.say(f"k-means: {records:,} records into {k:,} clusters")
         labels, distances = kmeans(parts, filled, k, iterations=config.iterations, seed=config.seed)
-        columns = {"cluster": pl.Series(labels, dtype=pl.Int64), "distance": pl.Series(distances, dtype=pl.Float32)}
-        places = pl.Series(np.flatnonzero(filled), dtype=pl.Int64)
+        schema = {"record_id": pl.Int64, "cluster": pl.Int64, "distance": pl.Float32}
+        assigned = pl.DataFrame([np.flatnonzero(filled), labels, distances], schema=schema)
         ids = pl.DataFrame({"record_id": pl.int_range(len(filled), eager=True, dtype=pl.Int64)})
-        table = ids.join(pl.DataFrame({"record_id": places, **columns}), on="record_id", how="left")
-        table = table.sort("record_id")
+        table = ids.join(assigned, on="record_id", how="left", maintain_order="left")
         write_table(run.path / CLUSTERS, table)
         if config.flags:
             _write_flags(run, data, parts, config, progress)
@@ -73,13 +72,14 @@ def cluster(
 
 def _write_flags(run: Run, data: Dataset, parts: Sequence[Matrix], config: ClusterConfig, progress: Progress) -> None:
     instructions, responses = (embed(run, data, kind, config, progress) for kind in ("instruction", "response"))
-    far = pl.concat([_far(one, two, config.far_below) for one, two in zip(instructions, responses, strict=True)])
-    copies = pl.Series(near_duplicates(parts, config.duplicate_above))
+    pairs = zip(instructions, responses, strict=True)
+    far = pl.concat([_far_from_instruction(*pair, config.far_below) for pair in pairs])
+    duplicates = pl.Series(near_duplicates(parts, config.duplicate_above))
     ids = pl.int_range(len(far), eager=True, dtype=pl.Int64)
     write_table(
-        run.path / FLAGS, pl.DataFrame({"record_id": ids, "far_from_instruction": far, "near_duplicate": copies})
+        run.path / FLAGS, pl.DataFrame({"record_id": ids, "far_from_instruction": far, "near_duplicate": duplicates})
     )
-    progress.say(f"flags: {far.sum():,} far_from_instruction, {copies.sum():,} near_duplicate")
+    progress.say(f"flags: {far.sum():,} far_from_instruction, {duplicates.sum():,} near_duplicate")
 
 
 def kmeans(
@@ -87,8 +87,8 @@ def kmeans(
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """The cluster (int64) and the distance to its centre (float32) of each row of `parts` where `filled` (bool).
 
-    Learnt from SAMPLE * k rows, drawn by `seed`, where there are more. Deterministic for one machine. Raises
-    ScorerError for fewer rows than clusters.
+    Trained on SAMPLE * k rows, drawn by `seed`, where there are more. Deterministic on one machine. Raises ScorerError
+    for fewer rows than clusters.
     """
     import faiss
 
@@ -99,18 +99,18 @@ def kmeans(
         rows = np.sort(np.random.default_rng(seed).choice(rows, SAMPLE * k, replace=False))
     width = parts[0].shape[1]
     sample = np.empty((len(rows), width), dtype=np.float32)
-    start = taken = 0
+    start = copied = 0
     for part in parts:
-        mine = rows[(rows >= start) & (rows < start + len(part))] - start
-        sample[taken : taken + len(mine)] = part[mine]
-        start, taken = start + len(part), taken + len(mine)
-    learner = faiss.Kmeans(
+        indices = rows[(rows >= start) & (rows < start + len(part))] - start
+        sample[copied : copied + len(indices)] = part[indices]
+        start, copied = start + len(part), copied + len(indices)
+    model = faiss.Kmeans(
         width, k, niter=iterations, seed=seed, min_points_per_centroid=1, max_points_per_centroid=SAMPLE
     )
-    learner.train(sample)
+    model.train(sample)
     del sample
-    found = [learner.index.search(np.ascontiguousarray(part), 1) for part in parts]
-    labels = np.concatenate([places[:, 0] for _, places in found])[filled]
+    found = [model.index.search(np.ascontiguousarray(part), 1) for part in parts]
+    labels = np.concatenate([nearest[:, 0] for _, nearest in found])[filled]
     squares = np.concatenate([squares[:, 0] for squares, _ in found])[filled]
     return labels, np.sqrt(np.maximum(squares, 0))
 
@@ -124,14 +124,15 @@ def near_duplicates(parts: Sequence[Matrix], above: float) -> np.ndarray[Any, An
     for part in parts:
         for start in range(0, len(part), BLOCK_ROWS):
             block = np.ascontiguousarray(part[start : start + BLOCK_ROWS])
-            among = np.tril(block @ block.T, -1).max(axis=1, initial=-1.0)
-            before = index.search(block, 1)[0][:, 0] if index.ntotal else among
-            found.append(np.maximum(among, before) > above)
+            inside = np.tril(block @ block.T, -1).max(axis=1, initial=-1.0)
+            before = index.search(block, 1)[0][:, 0] if index.ntotal else inside
+            found.append(np.maximum(inside, before) > above)
             index.add(block)
     return np.concatenate(found)
 
 
-def _far(one: Matrix, two: Matrix, below: float) -> pl.Series:
-    both = pl.Series(np.logical_and(one.any(axis=1), two.any(axis=1)))
-    far = pl.Series(np.einsum("nd,nd->n", one, two) < below)
-    return pl.select(pl.when(both).then(far)).to_series()
+def _far_from_instruction(instructions: Matrix, responses: Matrix, below: float) -> pl.Series:
+    """Whether the cosine of a row's two embeddings is under `below`; null where either text is empty."""
+    filled = pl.Series(np.logical_and(instructions.any(axis=1), responses.any(axis=1)))
+    far = pl.Series(np.einsum("nd,nd->n", instructions, responses) < below)
+    return pl.select(pl.when(filled).then(far)).to_series()

@@ -1,6 +1,6 @@
-"""Texts -> embeddings of unit length, by any model of sentence-transformers, which is imported where one is loaded.
+"""Texts -> embeddings of unit length, by any model of sentence-transformers, which is imported when one is loaded.
 
-It does not know where the texts come from, nor what is kept of the embeddings.
+Knows neither where the texts come from nor what the embeddings are for.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}  # padded
 class Embedder:
     """A sentence-transformers model in float32, with its own pooling, further modules and default prompt.
 
-    Texts are sorted by their tokens: sorted by characters, as the library does it, Alpaca's are a quarter more with the
-    padding. On CPU each core runs batches of its own, which is faster than all cores on each batch; but not with code
-    that came with the model, which may keep state between calls.
+    Texts are sorted by their number of tokens: with the library's order, by characters, Alpaca takes a quarter more
+    tokens with padding. On CPU each core runs its own batches, which is faster than all cores on each batch; but not
+    with code that came with the model, which may keep state between calls.
     """
 
     def __init__(self, files: ModelFiles, config: EmbedderConfig):
@@ -50,7 +50,7 @@ class Embedder:
                 model_kwargs=options,
             )
             _limit(self.model[0], config.max_tokens)
-            # The first call sets options of the tokenizer; calls in several threads may only find them set.
+            # The first call sets options of the tokenizer, which is not safe in several threads.
             self.width = len(self.model.encode("a", show_progress_bar=False))
         self.settings = {  # what changes the numbers, for the manifest
             "prompt": self.model.prompts.get(self.model.default_prompt_name),
@@ -81,7 +81,7 @@ class Embedder:
         return matrix
 
     def _lengths(self, texts: Sequence[str]) -> list[int]:
-        """The tokens of each text; 0 of an empty one. Of a model without an attention mask a guess from characters."""
+        """The number of tokens of each text, 0 if it is empty; guessed from characters if the model has no mask."""
         filled = [text for text in texts if text]
         mask = self.model.preprocess(filled).get("attention_mask") if filled else None
         counts = iter(mask.sum(1).tolist() if mask is not None else [1 + len(text) // 4 for text in filled])
@@ -95,7 +95,7 @@ class Embedder:
 
 
 def _batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Places of texts, longest first, in batches whose padded size is within the budget (or of one text)."""
+    """Indices of texts, longest first, in batches of at most `budget` tokens with padding, or of one text."""
     batch: list[int] = []
     for i in sorted((i for i, length in enumerate(lengths) if length), key=lambda i: -lengths[i]):
         if batch and (len(batch) + 1) * lengths[batch[0]] > budget:
@@ -106,27 +106,27 @@ def _batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
         yield batch
 
 
-def _limit(first: Any, most: int) -> None:
-    """Have the first module of a model take at most so many tokens of a text."""
+def _limit(first: Any, max_tokens: int) -> None:
+    """Make the first module of a model truncate texts to `max_tokens`."""
     from sentence_transformers.base.modules import Router
     from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
     for module in [route[0] for route in first.sub_modules.values()] if isinstance(first, Router) else [first]:
         if isinstance(module, StaticEmbedding):  # it has no limit of its own
-            module.tokenizer.enable_truncation(most)
+            module.tokenizer.enable_truncation(max_tokens)
         else:
-            module.max_seq_length = min(most, getattr(module, "max_seq_length", None) or most)
+            module.max_seq_length = min(max_tokens, getattr(module, "max_seq_length", None) or max_tokens)
 
 
 def _check_no_foreign_code(folder: Path) -> None:
-    """Raise ScorerError for a module of the model's own, and for an activation that would be replaced by tanh."""
+    """Raise ScorerError where the model brings its own module, or an activation that would be replaced by tanh."""
     foreign = [kind[1:] for kind, _ in embedder_modules(folder) if kind.startswith(".")]
     for path in sorted(folder.rglob("config.json")):
         config = json.loads(path.read_text(encoding="utf-8"))
-        if "in_features" in config:  # of a Dense module
+        if "in_features" in config:  # a Dense module
             foreign.append(config.get("activation_function", "torch."))
     if code := [name for name in foreign if not name.startswith("torch.")]:
         raise ScorerError(
-            f"{folder} needs {code[0]}, which is no part of sentence-transformers or torch; "
+            f"{folder} needs {code[0]}, which is not part of sentence-transformers or torch; "
             "give --trust-remote-code if you trust the model's own code"
         )

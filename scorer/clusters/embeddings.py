@@ -1,17 +1,19 @@
 """Sentence embeddings of a run's records, on disk part by part.
 
-    RUN/embeddings/manifest.json          what they were made of, and with
+    RUN/embeddings/manifest.json          the data and the model that they were made from
     RUN/embeddings/part-00000.npy         float32 [records of the part, D], unit length, in record order; and so on
-    RUN/embeddings/instruction-00000.npy  the same of the instruction and input alone; response-00000.npy too
+    RUN/embeddings/instruction-00000.npy  the same for the instruction and input alone
+    RUN/embeddings/response-00000.npy     the same for the response alone
 
-A part is whole or absent, and is mapped, not read, so that the embeddings are never in memory twice. A record without
-text has a row of zeros. How a text is embedded is scorer.clusters.embedder's.
+A part is whole or absent, and is memory-mapped, so that the embeddings are never in memory twice. A record without text
+has a row of zeros. scorer.clusters.embedder embeds the texts.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -32,29 +34,28 @@ FORMAT = 2  # 1: at most the positions that the model has, rather than its max_s
 PART_ROWS = 2000
 
 
-def _part(record: Record) -> str:
-    texts = [t for turn in record.turns for t in (*(m.content for m in turn.prompt), turn.input, turn.response)]
+def _text(record: Record, *, prompt: bool, response: bool) -> str:
+    texts: list[str] = []
+    for turn in record.turns:
+        texts += [*(message.content for message in turn.prompt), turn.input] if prompt else []
+        texts += [turn.response] if response else []
     return "\n".join(text for text in texts if text.strip())
 
 
-def _instruction(record: Record) -> str:
-    texts = [t for turn in record.turns for t in (*(m.content for m in turn.prompt), turn.input)]
-    return "\n".join(text for text in texts if text.strip())
-
-
-def _response(record: Record) -> str:
-    return "\n".join(turn.response for turn in record.turns if turn.response.strip())
-
-
-TEXTS: Mapping[str, Callable[[Record], str]] = {"part": _part, "instruction": _instruction, "response": _response}
+TEXTS: Mapping[str, Callable[[Record], str]] = {
+    "part": partial(_text, prompt=True, response=True),
+    "instruction": partial(_text, prompt=True, response=False),
+    "response": partial(_text, prompt=False, response=True),
+}
 
 
 def embed(run: Run, data: Dataset, kind: str, config: EmbedderConfig, progress: Progress) -> list[Matrix]:
-    """The embeddings of a run's records, in parts (memory-mapped), those that are missing made first.
+    """The embeddings of a run's records, in memory-mapped parts; makes the parts that are missing.
 
-    kind: of TEXTS: part, the instruction, input and response; or the first two, or the last. The caller holds
-    `run.locked()`. Raises ScorerError where the embeddings there are of another model or of other data, and for a model
-    that `find_model` refuses as an embedder, or that does not load.
+    kind: a key of TEXTS; "part" embeds instruction, input and response as one text. The caller holds `run.locked()`.
+
+    Raises ScorerError where the folder holds embeddings by another model or of other data, and for a model that
+    `find_model` refuses as an embedder, or that does not load.
     """
     files = find_model(config.embedder, embedder=True, allow_pickle=config.allow_pickle, report=progress.say)
     manifest = run.manifest
@@ -69,7 +70,7 @@ def embed(run: Run, data: Dataset, kind: str, config: EmbedderConfig, progress: 
         progress.say(f"embedding the {what} with {files.name}")
         progress.begin(manifest.records, done * PART_ROWS)
         model = Embedder(files, config)
-        _keep(folder, identity | model.settings)
+        _write_manifest(folder, identity | model.settings)
         records = data.records(done * PART_ROWS)
         for part in parts[done:]:
             chunk, tokens = list(islice(records, PART_ROWS)), model.tokens
@@ -94,16 +95,16 @@ def _identity(manifest: Manifest, files: ModelFiles, config: EmbedderConfig) -> 
 
 
 def _check_same_embeddings(folder: Path, identity: dict[str, Any]) -> None:
-    """Raise ScorerError where the folder's manifest is of another identity."""
+    """Raise ScorerError where the folder's manifest records another identity."""
     path = folder / "manifest.json"
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else identity
     if changes := differences(before, identity):
         raise ScorerError(f"{folder} holds other embeddings ({'; '.join(changes)}): use --fresh to discard them")
 
 
-def _keep(folder: Path, made_with: dict[str, Any]) -> None:
+def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     path = folder / "manifest.json"
     if not path.exists():
         folder.mkdir(exist_ok=True)
         with replacing(path) as temporary:
-            temporary.write_text(json.dumps(made_with, indent=2) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")

@@ -1,6 +1,6 @@
-"""LP from scores that exist: run directories or plain tables, one before training and one after each epoch, joined.
+"""LP from existing scores: joins run directories or plain tables, one before training and one after each epoch.
 
-The formulas are in scorer.scores.measures; training is scorer.learning.learn's.
+The formulas are in scorer.scores.measures; scorer.learning.learn trains.
 """
 
 from __future__ import annotations
@@ -19,19 +19,20 @@ from scorer.learning.learn import PROTOCOL, check_run_kind, discard, finish, is_
 from scorer.runs.directory import Run
 from scorer.runs.manifest import Manifest, differences
 from scorer.runs.progress import Progress, Silent
+from scorer.scores.aggregate import check_ids, check_same_ids
 from scorer.scores.measures import SCHEMA
 from scorer.storage.paths import absolute, is_folder, local_copy, to_path
 from scorer.types import RowStatus, ScorerError
 
-TABLE_ROWS = 100_000  # records a shard of a run that was joined from tables
+SHARD_ROWS = 100_000  # records per shard of a run that is joined from tables
 KEYS = ["record_id", "turn"]
-SAME = ("protocol", "max_length", "limit", "columns")  # what the runs of one model's epochs agree in
+COMMON_OPTIONS = ("protocol", "max_length", "limit", "columns")  # equal in the runs of all epochs
 
 
 def join_runs(
     sources: Sequence[str | Path], output: str | Path, *, fresh: bool = False, progress: Progress | None = None
 ) -> Run:
-    """The run directory of LP from scores that exist: before training, and after each epoch, in this order.
+    """Make the run directory of LP from existing scores: before training, and after each epoch, in this order.
 
     sources: two or more run directories, or Parquet, CSV or JSON files with `record_id` and `ppl_conditioned`
     (other columns of the score table are taken too). The data is that of the run directories; with none of them the
@@ -44,8 +45,9 @@ def join_runs(
     for manifest in manifests[1:]:
         _check_same_data(manifests[0], manifest)
     tables = [_read_table(to_path(path)) for path in sources]
-    for path, table in zip(sources[1:], tables[1:], strict=True):
-        _check_same_records(str(sources[0]), tables[0], str(path), table)
+    for path, table in zip(sources, tables, strict=True):
+        check_ids(str(path), table, KEYS)
+        check_same_ids(str(sources[0]), tables[0], str(path), table, KEYS)
     digests = [_digest(to_path(path)) for path in sources]
     base = manifests[0] if manifests else _table_manifest(sources, tables[0])
     run = Run(output)
@@ -63,7 +65,7 @@ def join_runs(
 
 
 def _table_manifest(sources: Sequence[str | Path], table: pl.DataFrame) -> Manifest:
-    config = {"limit": None, "columns": None, "shard_rows": TABLE_ROWS, "protocol": PROTOCOL}
+    config = {"limit": None, "columns": None, "shard_rows": SHARD_ROWS, "protocol": PROTOCOL}
     name = " ".join(to_path(path).name for path in sources)
     return Manifest(
         identity={"config": config, "model_revision": None, "inputs": []},
@@ -91,8 +93,6 @@ def _read_table(path: Path) -> pl.DataFrame:
         table = table.select(given.get(name, pl.lit(None)).cast(dtype).alias(name) for name, dtype in SCHEMA.items())
     except pl.exceptions.PolarsError as error:
         raise ScorerError(f"{path}: its columns are not those of a score table ({first_line(error)})") from error
-    if missing_ids := table["record_id"].null_count():
-        raise ScorerError(f"{path}: {missing_ids:,} rows have no record_id")
     return table.sort(KEYS)
 
 
@@ -103,21 +103,10 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _check_same_records(first_name: str, first: pl.DataFrame, name: str, table: pl.DataFrame) -> None:
-    for label, frame in ((first_name, first), (name, table)):
-        if twice := frame.height - frame.select(KEYS).n_unique():
-            raise ScorerError(f"{label}: {twice:,} rows repeat the record_id (and turn) of another")
-    gone, new = first.join(table, on=KEYS, how="anti").height, table.join(first, on=KEYS, how="anti").height
-    if gone or new:
-        raise ScorerError(
-            f"{name}: {gone:,} of the {first.height:,} rows of {first_name} are not in it, and {new:,} of its own are "
-            "not there: give scores of the same data"
-        )
-
-
 def _check_same_data(first: Manifest, other: Manifest) -> None:
     one, two = (
-        {"config": {name: m.config.get(name) for name in SAME}, "inputs": m.identity["inputs"]} for m in (first, other)
+        {"config": {name: m.config.get(name) for name in COMMON_OPTIONS}, "inputs": m.identity["inputs"]}
+        for m in (first, other)
     )
     if differing := differences(one, two):
         raise ScorerError(f"the runs differ ({'; '.join(differing)}): their perplexities can't be compared")

@@ -4,7 +4,7 @@
     RUN/epoch-0 ..       the ordinary run directories of each scoring
     RUN/checkpoints/     the trainer's, and with `keep_checkpoints` the model after each epoch, as epoch-1 ..
 
-Knows runs; neither the formulas (scorer.scores.measures) nor how a model is trained (scorer.learning.trainer).
+Knows runs; the formulas are in scorer.scores.measures, and scorer.learning.trainer trains the model.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
 PROTOCOL = "small2large"
 FORMAT = "learning 1"  # raised whenever the meaning of the table changes
-DEVICE_BATCH = {"cpu": 4, "cuda": 16}
-NOT_IDENTITY = ("save_steps", "trust_remote_code", "allow_pickle")  # what two parts of one training may differ in
+DEVICE_BATCH = {"cpu": 4, "cuda": 16}  # records
+NOT_IDENTITY = ("save_steps", "trust_remote_code", "allow_pickle")  # may change when a training is resumed
 
 
 def learn(
@@ -54,10 +54,9 @@ def learn(
 ) -> Run:
     """Score every record of `data`, fine-tune the model on it, score again after each epoch; the run directory of LP.
 
-    The same call again resumes, training from its last checkpoint. The loss is on the response tokens that are scored,
-    and on none else. options: `strict` and the fields of ScoreConfig except `protocol`, which is small2large; a `dtype`
-    of auto is float32 on a CPU, since LP is a small difference of perplexities. See `scorer.runs.run.score` for the
-    rest.
+    The same call again resumes, training from its last checkpoint. The loss covers only the response tokens that are
+    scored. options: `strict` and the fields of ScoreConfig except `protocol`, which is small2large; a `dtype` of auto
+    is float32 on a CPU, since LP is a small difference of perplexities. See `scorer.runs.run.score` for the rest.
     """
     training, progress = training or Training(), progress or Silent()
     require("lp")
@@ -70,7 +69,7 @@ def learn(
             discard(run)
         check_run_kind(run)
         before = Run(run.path / "epoch-0")
-        quiet = Silent() if _is_complete(before) else progress  # then it is only compared with what is asked for
+        quiet = Silent() if _is_complete(before) else progress  # a complete one is only checked against the options
         runs = [score(data, before.path, strict=strict, progress=quiet, protocol=PROTOCOL, **options)]
         settings = {k: v for k, v in (asdict(plan) | {"epochs": training.epochs}).items() if k not in NOT_IDENTITY}
         manifest = learning_manifest(runs[0].manifest, {"learning": settings}, training.epochs)
@@ -97,7 +96,9 @@ def _resolve(options: dict[str, Any]) -> str:
     if "protocol" in options:
         raise ScorerError(f"LP is defined by the protocol {PROTOCOL}: leave protocol out")
     if str(options.get("engine")).startswith(SERVERS):
-        raise ScorerError("LP scores the model that it trains, which a server can't: give another --engine")
+        raise ScorerError(
+            "LP scores the model that it trains, and a server can't load that model: give another --engine"
+        )
     device = choose_device(options.get("device", "auto"))
     if options.get("dtype", "auto") == "auto" and device == "cpu":
         options["dtype"] = "float32"
@@ -109,7 +110,7 @@ def _is_complete(run: Run) -> bool:
 
 
 def _plan(training: Training, device: str, options: Mapping[str, Any]) -> TrainingPlan:
-    """The training with everything chosen that was left open."""
+    """The options of training with the defaults that depend on the device or on other options."""
     from scorer.learning.trainer import TrainingPlan
 
     most = min(training.device_batch or DEVICE_BATCH[device], training.batch_size)
@@ -125,7 +126,7 @@ def _plan(training: Training, device: str, options: Mapping[str, Any]) -> Traini
 
 
 class _Trainer:
-    """Trains the model of a run, by its `config`, on the sequences of `data` that were scored, epoch by epoch."""
+    """Trains the model that `config` names, epoch by epoch, on the sequences of `data` that were scored."""
 
     def __init__(self, folder: Path, data: Dataset, config: Mapping[str, Any], plan: TrainingPlan, epochs: int):
         self.folder, self.data, self.plan, self.epochs = folder, data, plan, epochs
@@ -133,7 +134,7 @@ class _Trainer:
         self.rows: list[TokenSequence] = []
 
     def train(self, epoch: int, progress: Progress) -> Path:
-        """The folder of the model as it is after `epoch` epochs."""
+        """Train up to the end of `epoch`, and return the folder of the model."""
         from scorer.learning.trainer import train_to
 
         files = find_model(self.config.model, revision=self.config.revision, allow_pickle=self.config.allow_pickle)
@@ -144,7 +145,7 @@ class _Trainer:
         return train_to(epoch, files, self.rows, self.folder, self.plan, progress)
 
     def _read(self, files: ModelFiles) -> list[TokenSequence]:
-        """The conditioned sequences, the very ones that are scored."""
+        """The conditioned sequences, exactly as they are scored."""
         encoder = open_encoder(self.config, files)
         records = self.data.records()
         chunks = iter(lambda: list(islice(records, self.config.shard_rows)), [])
@@ -160,7 +161,7 @@ class _Trainer:
 
 
 def learning_manifest(base: Manifest, identity: Mapping[str, Any], epochs: int) -> Manifest:
-    """The manifest of an LP run, from `base`, the one before training, and what `identity` adds to that one's."""
+    """The manifest of an LP run: `base`, from before training, with `identity` added to its identity."""
     identity = {**base.identity, **identity, "format": FORMAT}
     return replace(
         base,
@@ -189,7 +190,7 @@ def finish(run: Run, manifest: Manifest, tables: list[pl.DataFrame], runs: list[
 
 
 def check_run_kind(run: Run) -> None:
-    """Raise ScorerError where the directory holds a run, and not of LP."""
+    """Raise ScorerError where the directory holds a run that is not of LP."""
     if run.begun and run.manifest.identity.get("format") != FORMAT:
         raise ScorerError(f"{run.path} holds a run of another kind: use --fresh to discard it, or another -o")
 
@@ -212,7 +213,7 @@ def discard(run: Run) -> None:
 
 
 def _clean(checkpoints: Path, keep: bool) -> None:
-    """Remove what only an unfinished training needs: optimizer states, and unless `keep` the models."""
+    """Remove the optimizer states, which only an unfinished training needs, and unless `keep` the models."""
     for path in checkpoints.glob("checkpoint-*"):
         shutil.rmtree(path, ignore_errors=True)
     if not keep:

@@ -1,6 +1,6 @@
-"""Fine-tuning the weak model on the responses of its data, an epoch at a time, with transformers' Trainer.
+"""Fine-tunes the weak model on the responses of its data, one epoch at a time, with transformers' Trainer.
 
-Knows transformers' training loop and its checkpoints; neither what is scored with them nor what LP is.
+Knows transformers' training loop and its checkpoints; neither scoring nor LP.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from scorer.runs.progress import Progress
 from scorer.storage.atomic import storage_error
 from scorer.types import EngineError, TokenSequence
 
-IGNORED = -100  # the label that transformers' loss leaves out
-STATE = "trainer_state.json"  # what Trainer writes last of a checkpoint: without it the checkpoint is not whole
+IGNORED_LABEL = -100  # transformers' loss leaves it out
+STATE = "trainer_state.json"  # Trainer writes it last: a checkpoint without it is incomplete
 WEIGHT_INDEX = "*.index.json"
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingPlan:
-    """`scorer.config.Training` with everything chosen, and what the model may do on this machine."""
+    """`scorer.config.Training` with its defaults resolved, the device, and what loading the model may do."""
 
     schedule_epochs: int
     learning_rate: float
@@ -53,9 +53,9 @@ def train_to(
 ) -> Path:
     """The model as it is after `epoch` epochs: FOLDER/epoch-N, in the layout of its source, which `find_model` takes.
 
-    Training goes on from the last whole checkpoint in `folder`. The loss is the mean over the target tokens of each
-    effective batch. On CUDA with autocast to bfloat16, weights in float32; on CPU all in float32. Raises EngineError
-    where memory or disk is full.
+    Training resumes from the last complete checkpoint in `folder`. The loss is the mean over the target tokens of each
+    effective batch. Weights are float32; on CUDA autocast computes in bfloat16. Raises EngineError
+    where memory or the disk is full.
     """
     model_folder = folder / f"epoch-{epoch}"
     if model_folder.exists():
@@ -67,7 +67,7 @@ def train_to(
         progress.advance(done, done * tokens // len(rows))
 
     try:
-        checkpoint, step = _last_checkpoint(folder, most=epoch * steps)
+        checkpoint, step = _last_checkpoint(folder, max_step=epoch * steps)
         if step < epoch * steps:
             if checkpoint is not None and step % steps:
                 progress.say(f"training goes on after step {step:,} of {epoch * steps:,}")
@@ -80,8 +80,8 @@ def train_to(
                 trust_remote_code=plan.trust_remote_code,
                 allow_pickle=plan.allow_pickle,
             )
-            _train(model, rows, folder, plan, _Until(epoch, steps, len(rows), plan, advance), checkpoint)
-            checkpoint, step = _last_checkpoint(folder, most=epoch * steps)
+            _train(model, rows, folder, plan, _StopAfterEpoch(epoch, steps, len(rows), plan, advance), checkpoint)
+            checkpoint, step = _last_checkpoint(folder, max_step=epoch * steps)
         if checkpoint is None or step != epoch * steps:
             raise EngineError(f"{folder}: training ended at step {step}, not {epoch * steps}")
         return _as_model(checkpoint, files, model_folder)
@@ -91,8 +91,8 @@ def train_to(
         raise storage_error(folder, error) from error
 
 
-class _Until(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
-    """Saves every `save_steps` and at each epoch's end, and ends the training after `epoch`."""
+class _StopAfterEpoch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
+    """Saves a checkpoint every `save_steps` and at the end of each epoch, and stops the training after `epoch`."""
 
     def __init__(self, epoch: int, steps: int, rows: int, plan: TrainingPlan, advance: Callable[[int], None]):
         self.epoch, self.steps, self.rows, self.plan, self.advance = epoch, steps, rows, plan, advance
@@ -100,7 +100,7 @@ class _Until(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         at_end = state.global_step % self.steps == 0
         self.advance(self.rows - (self.steps - 1) * self.plan.batch_size if at_end else self.plan.batch_size)
-        # The last step of an epoch is saved at the epoch's end, once: writing over a checkpoint could be cut short.
+        # Only on_epoch_end saves the last step of an epoch: a kill while a checkpoint is overwritten would lose it.
         control.should_save = not at_end and state.global_step % self.plan.save_steps == 0
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -109,7 +109,12 @@ class _Until(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
 
 
 def _train(
-    model: Any, rows: Sequence[TokenSequence], folder: Path, plan: TrainingPlan, until: _Until, checkpoint: Path | None
+    model: Any,
+    rows: Sequence[TokenSequence],
+    folder: Path,
+    plan: TrainingPlan,
+    callback: _StopAfterEpoch,
+    checkpoint: Path | None,
 ) -> None:
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -124,7 +129,7 @@ def _train(
         data_seed=plan.seed,
         bf16=plan.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False),
         use_cpu=plan.device == "cpu",
-        save_strategy="no",  # `until` says when
+        save_strategy="no",  # the callback saves
         save_total_limit=1,
         logging_strategy="no",
         report_to=[],
@@ -134,7 +139,7 @@ def _train(
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # on several devices Trainer would multiply the batch
     model.train().requires_grad_(True)
-    trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=_collate, callbacks=[until])
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=_collate, callbacks=[callback])
     trainer.remove_callback(PrinterCallback)
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -151,7 +156,7 @@ def _collate(rows: Sequence[TokenSequence]) -> dict[str, torch.Tensor]:
     """input_ids, attention_mask, labels: int64 [B, T]. Only a sequence's target tokens are labels."""
     shape = (len(rows), max(len(row.token_ids) for row in rows))
     ids, mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
-    labels = torch.full(shape, IGNORED)
+    labels = torch.full(shape, IGNORED_LABEL)
     for i, row in enumerate(rows):
         length = len(row.token_ids)
         ids[i, :length] = torch.tensor(row.token_ids)
@@ -161,15 +166,15 @@ def _collate(rows: Sequence[TokenSequence]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def _last_checkpoint(folder: Path, most: int) -> tuple[Path | None, int]:
-    """The newest whole checkpoint and its step, or none and 0. What is not whole or lies beyond `most` is removed."""
+def _last_checkpoint(folder: Path, max_step: int) -> tuple[Path | None, int]:
+    """The newest complete checkpoint and its step, or None and 0. Removes incomplete ones and those past `max_step`."""
     found: list[tuple[int, Path]] = []
     for path in folder.glob("checkpoint-*"):
         try:
             step = json.loads((path / STATE).read_text(encoding="utf-8"))["global_step"]
         except (FileNotFoundError, ValueError):
-            step = most + 1
-        if step > most:
+            step = max_step + 1
+        if step > max_step:
             shutil.rmtree(path)
         else:
             found.append((step, path))
@@ -178,7 +183,7 @@ def _last_checkpoint(folder: Path, most: int) -> tuple[Path | None, int]:
 
 
 def _as_model(checkpoint: Path, files: ModelFiles, target: Path) -> Path:
-    """Copy the checkpoint's weights, and the rest from the model's source byte by byte; whole or absent."""
+    """Make `target` of the checkpoint's weights and all other files of the model's source; it is whole or absent."""
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()

@@ -1,7 +1,7 @@
 """Arrays -> pictures, and pictures -> inline SVG or files. Knows matplotlib; neither runs nor pages.
 
-Everything here is called inside `style()`. What has many points is counted into cells and drawn as an image, so that a
-picture's size does not grow with the number of records.
+Call everything here inside `style()`. Many points are counted into cells and drawn as an image, so that the size of a
+picture does not grow with the number of records.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ Floats = npt.NDArray[np.float64]
 
 INK = "#23272f"  # becomes the page's own text colour
 COLOURS = ("#3d85c6", "#e07b27", "#2fa070", "#a06cd5", "#d1495b", "#8a8f98")  # readable on white and on black
-POINTS = 3_000  # more are counted into cells
-BINS = 60  # at most; of few records no more than twice the root of their number
-TAILS = (0.001, 0.999)  # quantiles between which a distribution is drawn
+MAX_POINTS = 3_000  # more are counted into cells
+MAX_BINS = 60  # fewer for few records: twice the square root of their number
+DRAWN_QUANTILES = (0.001, 0.999)  # a distribution is drawn between them
 STYLE: dict[str, Any] = {
     "axes.edgecolor": INK,
     "axes.labelcolor": INK,
@@ -60,10 +60,10 @@ def style() -> Iterator[None]:
 
 
 def distributions(series: Mapping[str, Floats], name: str, *, log: bool, mark: float | None = None) -> Figure:
-    """Histograms of [n] values each, by label, as shares of their own number; `mark` is a line at a value."""
+    """Histograms of [n] values each, by label, as shares of each series; `mark` draws a line at a value."""
     figure, axes = _axes(name, "share of records")
-    ends = np.quantile(np.concatenate(list(series.values())), TAILS)
-    edges = _edges(ends, log, min(BINS, 2 * math.ceil(math.sqrt(max(map(len, series.values()))))))
+    ends = np.quantile(np.concatenate(list(series.values())), DRAWN_QUANTILES)
+    edges = _edges(ends, log, min(MAX_BINS, 2 * math.ceil(math.sqrt(max(map(len, series.values()))))))
     for i, (label, values) in enumerate(series.items()):
         share = np.histogram(values, edges)[0] / max(len(values), 1)
         colour = COLOURS[i % len(COLOURS)]
@@ -81,16 +81,18 @@ def distributions(series: Mapping[str, Floats], name: str, *, log: bool, mark: f
 def cloud(
     x: Floats, y: Floats, names: tuple[str, str], *, log: tuple[bool, bool], medians: bool = False, equal: bool = False
 ) -> Figure:
-    """Two values of [n] records against each other. medians: of y along x; equal: the line where both are the same."""
+    """Two values of [n] records against each other. medians: draw those of y along x; equal: draw y = x."""
     figure, axes = _axes(*names)
-    edges = [_edges(np.asarray(np.quantile(v, TAILS), np.float64), of) for v, of in zip((x, y), log, strict=True)]
-    if len(x) <= POINTS:
+    edges = [
+        _edges(np.asarray(np.quantile(v, DRAWN_QUANTILES), np.float64), of) for v, of in zip((x, y), log, strict=True)
+    ]
+    if len(x) <= MAX_POINTS:
         alpha = 0.75 if len(x) < 300 else 0.35
         axes.scatter(x, y, s=9, color=COLOURS[0], alpha=alpha, linewidths=0, rasterized=True)
     else:
         from matplotlib.colors import LinearSegmentedColormap, LogNorm, to_rgb
 
-        # From nearly clear to opaque: it reads on a light and on a dark page.
+        # From nearly transparent to opaque, which is readable on a light and on a dark page.
         shades = LinearSegmentedColormap.from_list("ink", [(*to_rgb(COLOURS[0]), 0.12), (*to_rgb(COLOURS[0]), 1.0)])
         counts = np.histogram2d(x, y, edges)[0].T
         mesh = axes.pcolormesh(
@@ -121,7 +123,7 @@ def curves(
     figure, axes = _axes(*names)
     for i, (label, rows) in enumerate(series.items()):
         value, low, high = np.array(rows, dtype=np.float64).T
-        colour = COLOURS[i // 2 % len(COLOURS)]  # two lines of each pair: overlap, and IoU dashed
+        colour = COLOURS[i // 2 % len(COLOURS)]  # each pair has two lines: overlap, and IoU dashed
         axes.plot(x, value, color=colour, marker="o", markersize=3, linestyle="--" if i % 2 else "-", label=label)
         if np.isfinite(low).any():
             axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
@@ -133,10 +135,10 @@ def curves(
 
 
 def group_sizes(sizes: Floats, taken: Mapping[str, Floats]) -> Figure:
-    """Sizes of [k] groups, the largest first, and by label how many were taken of each."""
+    """Sizes of [k] groups, the largest first, and by label how many records were taken from each."""
     figure, axes = _axes("cluster, by size", "records")
     edges = np.arange(len(sizes) + 1) + 0.5
-    many = len(sizes) > POINTS
+    many = len(sizes) > MAX_POINTS
     axes.stairs(sizes, edges, fill=True, color=COLOURS[5], alpha=0.35, label="in the cluster", rasterized=many)
     for i, (label, counts) in enumerate(taken.items()):
         middle = np.arange(len(sizes)) + 1
@@ -148,12 +150,12 @@ def group_sizes(sizes: Floats, taken: Mapping[str, Floats]) -> Figure:
     return figure
 
 
-def inline(figure: Figure, name: str, text: str) -> str:
-    """The picture as an <svg> element that takes the page's text colour; `text` (escaped) is read to who can't see."""
+def inline(figure: Figure, name: str) -> str:
+    """The picture as an <svg> element in the page's text colour, for screen readers labelled by the id title-NAME."""
     svg = _render(figure, "svg", transparent=True).decode()
     svg = svg[svg.index("<svg") :].strip().replace(INK, "currentColor")
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)  # one page has many pictures
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{text}" ', 1)
+    return svg.replace("<svg ", f'<svg role="img" aria-labelledby="title-{name}" ', 1)
 
 
 def save(figure: Figure, folder: Path, name: str) -> None:
@@ -177,7 +179,7 @@ def _legend(axes: Axes, entries: int) -> None:
 
 
 def _log(axes: Axes, axis: str) -> None:
-    """A log scale labelled with plain numbers, the more of them the less it spans."""
+    """A log scale labelled with plain numbers, more densely where it spans less."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     getattr(axes, f"set_{axis}scale")("log")
@@ -195,7 +197,7 @@ def _plain(axes: Axes, axis: str) -> None:
     getattr(axes, f"{axis}axis").set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
 
 
-def _edges(ends: Floats, log: bool, bins: int = BINS) -> Floats:
+def _edges(ends: Floats, log: bool, bins: int = MAX_BINS) -> Floats:
     low, high = float(ends[0]), float(ends[1])
     if low == high:
         low, high = (low / 2, high * 2) if log else (low - 0.5, high + 0.5)
@@ -203,7 +205,7 @@ def _edges(ends: Floats, log: bool, bins: int = BINS) -> Floats:
 
 
 def _medians(x: Floats, y: Floats, edges: Floats) -> tuple[Floats, Floats]:
-    """The medians of x and y in every third cell of x that has enough of them to say something."""
+    """The medians of x and y in cells of three bins of x that hold at least 10 records."""
     cells = np.searchsorted(edges[::3], x)
     held = [cells == i for i in range(1, len(edges[::3])) if (cells == i).sum() >= 10]
     return np.array([np.median(x[of]) for of in held]), np.array([np.median(y[of]) for of in held])

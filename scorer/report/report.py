@@ -1,33 +1,31 @@
 """Run directories -> one HTML page that opens offline: distributions, agreement, clusters, samples with their text.
 
-Everything that comes from data or a manifest is escaped, and the page's own policy forbids scripts and requests.
-Knows runs and pages; how a picture is drawn is scorer.report.plots'.
+Computes what the page shows; report.html.jinja lays it out and escapes it, and scorer.report.plots draws the pictures.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from scorer.agreement.compare import Pair, compare
 from scorer.report import plots
-from scorer.report.html import details, digits, figure, page, section, table
-from scorer.report.samples import samples
+from scorer.report.samples import digits, samples
 from scorer.requirements import require
 from scorer.runs.directory import Run
 from scorer.runs.extras import clusters, has_clusters
 from scorer.runs.manifest import Manifest
 from scorer.scores.aggregate import per_record
 from scorer.scores.measures import LEARNING
-from scorer.scores.summary import QUANTILES, summarise
+from scorer.scores.summary import QUANTILES, Summary, summarise
 from scorer.selection.export import select
 from scorer.selection.ranking import Selection
 from scorer.storage.atomic import check_folder, check_writable, replacing
@@ -35,22 +33,22 @@ from scorer.storage.paths import absolute, is_remote, to_path
 from scorer.types import ScorerError
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure as Picture
 
-AT = "1%,2%,3%,5%,7.5%,10%,15%,20%,30%,50%"
+SHARES = "1%,2%,3%,5%,7.5%,10%,15%,20%,30%,50%"
 MEASURES = ("ifd", "ifd_loss", "ppl_conditioned", "ppl_alone", *LEARNING)
-RESAMPLED = 100_000  # records up to which intervals are computed: of a million they take minutes
+MAX_RESAMPLED_RECORDS = 100_000  # with intervals; those of a million records take minutes
 RESAMPLES = 100
-LARGEST = 10  # clusters in the table
-TAILS = "The outermost 0.1% at each end may not be drawn."
-NAME = 24  # characters of a run's name that a picture has room for
+CLUSTER_ROWS = 10  # of the table, largest clusters first
+TAILS_NOTE = "The outermost 0.1% at each end may not be drawn."
+LABEL_CHARACTERS = 24  # of a run's name that fit into a picture
 
 Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
-class Scored:
-    """A run, what it is called on the page, its manifest, and its table of one row a record."""
+class LoadedRun:
+    """A run, its label on the page, its manifest, its score table, and its table of one row a record."""
 
     run: Run
     label: str
@@ -59,17 +57,34 @@ class Scored:
     records: pl.DataFrame
 
 
-class Pictures:
-    """Draws for the page, and into `folder` where there is one."""
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A picture with its title and a note; `svg` is markup. `name` is unique on the page."""
 
-    def __init__(self, folder: Path | None):
-        self.folder = folder
+    name: str
+    title: str
+    note: str
+    svg: str
 
-    def __call__(self, name: str, drawn: Figure, title: str, text: str) -> str:
-        """The figure of a picture: its title, and what is to be known of it."""
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """The first column names the rows."""
+
+    header: list[object]
+    rows: list[list[object]]
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """Makes the figures of a page, and saves each picture in `folder` where there is one."""
+
+    folder: Path | None
+
+    def __call__(self, name: str, picture: Picture, title: str, note: str) -> Figure:
         if self.folder is not None:
-            plots.save(drawn, self.folder, name)
-        return figure(plots.inline(drawn, name, escape(title)), title, text)
+            plots.save(picture, self.folder, name)
+        return Figure(name, title, note, plots.inline(picture, name))
 
 
 def report(
@@ -82,9 +97,9 @@ def report(
 ) -> Path:
     """Write the report of one or more finished runs of the same data to `output`, an .html file, and return its path.
 
-    The first run is the one whose samples and clusters are shown, and that each further run is compared with.
-    pictures_folder: write each picture there too, as PNG and SVG. by: the column to rank by; None is each run's own.
-    keep: the share or number of records whose selection is shown.
+    The page shows samples and clusters of the first run, and compares it with each further run. pictures_folder: write
+    each picture there too, as PNG and SVG. by: the column to rank by; None is each run's own. keep: the share or number
+    of records whose selection is shown.
 
     Raises ScorerError where a run is unfinished, where the runs do not hold the same records, and without matplotlib.
     """
@@ -95,99 +110,116 @@ def report(
         raise ScorerError(f"{path}: a report is a web page; name it .html")
     require("report")
     check_writable(path)
-    if pictures_folder is not None and not is_remote(folder := to_path(pictures_folder)):
+    folder = None if pictures_folder is None else to_path(pictures_folder)
+    if folder is not None and not is_remote(folder):
         check_folder(folder)
     with plots.style():
-        selection = select(runs[0], keep=keep, by=by)
-        paths = [run.path if isinstance(run, Run) else to_path(run) for run in runs]
-        pairs = [_compare(paths[0], other, by) for other in paths[1:]]
-        loaded = [_load(number, path, len(paths)) for number, path in enumerate(paths, 1)]
-        first, draw = loaded[0], Pictures(None if pictures_folder is None else to_path(pictures_folder))
-        column = by or str(first.manifest.ranking["by"])
-        sections = [
-            section("Runs", _runs(loaded)),
-            section("Distributions", *_distributions(loaded, draw), *_length(first, column, draw)),
-            section("Agreement", *_agreement(loaded, pairs, draw)) if pairs else "",
-            section("Clusters", *_clusters(first, selection, keep, by, draw)) if has_clusters(first.run) else "",
-            section("Samples", *samples(first.run, first.records, selection, column, keep, MEASURES)),
-            section("Manifests", *(details(run.label, _json(run.manifest.to_dict())) for run in loaded)),
-        ]
-    summary = f"{first.records.height:,} records, ranked by {column}; {selection.kept.height:,} kept at {keep}"
-    with replacing(path) as temporary:  # a lone surrogate, in a text or a path, is shown as its escape
-        content = page(f"scorer: {', '.join(map(str, paths))}", summary, sections)
-        temporary.write_bytes(content.encode("utf-8", "backslashreplace"))
+        page = _page([run.path if isinstance(run, Run) else to_path(run) for run in runs], Draw(folder), by, keep)
+    environment = Environment(
+        loader=PackageLoader("scorer", "report"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    text = environment.get_template("report.html.jinja").render(page)
+    with replacing(path) as temporary:  # a lone surrogate in a text or a path is shown as its escape
+        temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
     return path
 
 
-def _load(number: int, path: Path, of: int) -> Scored:
+def _page(paths: Sequence[Path], draw: Draw, by: str | None, keep: str | float | int) -> dict[str, Any]:
+    """The variables of report.html.jinja."""
+    selection = select(paths[0], keep=keep, by=by)
+    pairs = [_compare(paths[0], other, by) for other in paths[1:]]
+    loaded = [_load(number, path, len(paths)) for number, path in enumerate(paths, 1)]
+    first = loaded[0]
+    column = by or str(first.manifest.ranking["by"])
+    return {
+        "title": f"scorer: {', '.join(map(str, paths))}",
+        "summary": f"{first.records.height:,} records, ranked by {column}; {selection.kept.height:,} kept at {keep}",
+        "run_tables": _run_tables(loaded),
+        "figures": {
+            "Distributions": [*_distributions(loaded, draw), *_length(first, column, draw)],
+            "Agreement": list(_agreement(loaded, pairs, draw)),
+        },
+        "clusters": _clusters(first, selection, keep, by, draw) if has_clusters(first.run) else None,
+        "samples": samples(first.run, first.records, selection, column, keep, MEASURES),
+        "manifests": [(run.label, json.dumps(run.manifest.to_dict(), indent=2, ensure_ascii=False)) for run in loaded],
+    }
+
+
+def _load(number: int, path: Path, count: int) -> LoadedRun:
     run = Run(path)
     scores = run.scores()
     name = Path(absolute(path)).name.encode("utf-8", "backslashreplace").decode()
-    name = name if len(name) <= NAME else f"{name[:NAME]}…"
-    return Scored(run, name if of == 1 else f"{number}: {name}", run.manifest, scores, per_record(scores))
+    label = name if len(name) <= LABEL_CHARACTERS else f"{name[:LABEL_CHARACTERS]}…"
+    return LoadedRun(run, label if count == 1 else f"{number}: {label}", run.manifest, scores, per_record(scores))
 
 
 def _compare(first: Path, other: Path, by: str | None) -> Pair:
-    resamples = RESAMPLES if Run(first).manifest.records <= RESAMPLED else 0
-    (pair,) = compare([first, other], by=by, at=AT, resamples=resamples)
+    resamples = RESAMPLES if Run(first).manifest.records <= MAX_RESAMPLED_RECORDS else 0
+    (pair,) = compare([first, other], by=by, at=SHARES, resamples=resamples)
     if not isinstance(pair, Pair):
-        raise ScorerError(f"{other}: a report is made of run directories, not of selected files")
+        raise ScorerError(f"{other}: it holds selected records; a report is made of run directories")
     return pair
 
 
-def _runs(loaded: Sequence[Scored]) -> str:
-    """What was run, how it went, and the quantiles."""
-    heads = ["", *(run.label for run in loaded)]
-    identities = [run.manifest.identity for run in loaded]
-    rows: list[list[object]] = [["directory", *(run.run.path for run in loaded)]]
-    rows.append(["model", *(run.manifest.model.get("name") for run in loaded)])
-    for name in ("protocol", "engine", "dtype"):
-        rows.append([name, *(i["config"].get(name) for i in identities)])
-    rows.append(["ranked by", *(run.manifest.ranking["by"] for run in loaded)])
-    rows.append(["records", *(f"{run.records.height:,}" for run in loaded)])
+def _run_tables(loaded: Sequence[LoadedRun]) -> list[Table]:
+    """A table of what was run and how it went, and a table of each run's quantiles."""
     summaries = [summarise(run.scores) for run in loaded]
-    for status in sorted({status for s in summaries for status in s.status}):
-        rows.append([f"rows {status}", *(f"{s.status.get(status, 0):,}" for s in summaries)])
-    biases = [s.length_bias for s in summaries]
-    rows.append(["Spearman of ifd with length", *("" if b is None else f"{b:+.3f}" for b in biases)])
-    parts = [table(heads, [["" if cell is None else cell for cell in row] for row in rows if any(row[1:])])]
+    statuses = sorted({status for summary in summaries for status in summary.status})
+    facts = [_facts(run, summary, statuses) for run, summary in zip(loaded, summaries, strict=True)]
+    rows = [[name, *("" if of[name] is None else of[name] for of in facts)] for name in facts[0]]
+    tables = [Table(["", *(run.label for run in loaded)], [row for row in rows if any(row[1:])])]
     for run, summary in zip(loaded, summaries, strict=True):
-        quantiles = [[name, *map(digits, values)] for name, values in summary.quantiles.items()]
-        parts.append(table([run.label, *(f"{q:.0%}" for q in QUANTILES)], quantiles))
-    return "".join(parts)
+        quantiles: list[list[object]] = [[name, *map(digits, values)] for name, values in summary.quantiles.items()]
+        tables.append(Table([run.label, *(f"{q:.0%}" for q in QUANTILES)], quantiles))
+    return tables
 
 
-def _distributions(loaded: Sequence[Scored], draw: Pictures) -> Iterable[str]:
+def _facts(run: LoadedRun, summary: Summary, statuses: Sequence[str]) -> dict[str, object]:
+    manifest, bias = run.manifest, summary.length_bias
+    return {
+        "directory": run.run.path,
+        "model": manifest.model.get("name"),
+        **{name: manifest.identity["config"].get(name) for name in ("protocol", "engine", "dtype")},
+        "ranked by": manifest.ranking["by"],
+        "records": f"{run.records.height:,}",
+        **{f"rows {status}": f"{summary.status.get(status, 0):,}" for status in statuses},
+        "Spearman of ifd with length": None if bias is None else f"{bias:+.3f}",
+    }
+
+
+def _distributions(loaded: Sequence[LoadedRun], draw: Draw) -> Iterator[Figure]:
     for name in MEASURES:
         series = {r.label: _finite(r.records, name)[0] for r in loaded if name in r.records.columns}
         series = {label: values for label, values in series.items() if len(values)}
         if series:
             mark = 1.0 if name in ("ifd", "ifd_loss") else None
-            drawn = plots.distributions(series, name, log=_log(name, *series.values()), mark=mark)
-            text = "Above 1 the prompt made the response less likely. " if mark else ""
-            yield draw(name, drawn, f"Distribution of {name}", text + TAILS)
+            picture = plots.distributions(series, name, log=_is_log(name, *series.values()), mark=mark)
+            note = "Above 1 the prompt made the response less likely. " if mark else ""
+            yield draw(name, picture, f"Distribution of {name}", note + TAILS_NOTE)
     for number, run in enumerate(loaded, 1):
         epochs = [name for name in run.records.columns if name.startswith("ppl_") and name[4:].isdigit()]
         series = {f"epoch {name[4:]}": _finite(run.records, name)[0] for name in epochs}
         if series and all(map(len, series.values())):
-            drawn = plots.distributions(series, "ppl_conditioned", log=True)
-            yield draw(
-                f"epochs-{number}", drawn, f"Perplexity before training and after each epoch, {run.label}", TAILS
-            )
+            picture = plots.distributions(series, "ppl_conditioned", log=True)
+            title = f"Perplexity before training and after each epoch, {run.label}"
+            yield draw(f"epochs-{number}", picture, title, TAILS_NOTE)
 
 
-def _length(first: Scored, by: str, draw: Pictures) -> Iterable[str]:
+def _length(first: LoadedRun, by: str, draw: Draw) -> Iterator[Figure]:
     length, value = _finite(first.records, "response_tokens", by)
     if len(value):
-        log = (True, _log(by, value))
-        drawn = plots.cloud(length, value, ("response tokens", by), log=log, medians=True)
-        yield draw(
-            "length", drawn, f"{by} against response length", f"{len(value):,} records of {first.label}. {TAILS}"
-        )
+        log = (True, _is_log(by, value))
+        picture = plots.cloud(length, value, ("response tokens", by), log=log, medians=True)
+        note = f"{len(value):,} records of {first.label}. {TAILS_NOTE}"
+        yield draw("length", picture, f"{by} against response length", note)
 
 
-def _agreement(loaded: Sequence[Scored], pairs: Sequence[Pair], draw: Pictures) -> Iterable[str]:
-    curves = {}
+def _agreement(loaded: Sequence[LoadedRun], pairs: Sequence[Pair], draw: Draw) -> Iterator[Figure]:
+    curves: dict[str, list[tuple[float, float, float]]] = {}
     percents: list[float] = []
     for number, (other, pair) in enumerate(zip(loaded[1:], pairs, strict=True), 2):
         found = pair.agreement
@@ -197,66 +229,66 @@ def _agreement(loaded: Sequence[Scored], pairs: Sequence[Pair], draw: Pictures) 
         if not len(x):
             continue
         names = (f"{pair.by[0]}, {loaded[0].label}", f"{pair.by[1]}, {other.label}")
-        logs = (_log(pair.by[0], x), _log(pair.by[1], y))
-        drawn = plots.cloud(x, y, names, log=logs, equal=pair.by[0] == pair.by[1] and logs[0] == logs[1])
-        rank = f"Spearman {_figure(found.spearman.value)}, Kendall tau-b {_figure(found.kendall.value)}"
-        text = f"{rank}; {found.records:,} records have both values, {found.left_out:,} have not."
-        yield draw(f"against-{number}", drawn, f"{loaded[0].label} against {other.label}", text)
-        cuts = [cut for cut in found.whole if cut.records]
-        percents = [float(cut.share * 100) for cut in cuts]
-        none = float("nan")
-        for name, figures in (("overlap", [cut.overlap for cut in cuts]), ("IoU", [cut.iou for cut in cuts])):
-            rows = [tuple(none if v is None else v for v in (f.value, f.low, f.high)) for f in figures]
+        logs = (_is_log(pair.by[0], x), _is_log(pair.by[1], y))
+        picture = plots.cloud(x, y, names, log=logs, equal=pair.by[0] == pair.by[1] and logs[0] == logs[1])
+        spearman, kendall = ("none" if s.value is None else f"{s.value:.3f}" for s in (found.spearman, found.kendall))
+        note = (
+            f"Spearman {spearman}, Kendall tau-b {kendall}; {found.records:,} records have both values, "
+            f"{found.left_out:,} have not."
+        )
+        yield draw(f"against-{number}", picture, f"{loaded[0].label} against {other.label}", note)
+        shares = [share for share in found.whole if share.records]
+        percents = [float(share.share * 100) for share in shares]
+        for name, statistics in (("overlap", [s.overlap for s in shares]), ("IoU", [s.iou for s in shares])):
+            rows = [(_or_nan(s.value), _or_nan(s.low), _or_nan(s.high)) for s in statistics]
             curves[f"{name} with {other.label}"] = rows
     if percents:
-        title = "Agreement of the selections by percentage"
-        drawn = plots.curves(percents, curves, ("records selected, %", "overlap, IoU"))  # type: ignore[arg-type]
-        shaded = any(cut.iou.low is not None for pair in pairs for cut in pair.agreement.whole)
-        text = "Shaded: 95% bootstrap intervals." if shaded else "Too many records for intervals here."
-        yield draw("agreement", drawn, title, f"{text} Selections are of all records, with no limit on ifd.")
+        picture = plots.curves(percents, curves, ("records selected, %", "overlap, IoU"))
+        shaded = any(share.iou.low is not None for pair in pairs for share in pair.agreement.whole)
+        note = "Shaded: 95% bootstrap intervals." if shaded else "Too many records for intervals here."
+        note += " Selections are of all records, with no limit on ifd."
+        yield draw("agreement", picture, "Agreement of the selections by percentage", note)
 
 
 def _clusters(
-    first: Scored, selection: Selection, keep: str | float | int, by: str | None, draw: Pictures
-) -> Iterable[str]:
-    inside = select(first.run, keep=keep, by=by, per_cluster=True)
+    first: LoadedRun, selection: Selection, keep: str | float | int, by: str | None, draw: Draw
+) -> dict[str, Figure | Table]:
+    selections = {
+        "taken by rank": selection,
+        "taken per cluster": select(first.run, keep=keep, by=by, per_cluster=True),
+    }
     groups = clusters(first.run)
-    kinds = {"taken by rank": selection, "taken per cluster": inside}
     counts = groups.group_by("group").agg(size=pl.len())
-    for name, chosen in kinds.items():
+    for name, chosen in selections.items():
         taken = chosen.kept.join(groups, on="record_id").group_by("group").agg(pl.len().alias(name))
         counts = counts.join(taken, on="group", how="left", nulls_equal=True)
-    counts = counts.with_columns(pl.col(list(kinds)).fill_null(0)).sort(["size", "group"], descending=[True, False])
-    drawn = plots.group_sizes(_floats(counts["size"]), {name: _floats(counts[name]) for name in kinds})
+    counts = counts.with_columns(pl.col(list(selections)).fill_null(0))
+    counts = counts.sort(["size", "group"], descending=[True, False])
+    sizes, *taken_counts = (counts[name].cast(pl.Float64).to_numpy() for name in ("size", *selections))
+    picture = plots.group_sizes(sizes, dict(zip(selections, taken_counts, strict=True)))
     without = int((counts["taken by rank"] == 0).sum())
-    text = f"{counts.height:,} clusters; by rank, nothing is taken of {without:,} of them."
-    yield draw("clusters", drawn, f"Clusters, and what {keep} takes of each", text)
+    note = f"{counts.height:,} clusters; by rank, nothing is taken of {without:,} of them."
     rows = [
         ["none" if group is None else group, *(f"{n:,}" for n in (size, *taken)), f"{taken[0] / size:.1%}"]
-        for group, size, *taken in counts.head(LARGEST).iter_rows()
+        for group, size, *taken in counts.head(CLUSTER_ROWS).iter_rows()
     ]
-    yield table(["largest clusters", "records", *kinds, "share by rank"], rows)
+    return {
+        "figure": draw("clusters", picture, f"Clusters, and what {keep} takes of each", note),
+        "table": Table(["largest clusters", "records", *selections, "share by rank"], rows),
+    }
 
 
 def _finite(frame: pl.DataFrame, *names: str) -> list[Floats]:
     """The columns [n] each, of the rows in which all of them are finite."""
-    values = [_floats(frame[name]) for name in names]
-    whole = np.isfinite(values).all(axis=0)
-    return [v[whole] for v in values]
+    columns = frame.select(pl.col(*dict.fromkeys(names)).cast(pl.Float64))
+    finite = columns.filter(pl.all_horizontal(pl.all().is_finite()))
+    return [finite[name].to_numpy() for name in names]
 
 
-def _floats(series: pl.Series) -> Floats:
-    return series.cast(pl.Float64).fill_null(float("nan")).to_numpy()
-
-
-def _log(name: str, *values: Floats) -> bool:
-    """Whether a measure is drawn on a log scale: what is a ratio or an exponential."""
+def _is_log(name: str, *values: Floats) -> bool:
+    """Whether a measure is drawn on a log scale: ratios and exponentials are."""
     return name not in LEARNING and all(bool((v > 0).all()) for v in values)
 
 
-def _figure(value: float | None) -> str:
-    return "none" if value is None else f"{value:.3f}"
-
-
-def _json(value: object) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False)
+def _or_nan(value: float | None) -> float:
+    return float("nan") if value is None else value

@@ -1,11 +1,11 @@
 """The rows of a score table, one a turn -> one row a record.
 
-Pure Polars: it knows the key columns and that all other numbers are measures, not what a measure means.
+Knows the key columns; all other numeric columns are measures, whatever they mean.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import polars as pl
 
@@ -36,11 +36,11 @@ def per_record(scores: pl.DataFrame, aggregate: str = "mean") -> pl.DataFrame:
         twice = table.filter(same & ~later)
         if not twice.is_empty():
             record_id, turn = twice.row(0)[:2]
-            raise ScorerError(f"not a score table: turn {turn} of record {record_id} stands in it twice")
+            raise ScorerError(f"not a score table: turn {turn} of record {record_id} occurs twice")
     scored = pl.col("status").is_in(SCORED)
     reason = pl.when(scored).then(None).otherwise("status").alias("reason")
     floats = [name for name in measures if scores.schema[name].is_float()]
-    if not table.select(same.any()).item():  # of 10 million rows, grouping would take most of the time
+    if not table.select(same.any()).item():  # grouping 10 million rows would take most of the time
         whole = [name for name in measures if name not in floats] if aggregate == "mean" else []
         one_turn = table.select("record_id", reason, *measures)
         return one_turn.with_columns(pl.col(floats).fill_nan(None), pl.col(whole).cast(pl.Float64))
@@ -53,3 +53,21 @@ def per_record(scores: pl.DataFrame, aggregate: str = "mean") -> pl.DataFrame:
     found = records.with_columns(found=True)
     joined = first.join(found, on="record_id", how="left", maintain_order="left")
     return joined.select("record_id", pl.when("found").then(None).otherwise("status").alias("reason"), *measures)
+
+
+def check_ids(name: str, table: pl.DataFrame, keys: Sequence[str]) -> None:
+    """Raise ScorerError unless every row of the table called `name` has a record_id, and `keys` of its own."""
+    if missing := table["record_id"].null_count():
+        raise ScorerError(f"{name}: {missing:,} rows have no record_id")
+    if repeated := table.height - table.select(keys).n_unique():
+        raise ScorerError(f"{name}: {repeated:,} rows repeat the {' and '.join(keys)} of another")
+
+
+def check_same_ids(first: str, table: pl.DataFrame, second: str, other: pl.DataFrame, keys: Sequence[str]) -> None:
+    """Raise ScorerError unless the tables called `first` and `second` have the same `keys`."""
+    missing, new = table.join(other, on=keys, how="anti").height, other.join(table, on=keys, how="anti").height
+    if missing or new:
+        raise ScorerError(
+            f"{second}: {missing:,} of the {table.height:,} rows of {first} are not in it, and {new:,} of its own are "
+            "not there: give scores of the same data"
+        )

@@ -1,6 +1,6 @@
-"""How many records each group may give: exact shares by largest remainder, or the papers' rounding.
+"""How many records are selected from each group: exact shares by largest remainder, or the papers' rounding.
 
-Whole numbers only: it knows neither tables nor scores.
+Knows whole numbers only; neither tables nor scores.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ ROUNDINGS = ("exact", "paper")
 
 
 def largest_remainder(total: int, sizes: Sequence[int]) -> list[int]:
-    """`total` dealt out in proportion to `sizes` (each >= 1), exactly: the sum of what is given back is `total`.
+    """Quotas in proportion to `sizes` (each >= 1) whose sum is exactly `total`.
 
-    Everyone gets the whole part of their share; what is left goes one each to the largest fractions, and of equal
-    fractions to the first.
+    Each group gets the whole part of its share; the rest goes one each to the largest fractions, the first of equals.
     """
     whole = sum(sizes)
     shares = [divmod(total * size, whole) for size in sizes]
@@ -31,10 +30,10 @@ def largest_remainder(total: int, sizes: Sequence[int]) -> list[int]:
 
 
 def exact_quotas(total: int, sizes: Sequence[int], room: Sequence[int]) -> list[int]:
-    """Quotas of groups of `sizes` records, of which only `room` can be taken; their sum is min(total, sum(room)).
+    """Quotas of groups of `sizes` records that have only `room` to select from; their sum is min(total, sum(room)).
 
-    A group with less room than its quota gives all that it has, and the rest of `total` is dealt out anew among the
-    other groups, until every quota can be met.
+    A group with less room than its quota gives all of it, and the rest of `total` is divided again among the other
+    groups, until every quota can be met.
     """
     quotas = list(room)
     left = min(total, sum(room))
@@ -54,15 +53,15 @@ def exact_quotas(total: int, sizes: Sequence[int], room: Sequence[int]) -> list[
 def paper_quotas(share: Fraction, sizes: Sequence[int]) -> list[int]:
     """The size of the first part of each group when numpy.array_split cuts it into round(1 / share) parts.
 
-    The first parts are the larger, so it is a ceiling (Small2Large, arXiv 2402.10430). Nothing passes from one group
-    to another.
+    The first parts are the larger, so it is a ceiling (Small2Large, arXiv 2402.10430). What a group lacks is not made
+    up by another.
     """
     parts = round(1 / share)
     return [-(-size // parts) for size in sizes]
 
 
 def split_bounds(size: int, parts: int) -> list[int]:
-    """Where the parts end that numpy.array_split makes of `size` things: as equal as can be, the larger first."""
+    """The ends of the parts into which numpy.array_split cuts `size` items: nearly equal, the larger first."""
     each, more = divmod(size, parts)
     return [each * part + min(part, more) for part in range(1, parts + 1)]
 
@@ -78,30 +77,19 @@ def parse_keep(value: str | int | float | Fraction) -> int | Fraction:
     since 1.0 might mean one record or all of them. Anything else raises ScorerError.
     """
     keep: object = value
+    decimal = isinstance(value, float)
     if isinstance(value, str) and (match := NUMBER.fullmatch(value.strip())):
         number, percent = match.groups()
-        if percent:
-            keep = Fraction(number) / 100
-        elif "." in number:
-            keep = _below_one(Fraction(number))
-        else:
-            keep = int(number)
+        decimal = "." in number and not percent
+        keep = Fraction(number) / 100 if percent else Fraction(number) if decimal else int(number)
     elif isinstance(value, float) and math.isfinite(value):
         # The shortest decimal that reads back as this float is what was written; numpy's own repr is not a number.
-        keep = _below_one(Fraction(float.__repr__(value)))
-    return _checked_keep(keep, value)
-
-
-def _below_one(share: Fraction) -> Fraction | None:
-    return share if share < 1 else None
-
-
-def _checked_keep(keep: object, shown: object) -> int | Fraction:
+        keep = Fraction(float.__repr__(value))
     if isinstance(keep, int) and not isinstance(keep, bool) and keep >= 1:
         return keep
-    if isinstance(keep, Fraction) and 0 < keep <= 1:
+    if isinstance(keep, Fraction) and 0 < keep <= 1 and not (decimal and keep == 1):
         return keep
     raise ScorerError(
-        f"keep: {str(shown)!r} is neither a share such as 10% (above 0%, at most 100%) nor a number of "
+        f"keep: {str(value)!r} is neither a share such as 10% (above 0%, at most 100%) nor a number of "
         "records such as 5000 (at least 1)"
     )

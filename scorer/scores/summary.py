@@ -1,4 +1,4 @@
-"""A score table -> what a person wants to know of it first. Pure Polars."""
+"""A score table -> the summary that is shown after a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ COLUMNS = ("ifd", "ifd_loss", "lp1", "lp1_approx", "ppl_conditioned", "ppl_alone
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Rows by status, QUANTILES of those of COLUMNS that have values, and a known bias.
+    """Rows by status, QUANTILES of the COLUMNS that have values, and the bias of IFD by length.
 
     `length_bias` is Spearman's correlation of IFD with the number of response tokens; None for fewer than three rows.
     """
@@ -23,7 +23,7 @@ class Summary:
 
 
 def summarise(scores: pl.DataFrame) -> Summary:
-    """The summary of a score table."""
+    """Summarise a score table."""
     scored = scores.filter(pl.any_horizontal(pl.col("response_tokens", "ppl_conditioned").is_not_null()))
     columns = [name for name in COLUMNS if name in scored.columns and scored[name].count()]
     pairs = scored.drop_nulls("ifd")

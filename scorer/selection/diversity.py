@@ -1,7 +1,7 @@
-"""Facility location: embeddings -> the few of them that stand for all best.
+"""Facility location: embeddings -> the subset that represents all of them best.
 
-Knows vectors only; neither records nor scores. Similarities are kept for each row's nearest neighbours, from faiss, and
-never as an n x n matrix.
+Knows vectors only; neither records nor scores. Only the similarities of each row's nearest neighbours, from faiss, are
+kept, never an n x n matrix.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy.typing as npt
 from scorer.types import ScorerError
 
 NEIGHBOURS = 64
-EXACT_ROWS = 100_000  # a product of all rows with all takes half a minute here; beyond, cells are searched
+EXACT_ROWS = 100_000  # all pairwise products of so many take half a minute; more are searched by cells
 CELLS_SEARCHED = 32
 
 Floats = npt.NDArray[np.floating[Any]]
@@ -23,18 +23,18 @@ Ints = npt.NDArray[np.int64]
 
 
 def facility_location(embeddings: npt.NDArray[np.float32], size: int, *, neighbours: int = NEIGHBOURS) -> list[int]:
-    """`size` positions of rows, in the order of a greedy choice that maximises sum_i max_{j chosen} s(i, j).
+    """The indices of `size` rows, in the order of a greedy choice that maximises sum_i max_{j chosen} s(i, j).
 
-    embeddings: [n, d] float32, rows of length 1. s is the cosine, 0 where it is negative or where j is not among the
-    `neighbours` nearest of i (nor i itself). Equal gains go to the first row. With `neighbours` >= n - 1 this is the
+    embeddings: [n, d] float32, rows of length 1. s is the cosine; 0 where it is negative, and where j is neither i nor
+    one of its `neighbours` nearest rows. The first of equal gains is chosen. With `neighbours` >= n - 1 this is the
     plain greedy algorithm, which is within 1 - 1/e of the best choice (Nemhauser et al. 1978), as in Superfiltering.D
-    (arXiv 2402.00530); gains that can't have become the largest are not computed anew (Minoux 1978).
+    (arXiv 2402.00530); gains that can't be the largest are not recomputed (Minoux 1978).
 
     Raises ScorerError for a size above n.
     """
     n = len(embeddings)
     if not 0 <= size <= n:
-        raise ScorerError(f"diverse: {size:,} can't be chosen of {n:,}")
+        raise ScorerError(f"diverse: {size:,} can't be chosen from {n:,}")
     if size == 0:
         return []
     starts, rows, similar = _columns(embeddings, min(neighbours, n - 1))
@@ -42,7 +42,7 @@ def facility_location(embeddings: npt.NDArray[np.float32], size: int, *, neighbo
     sums = np.add.reduceat(similar, starts[:-1])  # every column has its own row at least
     heap = [(-gain, j) for j, gain in enumerate(sums.tolist())]
     heapify(heap)
-    current = [0] * n  # with how many chosen each gain was computed
+    current = [0] * n  # how many rows were chosen when each gain was computed
     chosen: list[int] = []
     while len(chosen) < size:
         _, j = heap[0]
@@ -61,21 +61,21 @@ def facility_location(embeddings: npt.NDArray[np.float32], size: int, *, neighbo
 def _columns(embeddings: npt.NDArray[np.float32], neighbours: int) -> tuple[Ints, Ints, Floats]:
     """The sparse matrix s by columns: where each starts (n + 1), the row of each value, and the values, float64."""
     n = len(embeddings)
-    near, found = _nearest(embeddings, neighbours + 1)  # a row's own is mostly among them
+    near, found = _nearest(embeddings, neighbours + 1)  # mostly with the row itself among them
     rows = np.repeat(np.arange(n), neighbours + 1)
     columns, values = found.ravel(), near.ravel()
     other = (columns >= 0) & (columns != rows) & (values > 0)
-    itself = np.einsum("ij,ij->i", embeddings, embeddings)
+    own = np.einsum("ij,ij->i", embeddings, embeddings)
     rows = np.concatenate([np.arange(n), rows[other]])
     columns = np.concatenate([np.arange(n), columns[other]])
-    values = np.concatenate([itself, values[other]]).astype(np.float64)
+    values = np.concatenate([own, values[other]]).astype(np.float64)
     order = np.argsort(columns, kind="stable")
     starts = np.concatenate([[0], np.cumsum(np.bincount(columns, minlength=n))])
     return starts, rows[order], values[order]
 
 
 def _nearest(embeddings: npt.NDArray[np.float32], k: int) -> tuple[npt.NDArray[np.float32], Ints]:
-    """Inner products with the k nearest rows, and which they are (-1: none), each [n, k]."""
+    """Inner products with the k nearest rows, and the indices of those (-1: none), each [n, k]."""
     import faiss
 
     n, d = embeddings.shape

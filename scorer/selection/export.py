@@ -1,6 +1,6 @@
-"""A selection -> the records themselves, as they came.
+"""Selects records of a run, and writes them unchanged.
 
-Knows run directories, raw records and files, and gathers what a selection needs; not how it is made.
+Knows run directories, raw records and files; scorer.selection.ranking decides which records are kept.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ SCORES_KEY = "scorer"  # what a record's scores and reason are written under
 
 
 def select(run: Run | str | Path, output: str | Path | None = None, **options: Any) -> Selection:
-    """Choose records of a finished run, and write them to `output` as they came.
+    """Choose records of a finished run, and write them unchanged to `output`.
 
-    options: the fields of SelectConfig; the ranking of the run's protocol is the default of `by` and `lowest`, and the
-    lowest of LP. The formats of `output` and `rejected` are those of their suffixes.
+    options: the fields of SelectConfig; `by` and `lowest` default to the ranking of the run's protocol, and `lowest` is
+    True for LP. The suffixes of `output` and `rejected` choose their formats.
 
     Raises ScorerError where the run is unfinished, where its data changed since, and where a file can't be written.
     """
@@ -68,22 +68,22 @@ def _ranked_as(config: SelectConfig, ranking: Mapping[str, Any]) -> SelectConfig
 
 
 def _choose(shards: ScoreTable, run: Run, data: Dataset | None, config: SelectConfig) -> Selection:
-    """The selection, given what the configuration asks for beside the scores."""
+    """Read what the configuration needs, and select."""
     schema = shards.schema
     one_of("by", config.column, measures_of(schema))
     parts = [] if config.diverse is None else embedding_parts(run)
     groups = clusters(run) if config.per_cluster else None
-    looked_at = [name for name, _ in SCORE_FLAGS.values()] if config.drop_flagged else []
-    names = dict.fromkeys((*KEYS, config.column, "ifd", *looked_at))
-    scores = shards.scores([name for name in names if name in schema])  # the others only of what is kept
+    flag_columns = [name for name, _ in SCORE_FLAGS.values()] if config.drop_flagged else []
+    names = dict.fromkeys((*KEYS, config.column, "ifd", *flag_columns))
+    scores = shards.scores([name for name in names if name in schema])  # other columns are read for kept records only
     flagged = flags(run, data, scores, config.drop_flagged) if config.drop_flagged else None
     if config.per is not None and data is not None:
         groups = column_groups(data, config.per)
 
-    def spread(ids: pl.Series, size: int) -> list[int]:
+    def diversify(ids: pl.Series, size: int) -> list[int]:
         return facility_location(embeddings(parts, ids), size)
 
-    selection = select_records(scores, config, groups=groups, flags=flagged, spread=spread)
+    selection = select_records(scores, config, groups=groups, flags=flagged, diversify=diversify)
     kept = selection.kept.select("record_id", "rank")
     rows = shards.collect(lambda table: table.join(kept.lazy(), on="record_id", how="semi"))
     whole = per_record(rows, config.aggregate).drop("reason")
@@ -131,27 +131,27 @@ def check_column(data: Sequence[str], column: str | None, limit: int | None) -> 
 
 
 def _write_all(data: Dataset, selection: Selection, output: str | Path | None, config: SelectConfig) -> None:
-    """Write the files that are asked for. Both are finished before one is put in its place: it is both or neither."""
+    """Write the files that are asked for: both or neither, since both are complete before either is renamed."""
     with ExitStack() as stack:
-        for path, table, noted in (
+        for path, table, with_notes in (
             (output, selection.kept, config.with_scores),
             (config.rejected, selection.rejected, True),
         ):
             if path is not None:
-                _write(stack.enter_context(RecordWriter(path)), data.rows(), table, noted=noted)
+                _write(stack.enter_context(RecordWriter(path)), data.rows(), table, with_notes=with_notes)
 
 
-def _write(writer: RecordWriter, records: Iterable[RawRecord], table: pl.DataFrame, *, noted: bool) -> None:
-    """Write the records of `table`, in its order, each with its row as a note if `noted`."""
+def _write(writer: RecordWriter, records: Iterable[RawRecord], table: pl.DataFrame, *, with_notes: bool) -> None:
+    """Write the records of `table`, in its order, each with its row as a note if `with_notes`."""
     ids = table["record_id"].to_list()
-    notes = {row["record_id"]: row for row in table.iter_rows(named=True)} if noted else {}
+    notes = {row["record_id"]: row for row in table.iter_rows(named=True)} if with_notes else {}
     wanted = set(ids)
     chosen = (raw for raw in records if raw.record_id in wanted)
     if ids != sorted(ids):
-        held = {raw.record_id: raw for raw in chosen}  # ranked: the file's order is not the wanted one
+        held = {raw.record_id: raw for raw in chosen}  # in the order of rank, which is not the file's
         chosen = (held[i] for i in ids)
     for raw in chosen:
-        if noted:
+        if with_notes:
             writer.write(_noted(raw, notes[raw.record_id]), source=raw.source)
         else:
             writer.write(raw.value, text=raw.text, source=raw.source)
@@ -167,16 +167,16 @@ def _noted(raw: RawRecord, note: dict[str, Any]) -> dict[str, Any]:
 
 
 def _file(where: str) -> str:
-    """What tells a file from others, whatever link leads to it."""
+    """The path without symbolic links, by which two names of one file compare equal."""
     found = to_path(where)
     return str(found) if is_remote(found) else os.path.realpath(found)
 
 
 def check_apart(directory: str, outputs: Sequence[str]) -> None:
-    """Raise ScorerError where one of the files `outputs` would have to be the run directory, or a folder above it."""
+    """Raise ScorerError where one of the files `outputs` is the run directory or a folder above it."""
     for output in outputs:
         if f"{_file(directory)}/".startswith(f"{_file(output)}/"):
-            raise ScorerError(f"{output}: the run directory {directory} is to be there; write to another file")
+            raise ScorerError(f"{output}: the run directory {directory} would be there; write to another file")
 
 
 def _check_not_overwriting(targets: Sequence[str], inputs: Sequence[str]) -> None:

@@ -1,7 +1,7 @@
-"""Flags for noise that a ranking lets through: the score table or the texts -> one Boolean column a flag.
+"""Flags for noise that a ranking lets through: the score table or the texts -> a Boolean column for each flag.
 
-A record bears a flag if any of its turns does; null is not known. It decides nothing: a selection drops what it is
-told to. Flags that need embeddings are made elsewhere (STORED), and only named here.
+A record has a flag if any of its turns has it; null is unknown. `scorer cluster --flags` computes the flags that need
+embeddings (STORED). SelectConfig.drop_flagged says which flagged records a selection drops.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from scorer.types import Record, RowStatus, ScorerError
 
 # The modified z-score of Iglewicz and Hoaglin (1993), and the limit that they advise.
 MAD_TO_SIGMA = 0.6745
-FAR_OUT = 3.5
+MAX_Z_SCORE = 3.5
 
 LINK = re.compile(r"(?:https?://|www\.)\S+", re.IGNORECASE)
 REFUSALS = (  # how a response begins, in lower case
@@ -45,14 +45,14 @@ REFUSALS = (  # how a response begins, in lower case
 
 
 def _gibberish(ppl: pl.Expr) -> pl.Expr:
-    """Whether the log of a perplexity lies more than FAR_OUT robust deviations above the median."""
+    """Whether the log of a perplexity is an outlier above: a modified z-score over MAX_Z_SCORE."""
     above = ppl.log() - ppl.log().median()
     deviation = above.abs().median()
-    return (above * MAD_TO_SIGMA > FAR_OUT * deviation) & (deviation > 0)
+    return (above * MAD_TO_SIGMA > MAX_Z_SCORE * deviation) & (deviation > 0)
 
 
 def _empty_or_link_only(response: str) -> bool:
-    """Whether it has no character that shows, or links and no letter or digit beside them."""
+    """Whether a response has no visible character, or links and no other letter or digit."""
     rest = LINK.sub("", response)
     if rest != response:
         return not any(map(str.isalnum, rest))
@@ -63,7 +63,7 @@ def _refusal(response: str) -> bool:
     return response.lstrip().casefold().replace("’", "'").startswith(REFUSALS)
 
 
-SCORE_FLAGS: dict[str, tuple[str, Callable[[pl.Expr], pl.Expr]]] = {  # and the measure that each looks at
+SCORE_FLAGS: dict[str, tuple[str, Callable[[pl.Expr], pl.Expr]]] = {  # each with the measure that it tests
     "ifd_above_1": ("ifd", lambda ifd: ifd > 1),
     "gibberish": ("ppl_alone", _gibberish),
 }
@@ -73,9 +73,9 @@ FLAGS = (*SCORE_FLAGS, *TEXT_FLAGS, *STORED)
 
 
 def score_flags(scores: pl.DataFrame, names: Collection[str]) -> pl.DataFrame:
-    """record_id, and those of SCORE_FLAGS as Boolean columns, from a score table.
+    """record_id, and the flags `names`, some of SCORE_FLAGS, as Boolean columns, from a score table.
 
-    Raises ScorerError where the table has no value of the measure that a flag looks at.
+    Raises ScorerError where the table has no value of the measure that a flag tests.
     """
     for name in names:
         column = SCORE_FLAGS[name][0]
@@ -86,7 +86,7 @@ def score_flags(scores: pl.DataFrame, names: Collection[str]) -> pl.DataFrame:
 
 
 def text_flags(records: Iterable[Record], names: Collection[str]) -> pl.DataFrame:
-    """record_id, and those of TEXT_FLAGS as Boolean columns, from the responses of the records."""
+    """record_id, and the flags `names`, some of TEXT_FLAGS, as Boolean columns, from the responses of the records."""
     rows = []
     for record in records:
         responses = [t.response for t in record.turns if t.status in (RowStatus.OK, RowStatus.EMPTY_RESPONSE)]

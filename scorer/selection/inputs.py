@@ -1,4 +1,4 @@
-"""What a selection takes besides scores: groups of records by a column of the data, and flags."""
+"""Reads what a selection needs besides scores: groups of records by a column of the data, and flags."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def column_groups(data: Dataset, column: str) -> pl.DataFrame:
 
 
 def flags(run: Run, data: Dataset | None, scores: pl.DataFrame, names: Sequence[str]) -> pl.DataFrame:
-    """record_id, and a Boolean column for each of `names`, which are of scorer.selection.flags.FLAGS.
+    """record_id, and a Boolean column for each of `names`, some of scorer.selection.flags.FLAGS.
 
     Raises ScorerError where a flag needs what the run does not have.
     """

@@ -41,7 +41,7 @@ def figures(path: Path) -> list[dict[str, Any]]:
 def test_two_runs(command: Commands, runs: tuple[Path, Path], tmp_path: Path) -> None:
     shown = command("compare", "one", "two", "--at", "30%,60%", "--json", "a.json").shown()
     assert "one by ifd (highest), two by ifd (highest): 7 records" in shown
-    assert "1 more have no finite value of both" in shown
+    assert "1 more have no finite value from both" in shown
     assert re.search(r"Kendall tau-b +0\.619 ", shown)
     assert "per cluster" not in shown
     (row,) = figures(tmp_path / "a.json")
@@ -98,7 +98,7 @@ def test_three_are_compared_two_by_two(runs: tuple[Path, Path], tmp_path: Path) 
 def test_other_ids_are_an_error_with_counts(command: Commands, runs: tuple[Path, Path], tmp_path: Path) -> None:
     pl.DataFrame({"record_id": [0, 1, 2, 9], "ifd": [0.1] * 4}).write_csv(tmp_path / "t.csv")
     line = command("compare", "one", "t.csv").line()
-    assert "5 of the 8 records of one are not in it, and 1 of its own" in line
+    assert "5 of the 8 rows of one are not in it, and 1 of its own" in line
     pl.DataFrame({"record_id": [0, 0, 1], "ifd": [0.1] * 3}).write_csv(tmp_path / "t.csv")
     assert "1 rows repeat" in command("compare", "one", "t.csv").line()
     pl.DataFrame({"record_id": [0, None], "ifd": [0.1] * 2}).write_csv(tmp_path / "t.csv")

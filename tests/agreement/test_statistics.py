@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
-from scorer.agreement.statistics import agree, tau_b
+from scorer.agreement.statistics import Bootstrap, agree, tau_b
 
 HALF = [Fraction(1, 2)]
 Values = npt.NDArray[np.float64]
@@ -43,7 +43,7 @@ FEW = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=2, max_
 @given(FEW)
 def test_correlations_with_ties(pairs: list[tuple[int, int]]) -> None:
     x, y = np.array(pairs, dtype=float).T
-    found = agree(x, y, HALF, resamples=3)
+    found = agree(x, y, HALF, bootstrap=Bootstrap(3))
     expected = tau_b_of_pairs(x, y)
     if math.isnan(expected):
         assert found.kendall.value is None
@@ -94,16 +94,19 @@ def test_intervals_are_seeded_and_hold_the_truth() -> None:
     for seed in range(40):
         x = draw.normal(size=300)
         y = rho * x + math.sqrt(1 - rho**2) * draw.normal(size=300)
-        found = agree(x, y, [], seed=seed, resamples=100)
+        found = agree(x, y, [], bootstrap=Bootstrap(100, seed))
         for i, (figure, truth) in enumerate(((found.kendall, tau), (found.spearman, spearman))):
             assert figure.low is not None
             assert figure.high is not None
             assert figure.low < (figure.value or 0) < figure.high
             inside[i] += figure.low < truth < figure.high
     assert (inside >= 33).all()  # 38 expected of 40
-    assert agree(x, y, HALF, seed=3) == agree(x, y, HALF, seed=3)
-    assert agree(x, y, HALF, seed=3).spearman != agree(x, y, HALF, seed=4).spearman
-    assert agree(x, y, HALF, resamples=0).spearman.low is None
+    assert agree(x, y, HALF, bootstrap=Bootstrap(seed=3)) == agree(x, y, HALF, bootstrap=Bootstrap(seed=3))
+    assert (
+        agree(x, y, HALF, bootstrap=Bootstrap(seed=3)).spearman
+        != agree(x, y, HALF, bootstrap=Bootstrap(seed=4)).spearman
+    )
+    assert agree(x, y, HALF, bootstrap=Bootstrap(0)).spearman.low is None
 
 
 def test_intervals_of_selections_are_of_their_size() -> None:
@@ -113,10 +116,14 @@ def test_intervals_of_selections_are_of_their_size() -> None:
     clusters = np.arange(2000) % 40
     cut = agree(x, y, [Fraction(1, 10)], clusters=clusters).whole[0]
     inside = (agree(x, y, [Fraction(1, 10)], clusters=clusters).per_cluster or ())[0]
-    again = [agree(v := draw.normal(size=2000), v + draw.normal(size=2000), [Fraction(1, 10)], resamples=0).whole[0]]
+    again = [
+        agree(v := draw.normal(size=2000), v + draw.normal(size=2000), [Fraction(1, 10)], bootstrap=Bootstrap(0)).whole[
+            0
+        ]
+    ]
     for _ in range(99):
         v = draw.normal(size=2000)
-        again.append(agree(v, v + draw.normal(size=2000), [Fraction(1, 10)], resamples=0).whole[0])
+        again.append(agree(v, v + draw.normal(size=2000), [Fraction(1, 10)], bootstrap=Bootstrap(0)).whole[0])
     spread = float(np.std([c.overlap.value or 0.0 for c in again]))
     for figure in (cut.overlap, inside.overlap):
         assert figure.low is not None
@@ -131,7 +138,7 @@ def test_intervals_of_selections_are_of_their_size() -> None:
 def test_what_holds_for_every_two(pairs: list[tuple[int, int]], share: Fraction) -> None:
     x, y = np.array(pairs, dtype=float).T
     clusters = np.arange(len(x)) % 3
-    options: dict[str, Any] = {"clusters": clusters, "resamples": 3}
+    options: dict[str, Any] = {"clusters": clusters, "bootstrap": Bootstrap(3)}
     found, mirrored = agree(x, y, [share], **options), agree(y, x, [share], **options)
     assert found.whole[0].shared == mirrored.whole[0].shared
     for cuts in (found.whole, found.per_cluster or ()):

@@ -200,7 +200,7 @@ def test_what_is_refused(command: Commands, tmp_path: Path) -> None:
     assert "luck" in command("report", "weak", "-o", "r.html", "--by", "luck").line()
     assert "keep" in command("report", "weak", "-o", "r.html", "--keep", "0%").line()
     make_run(tmp_path / "other", ROWS[:5], ifd=[0.5] * 5)
-    assert "15 of the 20 records" in command("report", "weak", "other", "-o", "r.html").line()
+    assert "15 of the 20 rows" in command("report", "weak", "other", "-o", "r.html").line()
     assert not (tmp_path / "r.html").exists()
 
 

@@ -179,12 +179,12 @@ def test_diversity_chooses_from_the_best() -> None:
         return [2, 0][:size]
 
     scores = table([0.1, 0.9, 0.2, 0.8, 0.7, 0.3, 0.4, 0.5, 0.6, None])
-    selection = select_records(scores, SelectConfig(diverse=0.2, pool=0.4, order="rank"), spread=spread)
+    selection = select_records(scores, SelectConfig(diverse=0.2, pool=0.4, order="rank"), diversify=spread)
     assert asked == [([1, 3, 4, 8], 2)]  # shares of all ten
     assert kept(selection) == [4, 1]
     assert Counter(selection.rejected["reason"].to_list()) == {"not_diverse": 2, "below_cut": 5, "bad_json": 1}
     with pytest.raises(ScorerError, match="5 records can't be kept of the 4"):
-        select_records(scores, SelectConfig(diverse=5, pool=4), spread=spread)
+        select_records(scores, SelectConfig(diverse=5, pool=4), diversify=spread)
 
 
 @pytest.mark.parametrize(

@@ -90,5 +90,5 @@ def test_a_zero_row_is_like_nothing() -> None:
 
 
 def test_more_than_there_are() -> None:
-    with pytest.raises(ScorerError, match="3 can't be chosen of 2"):
+    with pytest.raises(ScorerError, match="3 can't be chosen from 2"):
         facility_location(UNITS[:2], 3)

@@ -268,7 +268,7 @@ def test_a_wrong_table_or_column_is_refused() -> None:
             select_records(scores, SelectConfig(1, by=name))
     with pytest.raises(ScorerError, match="no column turn, status"):
         select_records(scores.drop("turn", "status"), SelectConfig(1))
-    with pytest.raises(ScorerError, match="turn 0 of record 0 stands in it twice"):
+    with pytest.raises(ScorerError, match="turn 0 of record 0 occurs twice"):
         select_records(pl.concat([scores, scores]), SelectConfig(1))
 
 
