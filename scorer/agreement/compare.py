@@ -27,11 +27,10 @@ from scorer.runs.extras import clusters, has_clusters
 from scorer.scores.aggregate import KEYS, check_ids, check_same_ids, measures_of, per_record
 from scorer.scores.measures import LEARNING
 from scorer.scores.shares import parse_keep
+from scorer.selection.export import SCORES_KEY
 from scorer.storage.atomic import check_writable, replacing
 from scorer.storage.paths import is_folder, to_path
 from scorer.types import ScorerError
-
-SCORES_KEY = "scorer"  # of a selected record; not part of its content
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +97,8 @@ def compare(
 
     sources: run directories, or Parquet, CSV, JSON or JSON Lines files with `record_id` and the column; or else
     selected files, whose records are compared without the key `scorer`, each as often as it occurs. output: a JSON file
-    for what is returned. options: the fields of CompareConfig. Where the first run has clusters, they are those of
-    `Agreement.per_cluster`.
+    to write the result to. options: the fields of CompareConfig. `Agreement.per_cluster` uses the clusters of the first
+    run, where it has them.
 
     Raises ScorerError where the sources do not hold the same record ids, saying how many differ.
     """
@@ -196,7 +195,7 @@ def _pair(a: Scores, b: Scores, shares: list[Fraction], groups: pl.DataFrame | N
     labels = None
     if groups is not None:
         found = a.values.select("record_id").join(groups, on="record_id", how="left", maintain_order="left")
-        labels = found["group"].fill_null(-1).to_numpy()  # records without a cluster are one of their own
+        labels = found["group"].fill_null(-1).to_numpy()  # records without a cluster form one
     first, second = (scores.values["value"].fill_null(float("nan")).to_numpy() for scores in (a, b))
     lowest = (a.lowest, b.lowest)
     agreement = agree(first, second, shares, lowest=lowest, clusters=labels, bootstrap=bootstrap)

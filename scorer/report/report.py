@@ -135,6 +135,7 @@ def _page(paths: Sequence[Path], draw: Draw, by: str | None, keep: str | float |
     loaded = [_load(number, path, len(paths)) for number, path in enumerate(paths, 1)]
     first = loaded[0]
     column = by or str(first.manifest.ranking["by"])
+    shown, fault = samples(first.run, first.records, selection, column, keep, MEASURES)
     return {
         "title": f"scorer: {', '.join(map(str, paths))}",
         "summary": f"{first.records.height:,} records, ranked by {column}; {selection.kept.height:,} kept at {keep}",
@@ -144,7 +145,8 @@ def _page(paths: Sequence[Path], draw: Draw, by: str | None, keep: str | float |
             "Agreement": list(_agreement(loaded, pairs, draw)),
         },
         "clusters": _clusters(first, selection, keep, by, draw) if has_clusters(first.run) else None,
-        "samples": samples(first.run, first.records, selection, column, keep, MEASURES),
+        "samples": shown,
+        "fault": fault,
         "manifests": [(run.label, json.dumps(run.manifest.to_dict(), indent=2, ensure_ascii=False)) for run in loaded],
     }
 

@@ -16,41 +16,23 @@ from scorer.selection.ranking import Selection
 from scorer.types import Record, ScorerError
 
 GROUP_SIZE = 5  # records
-MAX_CHARACTERS = 1500  # shown of a text
-
-
-@dataclass(frozen=True, slots=True)
-class Text:
-    """What is shown of a text, and how many characters of it are cut."""
-
-    role: str
-    shown: str
-    cut: int
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A record: its file and line, its values as one line, and "kept" or why it was not. No source: no texts."""
+    """A record: its values as one line, "kept" or why it was not, and the record itself where its data is there."""
 
     record_id: int
-    source: str
     values: str
     outcome: str
-    texts: list[Text]
-
-
-@dataclass(frozen=True, slots=True)
-class Samples:
-    """Groups of samples by title. fault: why no text can be shown, or ""."""
-
-    groups: dict[str, list[Sample]]
-    fault: str
+    record: Record | None
 
 
 def samples(
     run: Run, records: pl.DataFrame, selection: Selection, by: str, keep: str | float | int, measures: Sequence[str]
-) -> Samples:
-    """The kept records that rank first, and the records with the highest and the lowest `by`.
+) -> tuple[dict[str, list[Sample]], str]:
+    """The kept records that rank first, and those with the highest and the lowest `by`, by title; and why no text can
+    be shown, or "".
 
     records: the run's table of one row a record; those of `measures` that it has are shown.
     """
@@ -70,20 +52,11 @@ def samples(
     found, fault = _read(run, ids)
 
     def sample(record_id: int, *values: float | None) -> Sample:
-        record = found.get(record_id)
-        return Sample(
-            record_id,
-            record.source if record else "",
-            ", ".join(f"{name} {digits(v)}" for name, v in zip(names, values, strict=True) if v is not None),
-            reasons.get(record_id, "kept"),
-            _texts(record) if record else [],
-        )
+        shown = ", ".join(f"{name} {digits(v)}" for name, v in zip(names, values, strict=True) if v is not None)
+        return Sample(record_id, shown, reasons.get(record_id, "kept"), found.get(record_id))
 
-    shown = {
-        title: [sample(*row) for row in group.select("record_id", *names).iter_rows()]
-        for title, group in groups.items()
-    }
-    return Samples(shown, fault)
+    rows = {title: group.select("record_id", *names).iter_rows() for title, group in groups.items()}
+    return {title: [sample(*row) for row in group] for title, group in rows.items()}, fault
 
 
 def digits(value: float) -> str:
@@ -102,12 +75,3 @@ def _read(run: Run, ids: set[int]) -> tuple[dict[int, Record], str]:
             return {raw.record_id: to_record(raw, data.columns) for raw in rows}, ""
     except ScorerError as error:
         return {}, str(error)
-
-
-def _texts(record: Record) -> list[Text]:
-    parts: list[tuple[str, str]] = []
-    for turn in record.turns:
-        parts += [(message.role, message.content) for message in turn.prompt]
-        parts += [("input", turn.input)] if turn.input else []
-        parts += [("response", turn.response)]
-    return [Text(role, text[:MAX_CHARACTERS], max(0, len(text) - MAX_CHARACTERS)) for role, text in parts]

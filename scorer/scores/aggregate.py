@@ -1,4 +1,4 @@
-"""The rows of a score table, one a turn -> one row a record.
+"""A score table with a row for each turn -> a table with a row for each record.
 
 Knows the key columns; all other numeric columns are measures, whatever they mean.
 """
@@ -27,7 +27,7 @@ def per_record(scores: pl.DataFrame, aggregate: str = "mean") -> pl.DataFrame:
     if missing := [name for name in KEYS if name not in scores.columns]:
         raise ScorerError(f"not a score table: it has no column {', '.join(missing)}")
     measures = measures_of(scores.schema)
-    # Sorted first, so that sums of floats, `last`, and a failed record's status come out alike for any order of rows.
+    # Sorted, so that sums of floats, `last`, and the status of a failed record do not depend on the order of rows.
     table = scores.select(*KEYS, *measures)
     same = pl.col("record_id") == pl.col("record_id").shift()
     later = pl.col("turn") > pl.col("turn").shift()
@@ -44,7 +44,7 @@ def per_record(scores: pl.DataFrame, aggregate: str = "mean") -> pl.DataFrame:
         whole = [name for name in measures if name not in floats] if aggregate == "mean" else []
         one_turn = table.select("record_id", reason, *measures)
         return one_turn.with_columns(pl.col(floats).fill_nan(None), pl.col(whole).cast(pl.Float64))
-    # Marked as sorted either way: Polars sums slices and gathered rows in different orders.
+    # Always marked as sorted: Polars would sum slices and gathered rows in different orders.
     turns = table.filter(scored).with_columns(pl.col(floats).fill_nan(None)).set_sorted("record_id")
     records = turns.group_by("record_id", maintain_order=True).agg(
         getattr(pl.col(name), aggregate)() for name in measures

@@ -1,6 +1,6 @@
-"""Sums and counts -> the score table. The only file with the formulas of the measures.
+"""Sums and counts -> the score table. All formulas of the measures are here.
 
-Knows Polars; neither models nor files.
+Knows neither models nor files.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SCHEMA = {
 }
 MEASURES = ("nll_conditioned", "nll_alone", "ppl_conditioned", "ppl_alone", "ifd", "ifd_loss")
 LEARNING = ("lp1", "lp1_approx")  # the measures of `learning_table`
-ALONE = ("alone_tokens", "nll_alone", "ppl_alone", "ifd", "ifd_loss")  # null under a protocol without that view
+ALONE = ("alone_tokens", "nll_alone", "ppl_alone", "ifd", "ifd_loss")  # null under a protocol without an alone view
 CONDITIONED = ("prompt_tokens", "response_tokens", "nll_conditioned", "ppl_conditioned")
 
 
@@ -37,18 +37,18 @@ def score_table(turns: Sequence[EncodedTurn], spans: Iterable[SpanNLL], *, two_v
 
     NLL sums are in nats; ppl = exp(nll / tokens); ifd = ppl_conditioned / ppl_alone (arXiv 2402.00530, section 2.1);
     ifd_loss = mean conditioned NLL / mean alone NLL (arXiv 2308.12032, equation 3). Without `two_views` the alone
-    columns and the ratios are null. Raises EngineError where a turn that was to be scored has no span.
+    columns and the ratios are null. Raises EngineError where a turn to be scored has no span.
     """
     found = {(s.record_id, s.turn, s.view): s for s in spans}
     return pl.DataFrame([_row(turn, found, two_views) for turn in turns], schema=SCHEMA, orient="row")
 
 
 def learning_table(epochs: Sequence[pl.DataFrame]) -> pl.DataFrame:
-    """The score table of how a model learns, from its tables before training and after each epoch: P0, P1 .. Pn.
+    """The score table of LP, from the score tables before training and after each epoch; P0, P1 .. Pn are perplexities.
 
     epochs: two or more tables with the same (record_id, turn) and with columns SCHEMA. lp1 = (P0 - P1) / (P0 - Pn) and
     lp1_approx = (P0 - P1) / P0 (Small2Large, arXiv 2402.10430, section 3). Columns: SCHEMA as before training, without
-    the alone view, in its order of rows; ppl_0 .. ppl_n, lp1, lp1_approx Float64; rose Boolean: P1 > P0, so that
+    the alone view, in the same order of rows; ppl_0 .. ppl_n, lp1, lp1_approx Float64; rose Boolean: P1 > P0, so that
     lp1_approx is below 0; not_learned Boolean: P0 <= Pn, so that lp1 is null. With one epoch lp1 and not_learned are
     null. A row that any table did not score has that table's status and no values.
     """

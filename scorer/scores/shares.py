@@ -66,7 +66,7 @@ def split_bounds(size: int, parts: int) -> list[int]:
     return [each * part + min(part, more) for part in range(1, parts + 1)]
 
 
-# Digits are bounded, and exponents refused: Fraction("1e999999999") would take all memory.
+# The number of digits is limited, and exponents are refused: Fraction("1e999999999") would take all memory.
 NUMBER = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,18})?|\.[0-9]{1,18})(%?)")
 
 

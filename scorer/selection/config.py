@@ -1,4 +1,4 @@
-"""What a selection is asked to do: the options of `scorer select`, frozen and validated.
+"""The options of `scorer select`, frozen and validated.
 
 Knows names and limits only; neither tables nor files.
 """
@@ -25,9 +25,9 @@ class SelectConfig:
     """Which records to keep, and how they are written.
 
     by: a numeric column of the score table; None is ifd, or in `select` the protocol's.
-    max_ifd: a table without any ifd (from a protocol with no alone view) has nothing to limit; the limit of 1 is
-        Superfiltering's (arXiv 2402.00530).
-    random: draws from the records that a ranking by `by` would have ranked.
+    max_ifd: has no effect on a table without ifd (from a protocol with no alone view); the limit of 1 is from
+        Superfiltering (arXiv 2402.00530).
+    random: draw from the records that can be ranked by `by`.
     rounding: exact gives each group its share of `keep` by largest remainder, and passes on what a group can't fill;
         paper gives each ceil(its size / round(1 / share)), numpy.array_split's first part (arXiv 2402.10430).
     bucket: per group (arXiv 2402.10430); the first of uneven thirds is the larger.
@@ -94,7 +94,7 @@ class SelectConfig:
         check_fields(self)
         if self.per is not None and self.per_cluster:
             raise ScorerError("per: records are grouped by a column or by cluster, not by both")
-        first, _ = self.by_rank, self.size  # both are parsed, so that a wrong one raises here
+        first, _ = self.by_rank, self.size  # parses both, so that an invalid one raises here
         if self.rounding == "paper" and not isinstance(first, Fraction):
             raise ScorerError(f"rounding: the paper's needs a share such as 10%, not a number of records ({first})")
         if isinstance(self.drop_flagged, str):

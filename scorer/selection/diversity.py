@@ -39,7 +39,7 @@ def facility_location(embeddings: npt.NDArray[np.float32], size: int, *, neighbo
         return []
     starts, rows, similar = _columns(embeddings, min(neighbours, n - 1))
     covered = np.zeros(n)  # the similarity of each row to the nearest chosen one
-    sums = np.add.reduceat(similar, starts[:-1])  # every column has its own row at least
+    sums = np.add.reduceat(similar, starts[:-1])  # no column is empty: each has its own row
     heap = [(-gain, j) for j, gain in enumerate(sums.tolist())]
     heapify(heap)
     current = [0] * n  # how many rows were chosen when each gain was computed

@@ -32,7 +32,7 @@ from scorer.selection.ranking import Selection, select_records
 from scorer.storage.paths import expand, is_remote, to_path
 from scorer.types import ScorerError, one_of
 
-SCORES_KEY = "scorer"  # what a record's scores and reason are written under
+SCORES_KEY = "scorer"  # the key of a record's scores and reason
 
 
 def select(run: Run | str | Path, output: str | Path | None = None, **options: Any) -> Selection:
@@ -159,7 +159,7 @@ def _write(writer: RecordWriter, records: Iterable[RawRecord], table: pl.DataFra
 
 
 def _noted(raw: RawRecord, note: dict[str, Any]) -> dict[str, Any]:
-    if not isinstance(raw.value, dict):  # a line that is no JSON object can be rejected only
+    if not isinstance(raw.value, dict):  # a line that is no JSON object: it is always rejected
         return {"record": raw.value, SCORES_KEY: note}
     if SCORES_KEY in raw.value:
         raise ScorerError(f"{raw.source} has a field '{SCORES_KEY}' already: rename it, or write no scores")

@@ -13,7 +13,7 @@ import polars as pl
 
 from scorer.types import Record, RowStatus, ScorerError
 
-# The modified z-score of Iglewicz and Hoaglin (1993), and the limit that they advise.
+# The modified z-score of Iglewicz and Hoaglin (1993), and their limit for outliers.
 MAD_TO_SIGMA = 0.6745
 MAX_Z_SCORE = 3.5
 
