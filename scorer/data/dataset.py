@@ -145,7 +145,6 @@ class Dataset:
                 raise unknown_format(path, scan.first, self.columns)
             self.inputs += (found if found.etag else replace(found, size=scan.size, sha256=scan.sha256),)
             self.counts += (scan.rows,)
-            self._drop_copies()
         if not sum(self.counts):
             raise ScorerError(f"{', '.join(self.paths)}: there are no records to score")
 
@@ -184,16 +183,18 @@ class Dataset:
 
     def _reader(self, number: int) -> InputReader:
         if number not in self._readers:
-            if len(self._readers) == OPEN_FILES:
+            # Copies of objects may take half of the space that was free in the temporary folder.
+            while len(self._readers) == OPEN_FILES or self._copied_bytes() > _free_bytes():
                 self._readers.pop(next(iter(self._readers))).close()
             self._readers[number] = InputReader(self._paths[number])
         return self._readers[number]
 
-    def _drop_copies(self) -> None:
-        """Remove the copies of objects, to be fetched again, where they take more than half of the room for them."""
-        copied = sum(entry.size for entry in self.inputs if entry.etag)
-        if copied > shutil.disk_usage(tempfile.gettempdir()).free:
-            self.close()
+    def _copied_bytes(self) -> int:
+        return sum(reader.copied_bytes for reader in self._readers.values())
+
+
+def _free_bytes() -> int:
+    return shutil.disk_usage(tempfile.gettempdir()).free
 
 
 def _as_counted(path: Path, rows: Rows, end: int) -> Rows:

@@ -74,6 +74,7 @@ class InputReader:
             self._local = files.enter_context(local_copy(path))
             self._file: BinaryIO = files.enter_context(open(self._local, "rb", buffering=BUFFER_BYTES))
             self._files = files.pop_all()
+        self.copied_bytes = self._local.stat().st_size if is_remote(path) else 0  # in the temporary folder
 
     def close(self) -> None:
         """Close the file, and remove the copy of an object."""

@@ -202,7 +202,6 @@ def _convert(file: Path, folder: Path) -> None:
     (control characters, first bytes of rare scripts) are in no token, as in the published vocabulary: they are dropped.
     """
     with loading(file):
-        import gguf  # noqa: F401 - load_gguf_checkpoint needs it
         import torch
         from tokenizers.pre_tokenizers import ByteLevel
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer

@@ -29,7 +29,7 @@ def has_clusters(run: Run) -> bool:
 
 def clusters(run: Run) -> pl.DataFrame:
     """record_id Int64, group Int64. Raises ScorerError where the run was not clustered."""
-    return _table(run, CLUSTERS, ["cluster"]).rename({"cluster": "group"})
+    return read_extra(run, CLUSTERS, ["cluster"]).rename({"cluster": "group"})
 
 
 def embedding_parts(run: Run) -> list[Any]:
@@ -62,7 +62,11 @@ def embeddings(parts: Sequence[Any], ids: pl.Series) -> npt.NDArray[np.float32]:
     return np.ascontiguousarray(np.concatenate(rows), dtype=np.float32)
 
 
-def _table(run: Run, name: str, columns: list[str], option: str = "") -> pl.DataFrame:
+def read_extra(run: Run, name: str, columns: list[str], option: str = "") -> pl.DataFrame:
+    """record_id and `columns` of a table that `scorer cluster`, with `option`, writes into the run directory.
+
+    Raises ScorerError where it is absent or can't be read.
+    """
     path, command = run.path / name, f"`scorer cluster {run.path}{option}`"
     if not exists(path):
         raise ScorerError(f"{path}: no such file; make it with {command}")

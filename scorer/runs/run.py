@@ -106,6 +106,7 @@ def score(
             if cluster is not None:
                 from scorer.runs.ray_driver import score_on_ray
 
+                dataset.close()  # workers read the files themselves
                 executor = partial(score_on_ray, cluster=cluster)
             execute(job, manifest, executor, progress)
     return run
@@ -115,6 +116,8 @@ def _open_dataset(
     data: str | Path | Sequence[str | Path] | Dataset, output: str | Path | None, config: ScoreConfig, fresh: bool
 ) -> Dataset:
     if isinstance(data, Dataset):
+        if (data.columns, data.limit) != (config.columns, config.limit):
+            raise ScorerError("columns, limit: a Dataset has its own; give the same, or its files")
         return data
     paths = [name for path in ([data] if isinstance(data, str | Path) else data) for name in expand(str(path))]
     if not paths:

@@ -9,7 +9,7 @@ import polars as pl
 
 from scorer.data.dataset import Dataset
 from scorer.runs.directory import FLAGS, Run
-from scorer.runs.extras import _table
+from scorer.runs.extras import read_extra
 from scorer.selection.flags import SCORE_FLAGS, TEXT_FLAGS, score_flags, text_flags
 from scorer.types import ScorerError
 
@@ -46,7 +46,7 @@ def flags(run: Run, data: Dataset | None, scores: pl.DataFrame, names: Sequence[
     if of_text and data is not None:
         found.append(text_flags(data.records(), of_text))
     if stored:
-        found.append(_table(run, FLAGS, stored, " --flags"))
+        found.append(read_extra(run, FLAGS, stored, " --flags"))
     for frame in found:
         table = table.join(frame, on="record_id", how="left", maintain_order="left")
     return table

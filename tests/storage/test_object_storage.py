@@ -338,3 +338,35 @@ def test_with_nothing_installed_beside_the_extra(server: Server, options: list[o
     ended = alone("scorer", *select, **server.environment)
     assert ended.returncode == 0, ended.stderr
     assert "kept 15 of 153 records: s3://bucket/alone.jsonl" in ended.stderr
+
+
+COPIES = """
+import sys
+from scorer.data import dataset
+
+opened = []
+
+class Counted(dataset.InputReader):
+    def __init__(self, path):
+        opened.append(path)
+        super().__init__(path)
+
+dataset.InputReader = Counted
+for free in (1 << 40, 0):
+    dataset._free_bytes = lambda: free
+    opened.clear()
+    with dataset.Dataset(sys.argv[1:]) as data:
+        data.inspect()
+        print(sum(1 for _ in data.rows()), len(opened), len(data._readers))
+"""
+
+
+def test_an_object_is_copied_once_while_there_is_room(server: Server) -> None:
+    urls = [f"s3://bucket/once/{name}.jsonl" for name in "ab"]
+    for url in urls:
+        server.files().pipe(url.removeprefix("s3://"), b"".join(json.dumps(row).encode() + b"\n" for row in alpaca(3)))
+    command = [sys.executable, "-c", COPIES, *urls]
+    done = subprocess.run(
+        command, env=os.environ | server.environment, capture_output=True, text=True, check=True, timeout=300
+    )
+    assert done.stdout == "6 2 2\n6 4 1\n"
