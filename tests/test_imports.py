@@ -130,7 +130,7 @@ def loaded(statement: str) -> set[str]:
 
 
 def test_relative_and_nested_imports_are_read(tmp_path: Path) -> None:
-    """Of the reader of imports itself, which every test below relies on."""
+    """A test of the reader of imports, which every test below relies on."""
     path = tmp_path / "packed.py"
     path.write_text(
         "import torch.nn\nfrom .packing import pack\nfrom .. import config\nfrom scorer.selection import ranking as s\n"

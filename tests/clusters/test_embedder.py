@@ -199,7 +199,7 @@ def test_an_unusable_folder_is_named_on_one_line(
 def test_nothing_is_printed_nor_asked_of_the_network(
     saved: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a folder, and of a model in the hub's cache, which is asked for what it lacks."""
+    """A folder, and a model in the hub's cache; the hub is asked for what that lacks."""
     folder = saved("dense", prompts={"search": "find: "}, default_prompt_name="search")
     home = tmp_path / "hub" / "models--someone--tiny"
     (home / "snapshots").mkdir(parents=True)

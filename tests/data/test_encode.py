@@ -554,7 +554,7 @@ def test_tokens_are_those_of_the_published_scripts(bpe: Any, protocol: str, adds
 
 
 def scored_tokens(sequences: list[TokenSequence], number: int) -> list[tuple[View, list[int], int]]:
-    """Of each view of a turn: all tokens up to the end of its span, and where the span begins."""
+    """For each view of a turn, all tokens up to the end of its span, and where the span begins."""
     return [(s.view, s.token_ids[: t.end], t.start) for s in sequences for t in s.targets if t.turn == number]
 
 

@@ -35,7 +35,7 @@ STATUS = ["ok"] * 18 + ["empty_response", "oom"]
 
 
 def column(values: list[float]) -> list[Any]:
-    """Of 20 records, the last two of which have no scores."""
+    """Runs of 20 records, the last two without scores."""
     return [*values, None, None]
 
 
@@ -73,7 +73,7 @@ def rows_of(page: str) -> list[list[str]]:
 
 
 def test_a_browser_that_is_told_to_run_and_fetch_does(tmp_path: Path) -> None:
-    """Of the instrument that the tests below rely on: it sees scripts, errors, requests."""
+    """The instrument of the tests below sees scripts, errors and requests."""
     page = tmp_path / "control.html"
     page.write_text(f"<title>mine</title><body>{HOSTILE[0]}<img src=http://example.invalid/x.png>")
     seen = open_page(page, tmp_path)

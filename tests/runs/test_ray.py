@@ -174,7 +174,7 @@ def test_another_copy_on_a_node_is_refused(tmp_path: Path) -> None:
 def test_a_worker_that_always_dies_ends_the_run(
     nodes: Nodes, command: Commands, arguments: list[object], tmp_path: Path
 ) -> None:
-    """As where the system kills it each time that it has loaded the model, for want of memory."""
+    """The kernel's OOM killer may end a worker each time that it has loaded the model."""
     running = command.start("score", *arguments, "-o", "run", "--ray", nodes.address, "--workers", 1)
     killed = 0
     while running.process.exitcode is None:
