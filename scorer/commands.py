@@ -253,7 +253,7 @@ def cluster(run: str, **options: Any) -> None:
     if options["clusters"] is not None:
         _check_not_given(["min_mean_size"], "--clusters sets the number of clusters")
     if not options["flags"]:
-        _check_not_given(["far_below", "duplicate_above"], "they have no effect without --flags")
+        _check_not_given(["far_below", "duplicate_above"], "without --flags nothing is flagged")
     from scorer.clusters.cluster import cluster as cluster_records
     from scorer.console import ConsoleProgress
 
@@ -356,7 +356,7 @@ def fetch(name: str, **options: Any) -> None:
 def _score(data: Sequence[str], output: str, options: dict[str, Any]) -> None:
     on = _take(Cluster, options)
     if on["address"] is None:
-        _check_not_given(on, "they are for --ray")
+        _check_not_given(on, "without --ray no workers are started")
     from scorer.console import ConsoleProgress, show_run
     from scorer.runs.run import score as score_data
 

@@ -166,7 +166,7 @@ WRONG_USAGE = {
     ("--columns", "prompt=a, prompt=b,response=c"): ("--columns", "prompt", "twice"),
     ("--engin", "packed"): ("--engine",),
     ("--fsesh",): ("--fresh",),
-    ("--workers", "2"): ("for --ray", "--workers"),
+    ("--workers", "2"): ("without --ray", "--workers"),
 }
 
 

@@ -124,7 +124,7 @@ def test_bad_clusters_are_one_line(nodes: Nodes, command: Commands, arguments: l
             ("--ray", "auto"): "--ray auto (RAY_ADDRESS is 127.0.0.1:1): no Ray there",
             ("--ray", nodes.address, "--gpus-per-worker", 64): "the cluster has 0 GPUs",
             ("--ray", "local", "--gpus-per-worker", 1.5): "neither a share of one GPU nor whole GPUs",
-            ("--workers", 2): "for --ray",
+            ("--workers", 2): "without --ray",
             ("--ray", "local", "--workers", 0): "neither auto nor a whole number",
         }
         began = {
