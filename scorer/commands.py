@@ -195,7 +195,8 @@ def filter_(data: tuple[str, ...], output: str, run: str | None, **options: Any)
     What needs clusters (--per-cluster, --diverse) is for scorer select, after scorer cluster.
     """
     from scorer.runs.run import spool
-    from scorer.selection.export import check_apart, check_column, check_measure, check_options
+    from scorer.selection.export import check_apart, check_measure, check_options
+    from scorer.selection.inputs import check_column
 
     selection = _selection(options)
     config = SelectConfig(**selection)

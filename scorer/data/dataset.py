@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from scorer.data.formats import known_suffix
 from scorer.data.reader import InputReader, RawRecord, Rows, check_input, read_errors
 from scorer.data.records import fits_format, to_record, unknown_format
 from scorer.storage.paths import absolute, is_remote, object_info, to_path
@@ -56,7 +57,6 @@ def inspect_input(path: str | Path, known: InputFile | None = None) -> InputFile
     Raises ScorerError as `check_input` does, and where the file can't be read.
     """
     where = to_path(path)
-    check_input(where)
     found = _stat(where)
     if found.etag:
         return found
@@ -69,16 +69,16 @@ def inspect_input(path: str | Path, known: InputFile | None = None) -> InputFile
 
 def input_size(path: str | Path) -> int:
     """The bytes of an input file, which is not read. Raises ScorerError as `check_input` does."""
-    where = to_path(path)
-    check_input(where)
-    return _stat(where).size
+    return _stat(to_path(path)).size
 
 
 def _stat(path: Path) -> InputFile:
-    """What is known of a file without reading it."""
+    """What is known of a file without reading it. Raises ScorerError as `check_input` does."""
     if is_remote(path):
+        known_suffix(path)
         info = object_info(path)
         return InputFile(absolute(path), info["size"], etag=info["ETag"].strip('"'))
+    check_input(path)
     with read_errors(path):
         status = path.stat()
         return InputFile(absolute(path), status.st_size, modified_ns=status.st_mtime_ns)

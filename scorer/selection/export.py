@@ -119,17 +119,6 @@ def check_measure(by: str | None, protocol: str) -> None:
         raise ScorerError(f"by: the protocol {protocol} does not score the response alone, and so gives no {by}")
 
 
-def check_column(data: Sequence[str], column: str | None, limit: int | None) -> None:
-    """Raise ScorerError where no record of the files `data` has a value of `column`. Stops reading at the first."""
-    if column is None:
-        return
-    paths = [name for path in data for name in expand(path)]
-    with Dataset(paths, limit=limit) as dataset:
-        if any(isinstance(raw.value, dict) and raw.value.get(column) is not None for raw in dataset.rows()):
-            return
-        raise ScorerError(f"per: no record of {', '.join(paths)} has a value of '{column}'")
-
-
 def _write_all(data: Dataset, selection: Selection, output: str | Path | None, config: SelectConfig) -> None:
     """Write the files that are asked for: both or neither, since both are complete before either is renamed."""
     with ExitStack() as stack:

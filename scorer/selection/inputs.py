@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import polars as pl
 
@@ -11,6 +12,7 @@ from scorer.data.dataset import Dataset
 from scorer.runs.directory import FLAGS, Run
 from scorer.runs.extras import read_extra
 from scorer.selection.flags import SCORE_FLAGS, TEXT_FLAGS, score_flags, text_flags
+from scorer.storage.paths import expand
 from scorer.types import ScorerError
 
 
@@ -20,15 +22,31 @@ def column_groups(data: Dataset, column: str) -> pl.DataFrame:
     Raises ScorerError where no record has the column.
     """
     ids, values = [], []
-    for raw in data.rows():
-        value = raw.value.get(column) if isinstance(raw.value, dict) else None
-        ids.append(raw.record_id)
+    for record_id, value in _column(data, column):
+        ids.append(record_id)
         values.append(
             value if value is None or isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
         )
     if not any(value is not None for value in values):
-        raise ScorerError(f"per: no record of {', '.join(data.paths)} has a value of '{column}'")
+        raise _no_value(data, column)
     return pl.DataFrame({"record_id": ids, "group": values}, schema={"record_id": pl.Int64, "group": pl.String})
+
+
+def check_column(paths: Sequence[str], column: str | None, limit: int | None) -> None:
+    """Raise ScorerError where no record of the files `paths` has a value of `column`. Stops reading at the first."""
+    if column is not None:
+        with Dataset([name for path in paths for name in expand(path)], limit=limit) as data:
+            if all(value is None for _, value in _column(data, column)):
+                raise _no_value(data, column)
+
+
+def _column(data: Dataset, column: str) -> Iterator[tuple[int, Any]]:
+    """The record id of each row, and its value of a column; None where it has none."""
+    return ((raw.record_id, raw.value.get(column) if isinstance(raw.value, dict) else None) for raw in data.rows())
+
+
+def _no_value(data: Dataset, column: str) -> ScorerError:
+    return ScorerError(f"per: no record of {', '.join(data.paths)} has a value of '{column}'")
 
 
 def flags(run: Run, data: Dataset | None, scores: pl.DataFrame, names: Sequence[str]) -> pl.DataFrame:
