@@ -162,6 +162,20 @@ def scaling(data: str, scored: int, model: str, samples: int, save: bool) -> Non
 
 @bench.command()
 @DATA
+@click.option("--rows", default=45_336, help="Rows of the whole path; the data are repeated.")
+@SAVE
+def host(data: str, rows: int, save: bool) -> None:
+    """Measure the path from a JSON Lines file to packed batches, with an engine that computes nothing."""
+    from rich.console import Console
+
+    from bench.host import run
+    from bench.lib.report import finish
+
+    finish("host", run(data, rows, Console(stderr=True)), save)
+
+
+@bench.command()
+@DATA
 @click.option("--rows", default=1000, help="Rows to score.")
 @click.option("--model", default=DEFAULT_MODEL, help="A model that `scorer score --model` takes.")
 @click.option("--repeats", default=1, help="Rounds of a local run and a run over Ray; the median is reported.")

@@ -5,23 +5,22 @@ from __future__ import annotations
 import gc
 import io
 import math
-import os
 import pickle
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
-import torch
 
-from bench.lib.rows import PROTOCOL, Rows, longest
+from bench.lib.rows import PROTOCOL, WARM_UP, Rows, longest
 from scorer.config import ScoreConfig
 from scorer.data.dataset import Dataset
 from scorer.data.encode import Encoder
+from scorer.data.tokenizer import BulkTokenizer
 from scorer.data.writer import RecordWriter
 from scorer.engines.choose import BATCH_TOKENS
 from scorer.engines.packing import pack, plan_batches
@@ -31,7 +30,8 @@ from scorer.runs.directory import Run
 from scorer.runs.run import score
 from scorer.runs.shards import read_shards
 from scorer.scores.measures import score_table
-from scorer.types import Record, SpanNLL
+from scorer.tokens import Array
+from scorer.types import Record
 
 REPEATS = 8
 TIMED_ROWS = 5000  # at least; the data are repeated
@@ -70,26 +70,25 @@ def measure(data: str, scored: int, model: str) -> tuple[Costs, Rows]:
         timed = {kind: str(_written(folder / f"often.{kind}", often)) for kind in once}
         lines, count = timed["jsonl"], len(often)
         payloads = _read(lines, count)
-        encoder = Encoder(load_tokenizer(files), PROTOCOL, longest(files), files.document_token_id)
+        encoder = Encoder(BulkTokenizer(load_tokenizer(files)), PROTOCOL, longest(files), files.document_token_id)
         encode_seconds, inside = _encode_seconds(encoder, payloads)
         encoded = [encoder.encode(_records(payload)) for payload in payloads]
 
-        @_one_core()
         def packs() -> None:
-            for _, sequences in encoded:
-                for batch in plan_batches(sequences, BATCH_TOKENS["packed", "cuda"]):
-                    pack(batch)
+            for _, batch in encoded:
+                for sequences in plan_batches(batch, BATCH_TOKENS["packed", "cuda"]):
+                    pack(batch, sequences)
 
         def tables() -> None:
-            for turns, sequences in encoded:
-                spans = [SpanNLL(s.record_id, t.turn, s.view, 1.0, 1) for s in sequences for t in s.targets]
-                score_table(turns, spans, two_views=True).write_parquet(io.BytesIO())
+            for turns, batch in encoded:
+                nll_sums, statuses = np.ones(len(batch.rows)), np.zeros(len(batch.rows), np.uint8)
+                score_table(turns, batch, nll_sums, statuses, two_views=True).write_parquet(io.BytesIO())
 
         run = score(lines, folder / "run", model=model, limit=scored)
         table = run.scores()
         shard_bytes, bytes_out = _shard_bytes(table, folder / "shards")
         costs = Costs(
-            tokens=sum(len(s.token_ids) for _, sequences in encoded for s in sequences) / count,
+            tokens=sum(len(batch.token_ids) for _, batch in encoded) / count,
             bytes_in=once["jsonl"].stat().st_size / len(values),
             read_seconds=_seconds(lambda: _read(lines, count))[0] / count,
             count_seconds=_seconds(Dataset([lines]).inspect)[0] / count,
@@ -103,8 +102,8 @@ def measure(data: str, scored: int, model: str) -> tuple[Costs, Rows]:
             parquet_bytes_in=once["parquet"].stat().st_size / len(values),
             parquet_read_seconds=_seconds(lambda: _read(timed["parquet"], count))[0] / count,
         )
-    turns = [turn for turns, _ in encoded for turn in turns]
-    return costs, Rows(count, turns, [s for _, sequences in encoded for s in sequences], encode_seconds)
+    records = [record for payload in payloads for record in _records(payload)]
+    return costs, Rows(count, *encoder.encode(records), encoder.encode(records[:WARM_UP])[1], encode_seconds)
 
 
 def _written(path: Path, values: list[Any]) -> Path:
@@ -127,43 +126,25 @@ def _records(payload: bytes) -> list[Record]:
 
 
 def _encode_seconds(encoder: Encoder, payloads: list[bytes]) -> tuple[float, float]:
-    """Seconds of one core for all payloads, and the share inside the tokenizer's batch call, which is parallel."""
+    """Seconds of one core for all payloads, and the share inside the tokenizer's call, which is parallel."""
     gc.freeze()  # as scorer.runs.shards does
-    tokenizer = encoder.tokenizer
+    tokenise = encoder.bulk.encode
     texts: list[list[str]] = []
 
-    def record(batch: list[str], **options: Any) -> Any:
+    def record(batch: list[str]) -> tuple[Array, Array]:
         texts.append(batch)
-        return tokenizer(batch, **options)
+        return tokenise(batch)
 
-    with _one_core():
-        encoder.tokenizer = record
-        for payload in payloads:
-            encoder.encode(_records(payload))
-        encoder.tokenizer = tokenizer
-        inside = tokenizer.backend_tokenizer
-        whole, part = _seconds(  # measured in turn, since the two are close
-            lambda: [encoder.encode(_records(payload)) for payload in payloads],
-            lambda: [inside.encode_batch(batch, add_special_tokens=False) for batch in texts],
-        )
+    encoder.bulk.encode = record
+    for payload in payloads:
+        encoder.encode(_records(payload))
+    encoder.bulk.encode = tokenise
+    whole, part = _seconds(  # measured in turn, since the two are close
+        lambda: [encoder.encode(_records(payload)) for payload in payloads],
+        lambda: [tokenise(batch) for batch in texts],
+    )
     gc.unfreeze()
     return whole, min(part / whole, 1.0)
-
-
-@contextmanager
-def _one_core() -> Iterator[None]:
-    """Restrict tokenizers and torch to the calling thread."""
-    name = "TOKENIZERS_PARALLELISM"
-    before, threads = os.environ.get(name), torch.get_num_threads()
-    os.environ[name] = "false"
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-        del os.environ[name]
-        if before is not None:
-            os.environ[name] = before
 
 
 def _shard_bytes(table: pl.DataFrame, folder: Path) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""The types that every module shares: records, token sequences, their scores, statuses and errors."""
+"""The types that every module shares: records, statuses and errors. What comes of their tokens is in scorer.tokens."""
 
 from __future__ import annotations
 
@@ -46,13 +46,6 @@ class RowStatus(StrEnum):
 SCORED = tuple(status.value for status in RowStatus if status.scored)  # as they stand in a score table
 
 
-class View(StrEnum):
-    """The two sequences in which a response is scored: after its prompt, and alone."""
-
-    CONDITIONED = "conditioned"
-    ALONE = "alone"
-
-
 @dataclass(frozen=True, slots=True)
 class Message:
     """One message of a conversation; `role` is system, user, assistant or tool."""
@@ -84,53 +77,6 @@ class Record:
     record_id: int
     source: str
     turns: tuple[Turn, ...] = ()
-    status: RowStatus = RowStatus.OK
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedTurn:
-    """One row of the score table, before its scores.
-
-    `prompt_tokens` counts the tokens of the conditioned view before the response; None where there is no such view.
-    """
-
-    record_id: int
-    turn: int
-    status: RowStatus
-    prompt_tokens: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Tokens `start` to `end` (exclusive) of a sequence, to be scored as the response of `turn`; `start` >= 1."""
-
-    turn: int
-    start: int
-    end: int
-
-
-@dataclass(frozen=True, slots=True)
-class TokenSequence:
-    """The input of an engine: token ids, and the spans to score, in order and without overlap."""
-
-    record_id: int
-    view: View
-    token_ids: list[int]
-    targets: tuple[Span, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class SpanNLL:
-    """The output of an engine: the sum over a span of -log p(token | all before it), in nats, and its length.
-
-    `nll_sum` is None unless `status` is OK.
-    """
-
-    record_id: int
-    turn: int
-    view: View
-    nll_sum: float | None
-    tokens: int
     status: RowStatus = RowStatus.OK
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+
+import numpy as np
 
 from scorer.config import ScoreConfig
 from scorer.engines.spans import with_sums
 from scorer.engines.vllm import RESERVED_ARGS, check_vllm, engine_arguments, set_environment
 from scorer.models.find import ModelFiles
-from scorer.types import ScorerError, SpanNLL, TokenSequence
+from scorer.tokens import SpanScores, TokenBatch
+from scorer.types import ScorerError
 
 RUNNER = "VLLM_USE_V2_MODEL_RUNNER"  # our engine sets it; stock vLLM chooses by itself
 KEPT_ARGS = ("model", "skip_tokenizer_init")  # the RESERVED_ARGS that stock vLLM gets too
@@ -24,16 +27,16 @@ class WholePrompt:
     def __init__(self, llm: Any):
         self.llm = llm
 
-    def score(self, sequences: Sequence[TokenSequence]) -> Iterator[list[SpanNLL]]:
-        """Yield all spans in one batch, since `LLM.generate` returns all results at once."""
-        outputs = _generate(self.llm, [s.token_ids for s in sequences], [{"prompt_logprobs": 0}] * len(sequences))
-        pairs = list(zip(sequences, outputs, strict=True))
-        sums = [
-            -sum(output.prompt_logprobs[i][sequence.token_ids[i]].logprob for i in range(span.start, span.end))
-            for sequence, output in pairs
-            for span in sequence.targets
-        ]
-        yield with_sums(sequences, sums)
+    def score(self, batches: Iterable[TokenBatch | None]) -> Iterator[SpanScores]:
+        """Yield the spans of a batch at once, since `LLM.generate` returns all results at once."""
+        for batch in filter(None, batches):
+            tokens = _token_ids(batch)
+            outputs = _generate(self.llm, tokens, [{"prompt_logprobs": 0}] * len(batch))
+            sums = [
+                -sum(outputs[q].prompt_logprobs[i][tokens[q][i]].logprob for i in range(start, end))
+                for q, start, end in _spans(batch)
+            ]
+            yield with_sums(batch, np.arange(len(sums)), np.array(sums))
 
     def close(self) -> None:
         """End vLLM's processes."""
@@ -60,17 +63,17 @@ class ResponseOnly:
         except VLLMValidationError as error:
             raise ScorerError(f"vLLM refuses it: {str(error).splitlines()[0]}") from error
 
-    def score(self, sequences: Sequence[TokenSequence]) -> Iterator[list[SpanNLL]]:
-        """Yield all spans in one batch."""
-        starts = [sequence.targets[0].start for sequence in sequences]
-        options = [response_rows(sequence.token_ids, start) for sequence, start in zip(sequences, starts, strict=True)]
-        outputs = _generate(self.llm, [s.token_ids for s in sequences], options)
-        sums = [
-            -float(output.prompt_token_id_logprobs[span.start - start : span.end - start].sum(dtype="float64"))
-            for sequence, start, output in zip(sequences, starts, outputs, strict=True)
-            for span in sequence.targets
-        ]
-        yield with_sums(sequences, sums)
+    def score(self, batches: Iterable[TokenBatch | None]) -> Iterator[SpanScores]:
+        """Yield the spans of a batch at once."""
+        for batch in filter(None, batches):
+            tokens, firsts = _token_ids(batch), batch.starts[batch.span_offsets[:-1]].tolist()
+            options = [response_rows(ids, first) for ids, first in zip(tokens, firsts, strict=True)]
+            outputs = _generate(self.llm, tokens, options)
+            sums = [
+                -float(outputs[q].prompt_token_id_logprobs[start - firsts[q] : end - firsts[q]].sum(dtype="float64"))
+                for q, start, end in _spans(batch)
+            ]
+            yield with_sums(batch, np.arange(len(sums)), np.array(sums))
 
     def close(self) -> None:
         """End vLLM's processes."""
@@ -92,6 +95,15 @@ def open_stock(config: ScoreConfig, files: ModelFiles) -> Any:
     arguments["max_model_len"] += 1
     with _own_runner():
         return LLM(**arguments)
+
+
+def _token_ids(batch: TokenBatch) -> list[list[int]]:
+    return [batch.ids(sequence).tolist() for sequence in range(len(batch))]
+
+
+def _spans(batch: TokenBatch) -> Iterator[tuple[int, int, int]]:
+    """Sequence, start and end of each span."""
+    return zip(batch.sequences.tolist(), batch.starts.tolist(), batch.ends.tolist(), strict=True)
 
 
 def _generate(llm: Any, token_ids: Sequence[Sequence[int]], options: list[dict[str, Any]]) -> list[Any]:

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import random
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 from scorer.config import DEFAULT_MODEL
 from scorer.data.dataset import Dataset
 from scorer.data.encode import Encoder
+from scorer.data.tokenizer import BulkTokenizer
 from scorer.engines import Engine
 from scorer.engines.choose import CONTEXT_KEYS
 from scorer.models.find import ModelFiles, model_settings
 from scorer.models.load import load_tokenizer
 from scorer.protocols import PROTOCOLS
 from scorer.scores.measures import score_table
-from scorer.types import EncodedTurn, TokenSequence
+from scorer.tokens import TokenBatch, TurnTable
 
 WARM_UP = 8  # records
 PROTOCOL = PROTOCOLS["superfiltering"]
@@ -31,35 +32,40 @@ class Rows:
     """An encoded dataset; `seconds` is the time to read and tokenise it."""
 
     records: int
-    turns: list[EncodedTurn]
-    sequences: list[TokenSequence]
+    turns: TurnTable
+    batch: TokenBatch
+    few: TokenBatch  # the first of them, to warm up with
     seconds: float
 
     @property
     def tokens(self) -> int:
         """Tokens of both views."""
-        return sum(len(s.token_ids) for s in self.sequences)
+        return len(self.batch.token_ids)
 
     @property
     def scored_tokens(self) -> int:
         """Scored tokens of both views."""
-        return sum(t.end - t.start for s in self.sequences for t in s.targets)
+        return int((self.batch.ends - self.batch.starts).sum())
 
 
 def encoded(data: str, rows: int, files: ModelFiles, max_length: int) -> Rows:
     """The first `rows` records of `data`, by the model's tokenizer, truncated to `max_length` tokens."""
-    encoder = Encoder(load_tokenizer(files), PROTOCOL, max_length, files.document_token_id)
+    encoder = Encoder(BulkTokenizer(load_tokenizer(files)), PROTOCOL, max_length, files.document_token_id)
     start = time.perf_counter()
     records = list(Dataset([data], limit=rows).records())
-    turns, sequences = encoder.encode(records)
-    return Rows(len(records), turns, sequences, time.perf_counter() - start)
+    turns, batch = encoder.encode(records)
+    seconds = time.perf_counter() - start
+    return Rows(len(records), turns, batch, encoder.encode(records[:WARM_UP])[1], seconds)
 
 
 def random_tokens(rows: Rows, vocab_size: int) -> Rows:
     """The same lengths and spans with random tokens below `vocab_size`, for a model without a tokenizer."""
-    draw = random.Random(0)
-    sequences = [replace(s, token_ids=draw.choices(range(vocab_size), k=len(s.token_ids))) for s in rows.sequences]
-    return replace(rows, sequences=sequences)
+    draw = np.random.default_rng(0)
+
+    def drawn(batch: TokenBatch) -> TokenBatch:
+        return replace(batch, token_ids=draw.integers(vocab_size, size=len(batch.token_ids), dtype=np.int32))
+
+    return replace(rows, batch=drawn(rows.batch), few=drawn(rows.few))
 
 
 def title(model: str) -> str:
@@ -76,14 +82,16 @@ def longest(files: ModelFiles, room: int = 0) -> int:
 
 def warm_up(engine: Engine, rows: Rows) -> None:
     """Score a few records, so that the cost of an engine's first call is not timed."""
-    few = {turn.record_id for turn in rows.turns[:WARM_UP]}
-    for _ in engine.score([s for s in rows.sequences if s.record_id in few]):
+    for _ in engine.score([rows.few]):
         pass
 
 
 def timed(engine: Engine, rows: Rows) -> tuple[pl.DataFrame, float]:
     """The score table of `rows`, and the seconds of the engine."""
     start = time.perf_counter()
-    spans = [span for batch in engine.score(rows.sequences) for span in batch]
+    scores = list(engine.score([rows.batch]))
     took = time.perf_counter() - start
-    return score_table(rows.turns, spans, two_views=True), took
+    nll_sums, statuses = np.full(len(rows.batch.rows), np.nan), np.zeros(len(rows.batch.rows), np.uint8)
+    for some in scores:
+        nll_sums[some.spans], statuses[some.spans] = some.nll_sums, some.statuses
+    return score_table(rows.turns, rows.batch, nll_sums, statuses, two_views=True), took

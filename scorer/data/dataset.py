@@ -154,12 +154,12 @@ class Dataset:
             if inspect_input(entry.path, entry).identity != entry.identity:
                 raise ScorerError(f"{entry.path} changed since it was scored: score it again")
 
-    def rows(self, start: int = 0, stop: int | None = None) -> Iterator[RawRecord]:
+    def rows(self, start: int = 0, stop: int | None = None, *, exact: bool = True) -> Iterator[RawRecord]:
         """The rows with `start <= record_id < stop` and below the limit, in order.
 
-        Rows that are skipped are not parsed, and a file of which `counts` says that all are skipped is not opened.
-        Raises ScorerError where a file can't be read, where it has more or fewer rows than `counts` says, and where
-        there is no row in all of the files.
+        Unless `exact`, integers of more than 64 bits may become floats. Rows that are skipped are not parsed, and a
+        file of which `counts` says that all are skipped is not opened. Raises ScorerError where a file can't be read,
+        where it has more or fewer rows than `counts` says, and where there is no row in all of the files.
         """
         stop = self.limit if stop is None else stop if self.limit is None else min(stop, self.limit)
         next_id = 0
@@ -170,7 +170,7 @@ class Dataset:
             if count is not None and next_id + count <= start:
                 next_id += count
                 continue
-            rows = self._reader(number).rows(next_id, start, stop)
+            rows = self._reader(number).rows(next_id, start, stop, exact=exact)
             if count is not None:
                 rows = _as_counted(path, rows, min(next_id + count, sys.maxsize if stop is None else stop))
             next_id = yield from rows
@@ -179,7 +179,7 @@ class Dataset:
 
     def records(self, start: int = 0, stop: int | None = None) -> Iterator[Record]:
         """The records of `rows`: see `scorer.data.records.to_record`."""
-        return (to_record(raw, self.columns) for raw in self.rows(start, stop))
+        return (to_record(raw, self.columns) for raw in self.rows(start, stop, exact=False))
 
     def _reader(self, number: int) -> InputReader:
         if number not in self._readers:

@@ -1,32 +1,47 @@
-"""Records -> the conditioned and the alone TokenSequence of each turn, by a protocol."""
+"""Records -> the token sequences of their turns, conditioned and alone, by a protocol."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
 
+import numpy as np
 from jinja2 import TemplateError
 
+from scorer.data.sequences import Layout, Pieces, token_batch
+from scorer.data.tokenizer import BulkTokenizer
 from scorer.protocols import Join, Protocol
-from scorer.types import EncodedTurn, Message, Record, RowStatus, ScorerError, Span, TokenSequence, Turn, View
+from scorer.tokens import CODES, TokenBatch, TurnTable
+from scorer.types import Message, Record, RowStatus, ScorerError, Turn
 
 # A template raises errors of its own, and makes Python raise others.
 TEMPLATE_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
-CHARACTERS = 1 << 20  # tokenised at once: encodings take fifty times as much memory as their text
 # A turn of these statuses has text, and can be in the history of later turns.
 READABLE = (RowStatus.OK, RowStatus.EMPTY_RESPONSE, RowStatus.EMPTY_PROMPT)
 
 
 @dataclass(slots=True)
-class _Piece:
-    """One turn of a sequence: its prompt as it continues the text before, its response, and the ids of `_texts`."""
+class _Texts:
+    """The rows of some records, and the texts to tokenise for them.
 
-    turn: int
-    prompt: str
-    response: str
-    ids: Sequence[list[int]] = ()
+    A conditioned sequence is the text of one or more turns, its pieces; `texts` has those of one piece after another,
+    as scorer.data.sequences.Layout says.
+    """
+
+    record_ids: list[int] = field(default_factory=list)  # of each row
+    turns: list[int] = field(default_factory=list)
+    statuses: list[int] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)  # of each piece
+    sequences: list[int] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    sequence_records: list[int] = field(default_factory=list)
+
+    def add_row(self, record_id: int, turn: int, status: RowStatus) -> None:
+        self.record_ids.append(record_id)
+        self.turns.append(turn)
+        self.statuses.append(CODES[status])
 
 
 class Encoder:
@@ -37,8 +52,9 @@ class Encoder:
     what the protocol needs.
     """
 
-    def __init__(self, tokenizer: Any, protocol: Protocol, max_length: int, document_token_id: int | None = None):
-        self.tokenizer, self.protocol, self.max_length = tokenizer, protocol, max_length
+    def __init__(self, bulk: BulkTokenizer, protocol: Protocol, max_length: int, document_token_id: int | None = None):
+        self.bulk, self.protocol, self.max_length = bulk, protocol, max_length
+        self.tokenizer = tokenizer = bulk.tokenizer
         if protocol.template is None and not tokenizer.chat_template:
             raise ScorerError(
                 f"protocol {protocol.name}: the model has no chat template; use one that is tuned to chat"
@@ -46,147 +62,122 @@ class Encoder:
         if protocol.score_eos and tokenizer.eos_token is None:
             raise ScorerError(f"protocol {protocol.name} scores the EOS token, and the model has none")
         self.response_end: str = tokenizer.eos_token if protocol.score_eos else ""
-        self.longest_token = max(map(len, tokenizer.get_vocab()))
+        self.layout = self._layout(document_token_id)
+        # A longer text surely has more tokens than the limit can see, so it is cut, and a row of any size costs no
+        # more than a long one.
+        self.longest = 2 * self.layout.longest_text * max(map(len, tokenizer.get_vocab()))
+
+    def _layout(self, document_token_id: int | None) -> Layout:
+        protocol, concatenated = self.protocol, self.protocol.join == Join.CONCATENATED
         # A chat template writes its own BOS.
-        self.bos = [] if protocol.template is None else _leading_special_ids(tokenizer)
-        self.alone_start: list[int] = []
-        if protocol.alone is not None:
-            self.alone_start = self.bos
-            if protocol.alone.document_bos:
-                self.alone_start = [_document_token(tokenizer, protocol, document_token_id)]
-            if protocol.alone.prefix:
-                self.alone_start = self.alone_start + next(self._tokenise([protocol.alone.prefix]))
+        bos: tuple[int, ...] = () if protocol.template is None else _leading_special_ids(self.tokenizer)
+        if (alone := protocol.alone) is None:
+            return Layout(self.max_length, concatenated, bos, has_alone=False)
+        start = bos
+        if alone.document_bos:
+            start = (_document_token(self.tokenizer, protocol, document_token_id),)
+        prefix = tuple(self.bulk.encode([alone.prefix])[0].tolist())
+        return Layout(
+            self.max_length,
+            concatenated,
+            bos,
+            has_alone=True,
+            alone_start=start + prefix if concatenated else start,
+            unscored=max(len(start) + len(prefix), 1),  # nothing precedes the very first token
+            slack=alone.slack,
+        )
 
-    def encode(self, records: Sequence[Record]) -> tuple[list[EncodedTurn], list[TokenSequence]]:
-        """One EncodedTurn a turn in order (a record without turns gives one too), and the sequences to score.
+    def encode(self, records: Sequence[Record]) -> tuple[TurnTable, TokenBatch]:
+        """One row a turn in order (a record without turns has one too), and the sequences to score.
 
-        The two views of a turn stand side by side.
+        A conditioned sequence stands before the alone ones of its turns.
         """
-        plans = [self._plan(record) for record in records]
-        pieces = [piece for _, segments in plans for segment in segments for piece in segment]
-        texts = [self._texts(piece) for piece in pieces]
-        ids = self._tokenise([text for own in texts for text in own])
-        for piece, own in zip(pieces, texts, strict=True):
-            piece.ids = [next(ids) for _ in own]
-        sequences = [s for rows, segments in plans for segment in segments for s in self._sequences(rows, segment)]
-        return [row for rows, _ in plans for row in rows], sequences
+        plan = _Texts()
+        for record in records:
+            self._plan(record, plan)
+        table = TurnTable(
+            np.array(plan.record_ids, np.int64),
+            np.array(plan.turns, np.int32),
+            np.array(plan.statuses, np.uint8),
+            np.full(len(plan.turns), -1, np.int32),
+        )
+        ids, offsets = self.bulk.encode([t if len(t) <= self.longest else t[: self.longest] for t in plan.texts])
+        shape = (-1, self.layout.texts)
+        pieces = Pieces(
+            np.array(plan.rows, np.int64),
+            np.array(plan.sequences, np.int64),
+            np.array(plan.sequence_records, np.int64),
+            ids,
+            offsets[:-1].reshape(shape),
+            np.minimum(np.diff(offsets), self.layout.longest_text).reshape(shape),
+        )
+        return table, token_batch(pieces, self.layout, table)
 
-    def _tokenise(self, texts: list[str]) -> Iterator[list[int]]:
-        """The ids of each text, as far as the length limit can see.
-
-        A text is cut where it surely has more tokens than that, and then its ids, so that a row of any size costs no
-        more than a long one.
-        """
-        slack = self.protocol.alone.slack if self.protocol.alone is not None else 0
-        most = self.max_length + slack + 1
-        start = 0
-        while start < len(texts):
-            end, characters = start, 0
-            while end < len(texts) and characters < CHARACTERS:
-                characters += len(texts[end])
-                end += 1
-            cut = [text[: 2 * most * self.longest_token] for text in texts[start:end]]
-            batch = self.tokenizer(cut, add_special_tokens=False, return_attention_mask=False, verbose=False)
-            yield from (ids[:most] for ids in batch["input_ids"])
-            start = end
-
-    def _plan(self, record: Record) -> tuple[list[EncodedTurn], list[list[_Piece]]]:
-        """The rows of a record as far as its text decides them, and the pieces of each of its conditioned sequences."""
+    def _plan(self, record: Record, plan: _Texts) -> None:
+        """Add the rows of a record as far as its text decides them, and the pieces of its conditioned sequences."""
         if not record.turns:
-            return [EncodedTurn(record.record_id, 0, record.status)], []
-        rows = [EncodedTurn(record.record_id, number, turn.status) for number, turn in enumerate(record.turns)]
+            plan.add_row(record.record_id, 0, record.status)
+            return
+        first = len(plan.turns)
+        for number, turn in enumerate(record.turns):
+            plan.add_row(record.record_id, number, turn.status)
         readable = list(takewhile(lambda turn: turn.status in READABLE, record.turns))
         if all(turn.status != RowStatus.OK for turn in readable):
-            return rows, []
+            return
         if self.protocol.template is None:
-            return rows, self._chat_segments(rows, readable)
-        return rows, [list(self._template_pieces(readable))]
+            self._plan_chat(record, readable, first, plan)
+            return
+        plan.sequence_records.append(record.record_id)
+        for number, prompt in enumerate(self._template_prompts(readable)):
+            self._add_piece(plan, first + number, prompt, readable[number].response + self.response_end)
 
-    def _template_pieces(self, turns: list[Turn]) -> Iterator[_Piece]:
+    def _template_prompts(self, turns: list[Turn]) -> Iterator[str]:
         template = self.protocol.template
         assert template is not None
         for number, turn in enumerate(turns):
             text = template.with_input if turn.input else template.without_input
-            prompt = text.format(instruction="\n".join(m.content for m in turn.prompt), input=turn.input)
-            yield _Piece(number, (template.separator if number else "") + prompt, turn.response + self.response_end)
+            prompt = text.format(instruction="\n".join([m.content for m in turn.prompt]), input=turn.input)
+            yield template.separator + prompt if number else prompt
 
-    def _chat_segments(self, rows: list[EncodedTurn], turns: list[Turn]) -> list[list[_Piece]]:
-        """One sequence for all turns, and a new one wherever the template rewrites what it wrote before."""
-        segments: list[list[_Piece]] = []
+    def _plan_chat(self, record: Record, turns: list[Turn], first: int, plan: _Texts) -> None:
+        """Add one sequence for all turns, and a new one wherever the template rewrites what it wrote before."""
         history: list[dict[str, str]] = []
-        written = ""
+        written: str | None = None
         for number, turn in enumerate(turns):
             history += [_chat_message(message, turn.input) for message in turn.prompt]
             if turn.status == RowStatus.OK:  # any other turn is history only
                 try:
                     text = self.tokenizer.apply_chat_template(history, tokenize=False, add_generation_prompt=True)
                 except TEMPLATE_ERRORS:
-                    rows[number] = EncodedTurn(rows[number].record_id, number, RowStatus.CHAT_TEMPLATE_ERROR)
+                    plan.statuses[first + number] = CODES[RowStatus.CHAT_TEMPLATE_ERROR]
                 else:
-                    if not segments or not text.startswith(written):
-                        segments.append([])
+                    if written is None or not text.startswith(written):
+                        plan.sequence_records.append(record.record_id)
                         written = ""
-                    segments[-1].append(_Piece(number, text[len(written) :], turn.response))
+                    self._add_piece(plan, first + number, text[len(written) :], turn.response)
                     written = text + turn.response
             history.append({"role": "assistant", "content": turn.response})
-        return segments
 
-    def _texts(self, piece: _Piece) -> list[str]:
-        """The texts to tokenise: prompt and response, or the prompt, the whole text and the response alone.
+    def _add_piece(self, plan: _Texts, row: int, prompt: str, response: str) -> None:
+        """Add one turn to the last sequence.
 
         Turns are tokenised apart, so that no later turn changes the tokens that an earlier one is scored on.
         """
+        plan.rows.append(row)
+        plan.sequences.append(len(plan.sequence_records) - 1)
         if self.protocol.join == Join.CONCATENATED:
-            return [piece.prompt, piece.response]
-        alone = [] if self.protocol.alone is None else [self.protocol.alone.prefix + piece.response]
-        return [piece.prompt, piece.prompt + piece.response, *alone]
-
-    def _sequences(self, rows: list[EncodedTurn], pieces: list[_Piece]) -> Iterator[TokenSequence]:
-        """The conditioned sequence of some turns, then their alone ones; sets the turns' status in `rows`."""
-        record_id, alone = rows[0].record_id, self.protocol.alone
-        conditioned = list(self.bos)
-        targets: list[Span] = []
-        alones: list[TokenSequence] = []
-        for piece in pieces:
-            prompt, rest = piece.ids[0], piece.ids[1]
-            start = len(conditioned) + len(prompt)
-            if self.protocol.join == Join.CONCATENATED:
-                conditioned += prompt + rest
-                alone_ids = self.alone_start + rest
-            else:
-                conditioned += rest
-                alone_ids = [] if alone is None else self.bos + piece.ids[2]
-            row = rows[piece.turn]
-            if row.status != RowStatus.OK:
-                continue
-            end = min(len(conditioned), self.max_length)
-            status = RowStatus.TRUNCATED if end < len(conditioned) else RowStatus.OK
-            if end <= max(start, 1):
-                status = RowStatus.PROMPT_TOO_LONG if start >= self.max_length else RowStatus.NO_SCORABLE_TOKEN
-            elif alone is not None:
-                room = max(self.max_length - start + alone.slack, 0)
-                first = max(len(self.alone_start), 1)  # nothing precedes the very first token
-                if min(len(alone_ids), room) <= first:
-                    cut = len(alone_ids) > first
-                    status = RowStatus.PROMPT_TOO_LONG if cut else RowStatus.NO_SCORABLE_TOKEN
-                else:
-                    if len(alone_ids) > room:
-                        status, alone_ids = RowStatus.TRUNCATED, alone_ids[:room]
-                    span = Span(piece.turn, first, len(alone_ids))
-                    alones.append(TokenSequence(record_id, View.ALONE, alone_ids, (span,)))
-            rows[piece.turn] = EncodedTurn(record_id, piece.turn, status, start)
-            if status.scored:
-                targets.append(Span(piece.turn, max(start, 1), end))
-        if targets:
-            yield TokenSequence(record_id, View.CONDITIONED, conditioned[: targets[-1].end], tuple(targets))
-            yield from alones
+            plan.texts += (prompt, response)
+        elif self.protocol.alone is None:
+            plan.texts += (prompt, prompt + response)
+        else:
+            plan.texts += (prompt, prompt + response, self.protocol.alone.prefix + response)
 
 
-def _leading_special_ids(tokenizer: Any) -> list[int]:
+def _leading_special_ids(tokenizer: Any) -> tuple[int, ...]:
     """The ids that the tokenizer puts before any text, such as LLaMA's BOS; most have none."""
     bare: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole: list[int] = tokenizer("a")["input_ids"]
-    return next(whole[:k] for k in range(len(whole)) if whole[k : k + len(bare)] == bare)
+    return next(tuple(whole[:k]) for k in range(len(whole)) if whole[k : k + len(bare)] == bare)
 
 
 def _document_token(tokenizer: Any, protocol: Protocol, document_token_id: int | None) -> int:

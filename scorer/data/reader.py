@@ -18,11 +18,11 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
+import orjson
 import polars as pl
 import zstandard
 
@@ -37,17 +37,22 @@ PARQUET_BATCH_BYTES = 16 << 20  # on disk; every batch decodes its row group fro
 PARQUET_BATCH_ROWS = 10_000
 
 
-@dataclass(frozen=True, slots=True)
-class RawRecord:
+class RawRecord(NamedTuple):
     """One row as it came. `value` is the parsed JSON value or the Parquet row; of a line that is not JSON, its text."""
 
     record_id: int  # 0-based, over all inputs
     source: str  # "data.jsonl:17" (1-based line) or "data.json[16]", "data.parquet[16]" (0-based row)
     value: Any
     status: RowStatus = RowStatus.OK  # or BAD_JSON
-    text: str | None = None  # the line, without its end, where it is JSON
+    line: bytes | None = None  # where it is JSON; without its end
+
+    @property
+    def text(self) -> str | None:
+        """The line that was read, None where there was none or it is not JSON."""
+        return None if self.line is None else self.line.decode()
 
 
+_Parsed = tuple[Any, RowStatus, bytes | None]  # value, status and line of a RawRecord
 Rows = Generator[RawRecord, None, int]  # returns the record id after the file's last row
 
 
@@ -99,7 +104,7 @@ class InputReader:
                 if is_lines:
                     for number, line in _numbered(chain(head, stream)):
                         if not found and (limit is None or count < limit):
-                            raw = RawRecord(count, f"{self.path}:{number}", *_parse(line))
+                            raw = RawRecord(count, f"{self.path}:{number}", *_parse_fast(line))
                             first, found = first or raw, fits(raw)
                         count += 1
                     rows = ()
@@ -116,10 +121,11 @@ class InputReader:
                     break
         return Scan(hashed.size, hashed.sha256.hexdigest(), count, first, found)
 
-    def rows(self, first_id: int = 0, start: int = 0, stop: int | None = None) -> Rows:
+    def rows(self, first_id: int = 0, start: int = 0, stop: int | None = None, *, exact: bool = True) -> Rows:
         """The rows with `start <= record_id < stop`, where the file's first row has `first_id`.
 
-        Lines that are skipped are not parsed, and rows of Parquet not decoded.
+        Lines that are skipped are not parsed, and rows of Parquet not decoded. Unless `exact`, lines are parsed faster,
+        and integers of more than 64 bits may become floats.
         """
         with read_errors(self.path):
             if self._suffix == ".parquet":
@@ -128,7 +134,10 @@ class InputReader:
                 self._file.seek(0)
                 is_lines, head, stream = self._sniff(self._file)
                 if is_lines:
-                    return (yield from self._line_rows(chain(head, stream), first_id, start, stop))
+                    parsed = self._line_rows(
+                        chain(head, stream), first_id, start, stop, _parse if exact else _parse_fast
+                    )
+                    return (yield from parsed)
                 values = self._array(head, stream)
             self._values = None
             return (yield from self._array_rows(values, first_id, start, stop))
@@ -151,7 +160,7 @@ class InputReader:
             if not is_array(self._suffix) and not filled[0].startswith(b"["):
                 return True, head, stream
             if len(filled) == 2:
-                return _parse(filled[0])[1] is RowStatus.OK, head, stream
+                return _parse_fast(filled[0])[1] is RowStatus.OK, head, stream
         return False, head, stream
 
     def _decompressed(self, file: BinaryIO) -> BinaryIO:
@@ -159,13 +168,15 @@ class InputReader:
             return io.BufferedReader(cast(Any, gzip.GzipFile(fileobj=file, mode="rb")), BUFFER_BYTES)
         return io.BufferedReader(_ZstdReader(file), BUFFER_BYTES) if self._suffix.endswith(".zst") else file
 
-    def _line_rows(self, lines: Iterable[bytes], first_id: int, start: int, stop: int | None) -> Rows:
-        next_id = first_id
+    def _line_rows(
+        self, lines: Iterable[bytes], first_id: int, start: int, stop: int | None, parse: Callable[[bytes], _Parsed]
+    ) -> Rows:
+        next_id, name = first_id, str(self.path)
         for number, line in _numbered(lines):
             if stop is not None and next_id >= stop:
                 break
             if next_id >= start:
-                yield RawRecord(next_id, f"{self.path}:{number}", *_parse(line))
+                yield RawRecord(next_id, f"{name}:{number}", *parse(line))
             next_id += 1
         return next_id
 
@@ -271,14 +282,20 @@ def _numbered(lines: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
     return ((number, line) for number, line in enumerate(lines, 1) if line.strip())
 
 
-def _parse(line: bytes) -> tuple[Any, RowStatus, str | None]:
-    """Value, status and text of a RawRecord."""
+def _parse(line: bytes) -> _Parsed:
     line = line.rstrip(b"\r\n")
     try:
-        text = line.decode("utf-8")
-        return json.loads(text), RowStatus.OK, text
+        return json.loads(line.decode("utf-8")), RowStatus.OK, line
     except (ValueError, RecursionError):  # ValueError: not UTF-8, not JSON, an integer of too many digits
         return line.decode("utf-8", "backslashreplace"), RowStatus.BAD_JSON, None
+
+
+def _parse_fast(line: bytes) -> _Parsed:
+    """The same, but an integer of more than 64 bits becomes a float."""
+    try:
+        return orjson.loads(line), RowStatus.OK, line.rstrip(b"\r\n")
+    except ValueError:  # json takes more: NaN, infinity, lone surrogates
+        return _parse(line)
 
 
 class _HashedFile(io.RawIOBase):

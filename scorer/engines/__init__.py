@@ -1,24 +1,29 @@
 """The engines turn token sequences into NLL sums of their spans: the same numbers, at different speeds.
 
-This module is their contract; scorer.engines.choose lists them. None knows records, files or scores.
+This module is their contract; scorer.engines.choose lists them. None knows records, files or measures.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
-from scorer.types import SpanNLL, TokenSequence
+from scorer.tokens import SpanScores, TokenBatch
 
 
 class Engine(Protocol):
     """The interface of every engine. Opening one loads its model; closing it frees the memory."""
 
-    def score(self, sequences: Sequence[TokenSequence]) -> Iterator[list[SpanNLL]]:
-        """Yield the SpanNLL of every target of every sequence, a batch at a time, in any order.
+    def score(self, batches: Iterable[TokenBatch | None]) -> Iterator[SpanScores]:
+        """Yield the scores of every span of every TokenBatch, some spans at a time, in any order.
 
-        Sums are in nats, added in float64. A span has status OOM where its sequence does not fit in memory, and
-        NON_FINITE where its sum is infinite or undefined. Raises EngineError where the engine itself fails.
+        A TokenBatch without spans gives one SpanScores without spans.
+
+        An engine asks for the next TokenBatch before it is done with those before, so that the device never waits. None
+        in the place of one means that none is there yet: the engine goes on with what it has, and asks again. Sequences
+        of different batches are not computed together, so that a TokenBatch has the same scores whatever comes before.
+
+        Sums are added in float64. Raises EngineError where the engine itself fails.
         """
         ...
 

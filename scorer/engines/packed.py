@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
 
 import torch
 from scorer_kernels import Head, HeadFunction, nll_head, nll_sums
@@ -12,10 +13,18 @@ from scorer_kernels import Head, HeadFunction, nll_head, nll_sums
 from scorer.config import ScoreConfig
 from scorer.engines.attention import ATTENTION, Layout
 from scorer.engines.packing import PackedBatch, pack, plan_batches
-from scorer.engines.spans import BatchOutOfMemoryError, check_token_ids, convert_errors, oom_spans, with_sums
+from scorer.engines.spans import (
+    BatchOutOfMemoryError,
+    check_token_ids,
+    convert_errors,
+    no_scores,
+    oom_scores,
+    with_sums,
+)
 from scorer.models.find import ModelFiles, model_settings
 from scorer.models.load import load_causal_lm
-from scorer.types import ScorerError, SpanNLL, TokenSequence
+from scorer.tokens import Array, SpanScores, TokenBatch
+from scorer.types import ScorerError
 
 # Families whose attention goes through transformers' AttentionInterface alone, and whose logits are the plain product
 # of the last hidden state and the head's weight.
@@ -23,6 +32,14 @@ FAMILIES = ("gpt2", "opt", "llama", "qwen2", "qwen3")
 # Settings that change a family's attention in a way that packing does not implement.
 UNPACKABLE_SETTINGS = ("use_sliding_window", "reorder_and_upcast_attn", "add_cross_attention")
 CUDA_THREADS = 2  # one packs the next batch while the other's runs
+
+
+class _Pending(NamedTuple):
+    """Sequences that a thread of the pool computes now or later."""
+
+    batch: TokenBatch
+    sequences: Array
+    scores: Future[SpanScores]
 
 
 class PackedEngine:
@@ -47,57 +64,78 @@ class PackedEngine:
         output = self.model.get_output_embeddings()
         self.head = Head(output.weight, output.bias)
         self.head_function = head_function
+        self.vocab_size: int = self.model.get_input_embeddings().weight.shape[0]
         self.device = self.model.device
         self.threads = torch.get_num_threads()
         self.workers = self.threads if self.device.type == "cpu" else CUDA_THREADS
         self.pool = ThreadPoolExecutor(self.workers, thread_name_prefix="scorer-packed")
 
-    def score(self, sequences: Sequence[TokenSequence]) -> Iterator[list[SpanNLL]]:
-        """Yield the spans of each batch when it is done."""
-        check_token_ids(sequences, self.model.get_input_embeddings().weight.shape[0])
-        # On CPU the last batches are small, so that the cores end together; a GPU wants them all large.
-        cores = self.workers if self.device.type == "cpu" else 1
-        batches = plan_batches(sequences, self.batch_tokens, cores)
-        too_large: list[list[TokenSequence]] = []
-        pending: deque[Future[list[SpanNLL]]] = deque()
+    def score(self, batches: Iterable[TokenBatch | None]) -> Iterator[SpanScores]:
+        """Yield the scores of each packed batch when it is done."""
+        pending: deque[_Pending] = deque()
         if self.device.type == "cpu":
             torch.set_num_threads(1)
         try:
-            pending.extend(self.pool.submit(self._score_batch, batch) for batch in batches)
             for batch in batches:
-                try:
-                    yield pending.popleft().result()
-                except BatchOutOfMemoryError:
-                    too_large.append(batch)
-            for batch in too_large:  # no other batch holds memory now
-                yield self.pool.submit(self._score_halves, batch).result()
+                if batch is None:
+                    yield from self._finished(pending)
+                    continue
+                if not len(batch):
+                    yield no_scores(batch)
+                pending += self._submit(batch)
+                while len(pending) > 2 * self.workers:  # while the caller handles a result, no worker waits
+                    yield from self._finished(pending)
+            while pending:
+                yield from self._finished(pending)
         finally:
-            for future in pending:
-                future.cancel()
+            for one in pending:
+                one.scores.cancel()
             if self.device.type == "cpu":
                 torch.set_num_threads(self.threads)
 
-    def _score_batch(self, sequences: Sequence[TokenSequence]) -> list[SpanNLL]:
-        """Raises BatchOutOfMemoryError where the batch does not fit in memory."""
+    def _submit(self, batch: TokenBatch) -> list[_Pending]:
+        check_token_ids(batch, self.vocab_size)
+        # On CPU the last batches are small, so that the cores end together; a GPU wants them all large.
+        cores = self.workers if self.device.type == "cpu" else 1
+        parts = plan_batches(batch, self.batch_tokens, cores)
+        return [_Pending(batch, part, self.pool.submit(self._score_batch, batch, part)) for part in parts]
+
+    def _finished(self, pending: deque[_Pending]) -> Iterator[SpanScores]:
+        """The scores of the first of `pending`. Where it does not fit in memory, all others come first."""
+        too_large: list[tuple[TokenBatch, Array]] = []
+        while pending:
+            batch, sequences, scores = pending.popleft()
+            try:
+                yield scores.result()
+            except BatchOutOfMemoryError:
+                too_large.append((batch, sequences))
+            del scores  # its error holds the memory of the failed batch
+            if not too_large:
+                return
+        for batch, sequences in too_large:  # no other batch holds memory now
+            yield from self.pool.submit(self._score_halves, batch, sequences).result()
+
+    def _score_batch(self, batch: TokenBatch, sequences: Array) -> SpanScores:
+        """Raises BatchOutOfMemoryError where the sequences do not fit in memory together."""
         torch.set_num_threads(1)  # the setting is per thread
         with convert_errors():
-            batch = pack(sequences)
-            return with_sums(batch.sequences, self._forward(batch).tolist())
+            packed = pack(batch, sequences)
+            return with_sums(batch, packed.spans, self._forward(packed).numpy())
 
-    def _score_halves(self, sequences: Sequence[TokenSequence]) -> list[SpanNLL]:
-        """Score a batch that did not fit, halved until each part does; a sequence too large by itself gets OOM."""
+    def _score_halves(self, batch: TokenBatch, sequences: Array) -> list[SpanScores]:
+        """Score sequences that did not fit, halved until each part does; one too large by itself gets OOM."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         half = len(sequences) // 2
-        spans: list[SpanNLL] = []
+        scores: list[SpanScores] = []
         for part in (sequences[:half], sequences[half:]) if half else (sequences,):
             try:
-                spans += self._score_batch(part)
+                scores.append(self._score_batch(batch, part))
                 continue
             except BatchOutOfMemoryError:
                 pass  # recurse outside this block: the error holds the memory of the failed batch
-            spans += self._score_halves(part) if half else oom_spans(part[0])
-        return spans
+            scores += self._score_halves(batch, part) if half else [oom_scores(batch, int(part[0]))]
+        return scores
 
     @torch.inference_mode()
     def _forward(self, batch: PackedBatch) -> torch.Tensor:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, groupby
+from itertools import pairwise
 
+import numpy as np
 import torch
 
-from scorer.types import TokenSequence
+from scorer.tokens import Array, TokenBatch, bounds_of, ranges
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,8 +18,8 @@ class PackedBatch:
     A sequence is packed up to the state that predicts its last target; no later state is needed.
     """
 
-    sequences: tuple[TokenSequence, ...]
-    lengths: tuple[int, ...]  # packed tokens of each sequence, descending
+    spans: Array  # int64 [S]: indices in the TokenBatch
+    lengths: list[int]  # packed tokens of each sequence, descending
     input_ids: torch.Tensor  # int64 [T]
     position_ids: torch.Tensor  # int64 [T], from 0 in each sequence
     rows: torch.Tensor  # int64 [N]: the indices in T of the predicting states
@@ -28,62 +27,51 @@ class PackedBatch:
     offsets: torch.Tensor  # int64 [S + 1]: the bounds of the spans in N
 
 
-def forward_tokens(sequence: TokenSequence) -> int:
-    """The tokens of a sequence that have to pass through the model."""
-    return sequence.targets[-1].end - 1
+def forward_tokens(batch: TokenBatch) -> Array:
+    """The tokens of each sequence that have to pass through the model: int64 [Q]."""
+    tokens: Array = batch.ends[batch.span_offsets[1:] - 1] - 1
+    return tokens
 
 
-def plan_batches(sequences: Sequence[TokenSequence], budget: int, workers: int = 1) -> list[list[TokenSequence]]:
-    """Batches of at most `budget` packed tokens, longest records first.
+def plan_batches(batch: TokenBatch, budget: int, workers: int = 1) -> list[Array]:
+    """The sequences (int64 indices) of batches of at most `budget` packed tokens, longest records first.
 
     All sequences of a record share a batch. A record above the budget is a batch of its own. Records of similar length
     become neighbours, on which variable-length attention is fastest, and running out of memory shows at once. The last
     batches are smaller, down to a quarter, so that `workers` end together.
     """
-    records = [list(group) for _, group in groupby(sequences, key=lambda s: s.record_id)]
-    sized = sorted(((sum(map(forward_tokens, record)), record) for record in records), key=lambda pair: -pair[0])
-    remaining = sum(size for size, _ in sized)
-    batches: list[list[TokenSequence]] = []
-    room = 0
-    for size, record in sized:
-        if size > room:
-            batches.append([])
-            room = min(budget, max(remaining // (2 * workers), budget // 4)) if workers > 1 else budget
-        batches[-1] += record
-        room -= size
-        remaining -= size
-    return batches
+    if not len(batch):
+        return []
+    firsts = np.flatnonzero(np.diff(batch.record_ids, prepend=batch.record_ids[0] - 1))  # of each record
+    sizes = np.add.reduceat(forward_tokens(batch), firsts)
+    counts = np.diff(firsts, append=len(batch))
+    order = np.argsort(-sizes, kind="stable")
+    ends = np.cumsum(sizes[order])
+    bounds, used = [0], 0
+    while bounds[-1] < len(order):
+        remaining = int(ends[-1]) - used
+        room = min(budget, max(remaining // (2 * workers), budget // 4)) if workers > 1 else budget
+        bounds.append(max(int(np.searchsorted(ends, used + room, side="right")), bounds[-1] + 1))
+        used = int(ends[bounds[-1] - 1])
+    parts = (order[first:last] for first, last in pairwise(bounds))
+    return [ranges(firsts[part], counts[part]) for part in parts]
 
 
-def pack(sequences: Sequence[TokenSequence]) -> PackedBatch:
-    """Pack sequences end to end, longest first, on the CPU."""
-    ordered = tuple(sorted(sequences, key=forward_tokens, reverse=True))
-    lengths = tuple(forward_tokens(sequence) for sequence in ordered)
-    tokens = array("q")  # the packed tokens of each sequence, each followed by its last target
-    sequence_starts, row_starts, counts = [], [], []  # of each sequence in `tokens`; of each span: first row, length
-    packed = 0
-    for sequence, length in zip(ordered, lengths, strict=True):
-        sequence_starts.append(len(tokens))
-        for span in sequence.targets:
-            row_starts.append(packed + span.start - 1)
-            counts.append(span.end - span.start)
-        tokens.extend(sequence.token_ids[: length + 1])
-        packed += length
-    token_ids = torch.frombuffer(tokens, dtype=torch.int64)
-    inputs, rows = _ranges(sequence_starts, lengths), _ranges(row_starts, counts)
-    return PackedBatch(
-        ordered,
-        lengths,
-        input_ids=token_ids[inputs],
-        position_ids=_ranges([0] * len(lengths), lengths),
-        rows=rows,
-        targets=token_ids[inputs[rows] + 1],
-        offsets=torch.tensor([0, *accumulate(counts)]),
+def pack(batch: TokenBatch, sequences: Array) -> PackedBatch:
+    """Pack some sequences of `batch` end to end, longest first, on the CPU."""
+    lengths = forward_tokens(batch)[sequences]
+    order = np.argsort(-lengths, kind="stable")
+    sequences, lengths = sequences[order], lengths[order]
+    first_span = batch.span_offsets
+    span_counts = np.diff(first_span)[sequences]
+    spans = ranges(first_span[sequences], span_counts)
+    starts, counts = batch.starts[spans], batch.ends[spans] - batch.starts[spans]
+    packed = bounds_of(lengths)[:-1]  # where each sequence begins
+    arrays = (
+        batch.token_ids[ranges(batch.offsets[sequences], lengths)].astype(np.int64),
+        ranges(np.zeros_like(lengths), lengths),
+        ranges(np.repeat(packed, span_counts) + starts - 1, counts),
+        batch.token_ids[ranges(np.repeat(batch.offsets[sequences], span_counts) + starts, counts)].astype(np.int64),
+        bounds_of(counts),
     )
-
-
-def _ranges(starts: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
-    """`count` integers from each start, concatenated. A loop in Python holds the GIL for 0.5 µs a token."""
-    sizes = torch.tensor(counts)
-    ends = sizes.cumsum(0)
-    return torch.arange(int(ends[-1])) + (torch.tensor(starts) - ends + sizes).repeat_interleave(sizes)
+    return PackedBatch(spans, lengths.tolist(), *map(torch.from_numpy, arrays))

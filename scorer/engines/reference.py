@@ -5,15 +5,23 @@ Runs transformers models of any architecture.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
+import numpy as np
 import torch
 
 from scorer.config import ScoreConfig
-from scorer.engines.spans import BatchOutOfMemoryError, check_token_ids, convert_errors, oom_spans, with_sums
+from scorer.engines.spans import (
+    BatchOutOfMemoryError,
+    check_token_ids,
+    convert_errors,
+    no_scores,
+    oom_scores,
+    with_sums,
+)
 from scorer.models.find import ModelFiles
 from scorer.models.load import load_causal_lm
-from scorer.types import SpanNLL, TokenSequence
+from scorer.tokens import Array, SpanScores, TokenBatch
 
 
 class ReferenceEngine:
@@ -29,28 +37,34 @@ class ReferenceEngine:
             allow_pickle=config.allow_pickle,
         )
 
-    def score(self, sequences: Sequence[TokenSequence]) -> Iterator[list[SpanNLL]]:
-        """Yield the spans of each sequence, in order."""
-        check_token_ids(sequences, self.model.get_input_embeddings().weight.shape[0])
-        for sequence in sequences:
-            try:
-                with convert_errors():
-                    spans = with_sums([sequence], self._sums(sequence))
-            except BatchOutOfMemoryError:
-                spans = oom_spans(sequence)
-            yield spans
+    def score(self, batches: Iterable[TokenBatch | None]) -> Iterator[SpanScores]:
+        """Yield the scores of each sequence, in order."""
+        for batch in batches:
+            if batch is None:
+                continue
+            check_token_ids(batch, self.model.get_input_embeddings().weight.shape[0])
+            if not len(batch):
+                yield no_scores(batch)
+            bounds = batch.span_offsets
+            for sequence in range(len(batch)):
+                spans = np.arange(bounds[sequence], bounds[sequence + 1])
+                try:
+                    with convert_errors():
+                        scores = with_sums(batch, spans, self._sums(batch, sequence))
+                except BatchOutOfMemoryError:
+                    scores = oom_scores(batch, sequence)
+                yield scores
 
     @torch.inference_mode()
-    def _sums(self, sequence: TokenSequence) -> list[float]:
-        """The NLL sum of each span."""
-        ids = torch.tensor([sequence.token_ids], device=self.model.device)
-        logits = self.model(ids, use_cache=False).logits[0].float()
+    def _sums(self, batch: TokenBatch, sequence: int) -> Array:
+        """The NLL sum of each span of a sequence."""
+        ids = torch.from_numpy(batch.ids(sequence).astype(np.int64)).to(self.model.device)
+        logits = self.model(ids[None], use_cache=False).logits[0].float()
         sums = []
-        for span in sequence.targets:
-            log_probs = logits[span.start - 1 : span.end - 1].log_softmax(-1)
-            chosen = log_probs.gather(-1, ids[0, span.start : span.end, None])
+        for start, end in batch.bounds(sequence):
+            chosen = logits[start - 1 : end - 1].log_softmax(-1).gather(-1, ids[start:end, None])
             sums.append(-float(chosen.double().sum()))
-        return sums
+        return np.array(sums)
 
     def close(self) -> None:
         """Free the model."""

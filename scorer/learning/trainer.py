@@ -10,6 +10,7 @@ import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from scorer.models.folders import SMALL_FILES
 from scorer.models.load import load_causal_lm
 from scorer.runs.progress import Progress
 from scorer.storage.atomic import storage_error
-from scorer.types import EngineError, TokenSequence
+from scorer.tokens import TokenBatch
+from scorer.types import EngineError
 
 IGNORED_LABEL = -100  # transformers' loss leaves it out
 STATE = "trainer_state.json"  # Trainer writes it last: a checkpoint without it is incomplete
@@ -49,7 +51,7 @@ class TrainingPlan:
 
 
 def train_to(
-    epoch: int, files: ModelFiles, rows: Sequence[TokenSequence], folder: Path, plan: TrainingPlan, progress: Progress
+    epoch: int, files: ModelFiles, rows: TokenBatch, folder: Path, plan: TrainingPlan, progress: Progress
 ) -> Path:
     """The model as it is after `epoch` epochs: FOLDER/epoch-N, in the layout of its source, which `find_model` takes.
 
@@ -61,7 +63,7 @@ def train_to(
     if model_folder.exists():
         return model_folder
     steps = math.ceil(len(rows) / plan.batch_size)
-    tokens = sum(len(row.token_ids) for row in rows)
+    tokens = len(rows.token_ids)
 
     def advance(done: int) -> None:
         progress.advance(done, done * tokens // len(rows))
@@ -110,7 +112,7 @@ class _StopAfterEpoch(TrainerCallback):  # type: ignore[misc]  # transformers is
 
 def _train(
     model: Any,
-    rows: Sequence[TokenSequence],
+    rows: TokenBatch,
     folder: Path,
     plan: TrainingPlan,
     callback: _StopAfterEpoch,
@@ -139,7 +141,13 @@ def _train(
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # on several devices Trainer would multiply the batch
     model.train().requires_grad_(True)
-    trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=_collate, callbacks=[callback])
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=range(len(rows)),
+        data_collator=partial(_collate, rows),
+        callbacks=[callback],
+    )
     trainer.remove_callback(PrinterCallback)
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -152,17 +160,17 @@ def _train(
             logging.enable_progress_bar()
 
 
-def _collate(rows: Sequence[TokenSequence]) -> dict[str, torch.Tensor]:
+def _collate(rows: TokenBatch, chosen: Sequence[int]) -> dict[str, torch.Tensor]:
     """input_ids, attention_mask, labels: int64 [B, T]. Only a sequence's target tokens are labels."""
-    shape = (len(rows), max(len(row.token_ids) for row in rows))
+    shape = (len(chosen), int(rows.lengths[list(chosen)].max()))
     ids, mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
     labels = torch.full(shape, IGNORED_LABEL)
-    for i, row in enumerate(rows):
-        length = len(row.token_ids)
-        ids[i, :length] = torch.tensor(row.token_ids)
-        mask[i, :length] = 1
-        for span in row.targets:
-            labels[i, span.start : span.end] = ids[i, span.start : span.end]
+    for i, row in enumerate(chosen):
+        tokens = torch.from_numpy(rows.ids(row))
+        ids[i, : len(tokens)] = tokens
+        mask[i, : len(tokens)] = 1
+        for start, end in rows.bounds(row):
+            labels[i, start:end] = ids[i, start:end]
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 

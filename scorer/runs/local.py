@@ -6,24 +6,36 @@ import time
 from collections.abc import Generator
 from contextlib import closing
 
-from scorer.background import Background
+from scorer.background import Background, Feed
+from scorer.engines.choose import open_engine
 from scorer.runs.progress import Progress
-from scorer.runs.shards import FinishedShard, Job, ShardScorer, read_shards
+from scorer.runs.shards import FinishedShard, Job, Shard, ShardScorer, read_shards
+
+WINDOW_TOKENS = 1 << 20  # read and tokenised ahead of the engine, at most: some ten megabytes
 
 
 def score_locally(job: Job, missing: list[int], progress: Progress) -> Generator[FinishedShard, None, None]:
-    """The Executor of this process: the next shard is read and tokenised while the engine scores this one."""
-    scorer = ShardScorer(job.config, job.files, strict=job.strict, encoder=job.encoder)
-    with closing(scorer):
-        records = read_shards(job.data, job.config.shard_rows, missing)
-        shards = ((index, scorer.encode(chunk)) for index, chunk in records)
-        upcoming = Background(next, shards, None)
+    """The Executor of this process: shards are read and tokenised ahead, so that the engine never waits for one."""
+    scorer = ShardScorer(job.encoder, job.engine or open_engine(job.config, job.files), strict=job.strict)
+    feed: Feed[Shard] = Feed(WINDOW_TOKENS)
+
+    def fill() -> None:
         try:
-            while (following := upcoming.result()) is not None:
-                upcoming = Background(next, shards, None)
-                clock = time.monotonic()
-                index, shard = following
-                job.run.write_shard(index, scorer.score(shard, progress))
-                yield FinishedShard(shard.tokens, time.monotonic() - clock, "this process")
+            for index, records in read_shards(job.data, job.config.shard_rows, missing):
+                shard = scorer.encode(index, records)
+                feed.put(shard, shard.size)
+            feed.end()
+        except BaseException as error:  # noqa: BLE001 (raised where the shards are taken)
+            feed.end(error)
+
+    with closing(scorer):
+        reading = Background(fill)
+        try:
+            clock = time.monotonic()
+            for shard, table in scorer.score(feed, progress):
+                job.run.write_shard(shard.index, table)
+                last, clock = clock, time.monotonic()
+                yield FinishedShard(shard.tokens, clock - last, "this process")
         finally:
-            upcoming.cancel()
+            feed.close()
+            reading.cancel()

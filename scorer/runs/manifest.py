@@ -27,6 +27,7 @@ class Manifest:
     inputs: tuple[InputFile, ...] = ()
     model: Mapping[str, Any] = field(default_factory=dict)  # name, revision, origin, path
     versions: Mapping[str, str] = field(default_factory=dict)  # packages that scores depend on
+    tokenizer: str = ""  # the library that tokenised, and its version: all give the same ids
     device: str = ""
     ranking: Mapping[str, Any]  # by: a column of the score table; lowest: whether its low values are worth keeping
     records: int

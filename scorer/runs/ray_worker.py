@@ -8,22 +8,24 @@ import pickle
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from importlib.metadata import PackageNotFoundError, version
+from threading import Lock
 from typing import Any
 
 import polars as pl
 
+from scorer.background import Background, Feed
 from scorer.config import SERVERS, ScoreConfig
 from scorer.data.dataset import Dataset, InputFile, input_size
-from scorer.engines.choose import engine_versions
+from scorer.engines.choose import engine_versions, open_engine
 from scorer.models.find import ModelFiles, find_model
 from scorer.runs.directory import Run
 from scorer.runs.progress import Silent
-from scorer.runs.shards import Shard, ShardScorer, read_shards
+from scorer.runs.shards import Shard, ShardScorer, open_encoder, read_shards
 from scorer.types import ScorerError
 
-SHARDS = 3  # held by a worker at a time: one is tokenised, one scored and one written
+SHARDS = 4  # held by a worker at a time: one is tokenised, two are with the engine, one is written
 PACKAGES = ("ifd-scorer", "torch", "transformers")  # whose versions a score depends on, beside the engine's
 
 
@@ -67,8 +69,10 @@ class Worker:
         self.config, self.run, self.strict, self.cpus, self.driver = config, Run(run), strict, cpus, driver
         self.name = f"{platform.node()}, process {os.getpid()}"
         self.scorer: ShardScorer | None = None
-        # Ray calls from SHARDS threads. Tokenizer and engine each have one thread of their own.
-        self.tokenising, self.scoring = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        # Ray calls from SHARDS threads. One of them tokenises at a time, and one thread more runs the engine.
+        self.tokenising = Lock()
+        self.feed: Feed[Shard] | None = None
+        self.scored: dict[int, tuple[float, Future[tuple[float, pl.DataFrame]]]] = {}  # by shard: since when, and what
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
         (index,), (payload,) = batch["index"], batch["records"]
@@ -77,10 +81,11 @@ class Worker:
         try:
             if isinstance(records, ScorerError):
                 raise records
-            scorer = self.scorer or self.scoring.submit(self._open).result()
-            shard = self.tokenising.submit(scorer.encode, records).result()
-            seconds, table = self.scoring.submit(_score, scorer, shard).result()
-            self.run.write_shard(int(index), table)
+            with self.tokenising:
+                shard = self._open().encode(int(index), records)
+                scored = self._submit(shard)
+            seconds, table = scored.result()
+            self.run.write_shard(shard.index, table)
             tokens = shard.tokens
         except ScorerError as fault:
             error = fault
@@ -92,6 +97,30 @@ class Worker:
             "error": [str(error) if error else ""],
             "exit_code": [error.exit_code if error else 0],
         }
+
+    def _submit(self, shard: Shard) -> Future[tuple[float, pl.DataFrame]]:
+        """Give a shard to the engine; the result is the seconds that it took, and its score table."""
+        scored: Future[tuple[float, pl.DataFrame]] = Future()
+        self.scored[shard.index] = time.monotonic(), scored
+        if self.feed is None:
+            self.feed = Feed(math.inf)  # Ray sends no more than SHARDS
+            Background(self._score, self.feed)
+        self.feed.put(shard)
+        return scored
+
+    def _score(self, feed: Feed[Shard]) -> None:
+        """Score shards for as long as the engine works. After an error the next shard begins anew."""
+        finished = 0.0
+        try:
+            for shard, table in self._open().score(feed, Silent()):
+                begun, scored = self.scored.pop(shard.index)
+                begun, finished = max(begun, finished), time.monotonic()
+                scored.set_result((finished - begun, table))
+        except BaseException as error:  # noqa: BLE001 (raised where the results are waited for)
+            with self.tokenising:
+                self.feed = None
+                while self.scored:
+                    self.scored.popitem()[1][1].set_exception(error)
 
     def _open(self) -> ShardScorer:
         """Open the engine at the first shard: Ray restarts a worker that dies in its constructor for ever."""
@@ -112,11 +141,5 @@ class Worker:
                     f"{self.name}: it has {' and '.join(different)} as where the run began; install the same there"
                 )
             torch.set_num_threads(max(math.ceil(self.cpus), 1))
-            self.scorer = ShardScorer(config, files, strict=self.strict)
+            self.scorer = ShardScorer(open_encoder(config, files), open_engine(config, files), strict=self.strict)
         return self.scorer
-
-
-def _score(scorer: ShardScorer, shard: Shard) -> tuple[float, pl.DataFrame]:
-    clock = time.monotonic()
-    table = scorer.score(shard, Silent())
-    return time.monotonic() - clock, table

@@ -155,7 +155,7 @@ class Resolved:
 
     config: ScoreConfig
     files: ModelFiles
-    encoder: Encoder | None
+    encoder: Encoder
     served: Mapping[str, Any] | None  # what a server says of its model
     description: str  # the engine, why it was chosen, and the dtype
 
@@ -180,7 +180,7 @@ def resolve(config: ScoreConfig, *, elsewhere: bool, progress: Progress) -> Reso
     if remote:
         served = served_model(config.engine, files)
         chosen = resolve_config(config, files, served)
-        return Resolved(chosen, files, None, served, f"http; {chosen.dtype}")
+        return Resolved(chosen, files, open_encoder(chosen, files), served, f"http; {chosen.dtype}")
     engine, _ = choose_engine(config, files)
     encoder = open_encoder(resolve_config(replace(config, engine=engine), files, elsewhere=elsewhere), files)
     files = find()
@@ -228,6 +228,7 @@ def _new_manifest(model: Resolved, data: Dataset, identity: dict[str, Any], fing
         versions={"python": platform.python_version()}
         | {name: version(name) for name in ("ifd-scorer", "torch", "transformers", "polars")}
         | engine_versions(config.engine),
+        tokenizer=model.encoder.bulk.name,
         device=_device_name(config.device),
         ranking={"by": PROTOCOLS[config.protocol].rank_by, "lowest": PROTOCOLS[config.protocol].lowest},
         records=records if config.limit is None else min(records, config.limit),

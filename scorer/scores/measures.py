@@ -6,11 +6,13 @@ Knows neither models nor files.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
+import numpy as np
 import polars as pl
 
-from scorer.types import SCORED, EncodedTurn, EngineError, RowStatus, SpanNLL, View
+from scorer.tokens import ALONE, CODES, CONDITIONED, STATUSES, Array, TokenBatch, TurnTable
+from scorer.types import SCORED, EngineError, RowStatus
 
 SCHEMA = {
     "record_id": pl.Int64,
@@ -28,19 +30,71 @@ SCHEMA = {
 }
 MEASURES = ("nll_conditioned", "nll_alone", "ppl_conditioned", "ppl_alone", "ifd", "ifd_loss")
 LEARNING = ("lp1", "lp1_approx")  # the measures of `learning_table`
-ALONE = ("alone_tokens", "nll_alone", "ppl_alone", "ifd", "ifd_loss")  # null under a protocol without an alone view
-CONDITIONED = ("prompt_tokens", "response_tokens", "nll_conditioned", "ppl_conditioned")
+OK = CODES[RowStatus.OK]
+SCORED_CODES = [code for status, code in CODES.items() if status.scored]
+ALONE_COLUMNS = (
+    "alone_tokens",
+    "nll_alone",
+    "ppl_alone",
+    "ifd",
+    "ifd_loss",
+)  # null without an alone view
+CONDITIONED_COLUMNS = ("prompt_tokens", "response_tokens", "nll_conditioned", "ppl_conditioned")
 
 
-def score_table(turns: Sequence[EncodedTurn], spans: Iterable[SpanNLL], *, two_views: bool) -> pl.DataFrame:
+def score_table(
+    turns: TurnTable, batch: TokenBatch, nll_sums: Array, statuses: Array, *, two_views: bool
+) -> pl.DataFrame:
     """The score table of `turns`, in their order, with columns SCHEMA.
 
-    NLL sums are in nats; ppl = exp(nll / tokens); ifd = ppl_conditioned / ppl_alone (arXiv 2402.00530, section 2.1);
-    ifd_loss = mean conditioned NLL / mean alone NLL (arXiv 2308.12032, equation 3). Without `two_views` the alone
-    columns and the ratios are null. Raises EngineError where a turn to be scored has no span.
+    nll_sums (float64 [S], in nats) and statuses (uint8 [S]) are those of the spans of `batch`; ppl = exp(nll / tokens);
+    ifd = ppl_conditioned / ppl_alone (arXiv 2402.00530, section 2.1); ifd_loss = mean conditioned NLL / mean alone NLL
+    (arXiv 2308.12032, equation 3). Without `two_views` the alone columns and the ratios are null. Raises EngineError
+    where a turn to be scored lacks a span.
     """
-    found = {(s.record_id, s.turn, s.view): s for s in spans}
-    return pl.DataFrame([_row(turn, found, two_views) for turn in turns], schema=SCHEMA, orient="row")
+    rows = len(turns)
+    nll, tokens, fault = np.full((2, rows), np.nan), np.zeros((2, rows), np.int32), np.full((2, rows), OK)
+    where = (batch.views, batch.rows)
+    nll[where], tokens[where], fault[where] = nll_sums, batch.ends - batch.starts, statuses
+    used = (CONDITIONED, ALONE) if two_views else (CONDITIONED,)
+    scored = np.isin(turns.statuses, SCORED_CODES)
+    if (lacking := np.flatnonzero(scored & (tokens[list(used)] == 0).any(axis=0))).size:
+        record_id, turn = turns.record_ids[lacking[0]], turns.turns[lacking[0]]
+        raise EngineError(f"the engine gave no score for record {record_id}, turn {turn}")
+    codes = turns.statuses.copy()
+    for view in reversed(used):  # the conditioned view's fault counts first
+        failed = scored & (fault[view] != OK)
+        codes[failed] = fault[view][failed]
+    table = pl.DataFrame(
+        {
+            "record_id": turns.record_ids,
+            "turn": turns.turns,
+            "status": pl.Series(STATUSES, dtype=pl.String).gather(codes),
+            "prompt_tokens": turns.prompt_tokens,
+            "response_tokens": tokens[CONDITIONED],
+            "alone_tokens": tokens[ALONE],
+            "nll_conditioned": nll[CONDITIONED],
+            "nll_alone": nll[ALONE],
+        }
+    )
+    mean_conditioned = pl.col("nll_conditioned") / pl.col("response_tokens")
+    mean_alone = pl.col("nll_alone") / pl.col("alone_tokens")
+    table = table.with_columns(
+        prompt_tokens=pl.when(pl.col("prompt_tokens") >= 0).then("prompt_tokens"),
+        ppl_conditioned=_exp(mean_conditioned),
+        ppl_alone=_exp(mean_alone),
+        ifd=_exp(mean_conditioned - mean_alone),
+        ifd_loss=mean_conditioned / mean_alone,
+    )
+    if not two_views:
+        table = table.with_columns(pl.lit(None, SCHEMA[name]).alias(name) for name in ALONE_COLUMNS)
+    finite = pl.all_horizontal(pl.col(MEASURES).is_finite().fill_null(True))
+    is_scored = pl.col("status").is_in(SCORED)
+    table = table.with_columns(
+        status=pl.when(is_scored & ~finite).then(pl.lit(RowStatus.NON_FINITE.value)).otherwise("status")
+    )
+    scores = ("response_tokens", "alone_tokens", *MEASURES)
+    return table.with_columns(pl.when(is_scored).then(pl.col(scores))).select(*SCHEMA)
 
 
 def learning_table(epochs: Sequence[pl.DataFrame]) -> pl.DataFrame:
@@ -81,7 +135,7 @@ def learning_table(epochs: Sequence[pl.DataFrame]) -> pl.DataFrame:
         "turn",
         pl.coalesce("fault", scored).alias("status"),
         "prompt_tokens",
-        *(_unless_fault(pl.col(name) if name in CONDITIONED else pl.lit(None, SCHEMA[name]), name) for name in kept),
+        *(_unless_fault(pl.col(n) if n in CONDITIONED_COLUMNS else pl.lit(None, SCHEMA[n]), n) for n in kept),
         *(_unless_fault(pl.col(name), name) for name in (*ppls, *LEARNING, "rose", "not_learned")),
     )
 
@@ -90,34 +144,5 @@ def _unless_fault(value: pl.Expr, name: str) -> pl.Expr:
     return pl.when(pl.col("fault").is_null()).then(value).alias(name)
 
 
-def _row(turn: EncodedTurn, found: dict[tuple[int, int, View], SpanNLL], two_views: bool) -> tuple[object, ...]:
-    key = (turn.record_id, turn.turn, str(turn.status), turn.prompt_tokens)
-    if not turn.status.scored:
-        return (*key, *[None] * 8)
-    views = (View.CONDITIONED, View.ALONE) if two_views else (View.CONDITIONED,)
-    spans = [found.get((turn.record_id, turn.turn, view)) for view in views]
-    if None in spans:
-        raise EngineError(f"the engine gave no score for record {turn.record_id}, turn {turn.turn}")
-    fault = next((s.status for s in spans if s is not None and s.status != RowStatus.OK), None)
-    counts = [s.tokens for s in spans if s is not None]
-    sums = [s.nll_sum for s in spans if s is not None and s.nll_sum is not None]
-    if fault is None:
-        measures = _measures(sums, counts)
-        if all(m is None or math.isfinite(m) for m in measures):
-            return (*key, counts[0], counts[1] if two_views else None, *measures)
-        fault = RowStatus.NON_FINITE
-    return (turn.record_id, turn.turn, str(fault), turn.prompt_tokens, *[None] * 8)
-
-
-def _measures(sums: Sequence[float], counts: Sequence[int]) -> tuple[float | None, ...]:
-    """MEASURES of one turn, from one view's sums and counts or from both."""
-    means = [total / count for total, count in zip(sums, counts, strict=True)]
-    ppls = [_exp(mean) for mean in means]
-    if len(sums) == 1:
-        return (sums[0], None, ppls[0], None, None, None)
-    ifd_loss = means[0] / means[1] if means[1] else math.inf
-    return (*sums, *ppls, _exp(means[0] - means[1]), ifd_loss)
-
-
-def _exp(x: float) -> float:
-    return math.exp(x) if x < 709.0 else math.inf  # float64 ends at exp(709.78)
+def _exp(x: pl.Expr) -> pl.Expr:
+    return pl.when(x < 709.0).then(x.exp()).otherwise(math.inf)  # float64 ends at exp(709.78)

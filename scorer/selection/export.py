@@ -23,7 +23,7 @@ from scorer.requirements import require
 from scorer.runs.directory import Run, ScoreTable
 from scorer.runs.extras import clusters, embedding_parts, embeddings
 from scorer.scores.aggregate import KEYS, measures_of, per_record
-from scorer.scores.measures import ALONE, LEARNING, SCHEMA
+from scorer.scores.measures import ALONE_COLUMNS, LEARNING, SCHEMA
 from scorer.selection.config import SelectConfig
 from scorer.selection.diversity import facility_location
 from scorer.selection.flags import FLAGS, SCORE_FLAGS, STORED, TEXT_FLAGS
@@ -115,7 +115,7 @@ def check_options(
 
 def check_measure(by: str | None, protocol: str) -> None:
     """Raise ScorerError where scores by `protocol` would have no values of the column `by`."""
-    if by in ALONE and PROTOCOLS[protocol].alone is None:
+    if by in ALONE_COLUMNS and PROTOCOLS[protocol].alone is None:
         raise ScorerError(f"by: the protocol {protocol} does not score the response alone, and so gives no {by}")
 
 

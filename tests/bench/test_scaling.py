@@ -108,14 +108,14 @@ def test_a_worker_tokenises_the_next_shard_while_its_device_computes() -> None:
 def test_a_worker_writes_a_shard_while_others_are_tokenised_and_scored() -> None:
     # a shard: 8 s of tokenising, 10 of the device, 9 of writing. The last one is written when all are scored.
     three = costs(encode_seconds=0.008, encode_parallel=0.0)
-    outcome = simulate(ROWS, 1, RATE, three, given(request_seconds=9, manifest_pause=math.inf))
+    outcome = simulate(ROWS, 1, RATE, three, given(request_seconds=9, manifest_pause=math.inf, worker_shards=3))
     assert outcome.hours * 3600 == pytest.approx(8 + 1000 * 10 + 9)
     assert outcome.first == DEVICE
     # with two shards at a time the next one but one is taken when a shard is written: two in 8 + 10 + 9 s
     two = simulate(ROWS, 1, RATE, three, given(request_seconds=9, manifest_pause=math.inf, worker_shards=2))
     assert two.hours * 3600 == pytest.approx(500 * (8 + 10 + 9) + 10, abs=1)
     # a write of 30 s is the slowest of the three, and a shard is held for 8 + 10 + 30: three in 48 s
-    slow = simulate(ROWS, 1, RATE, three, given(request_seconds=30, manifest_pause=math.inf))
+    slow = simulate(ROWS, 1, RATE, three, given(request_seconds=30, manifest_pause=math.inf, worker_shards=3))
     assert slow.hours * 3600 == pytest.approx(1000 / 3 * 48, rel=0.002)
     assert slow.first == REQUESTS
     assert slow.device_share == pytest.approx(10 / 16, rel=0.002)
@@ -138,10 +138,12 @@ def test_workers_share_a_device_and_the_two_threads_of_each_its_cores() -> None:
 
 def test_requests_count_a_shard() -> None:
     # three shards at once: 333 times three and one, each the 0.01 s of its device after the one before
-    outcome = simulate(ROWS, 1, 1000 * RATE, costs(), given(request_seconds=2.0, manifest_pause=math.inf))
+    outcome = simulate(
+        ROWS, 1, 1000 * RATE, costs(), given(request_seconds=2.0, manifest_pause=math.inf, worker_shards=3)
+    )
     assert outcome.first == REQUESTS
     assert outcome.hours * 3600 == pytest.approx(334 * (0.01 + 2.0))
-    larger = given(request_seconds=2.0, manifest_pause=math.inf, shard_rows=100_000)
+    larger = given(request_seconds=2.0, manifest_pause=math.inf, shard_rows=100_000, worker_shards=3)
     assert simulate(ROWS, 1, 1000 * RATE, costs(), larger).hours * 3600 == pytest.approx(4 * (1 + 2))
 
 
@@ -151,7 +153,9 @@ def test_stragglers_take_their_share_longer() -> None:
 
 
 def test_what_a_failing_node_loses_is_done_again() -> None:
-    failing = given(node_failures=1.0, start_seconds=100)  # of 8 devices: one in 1,250 s of work and 100 of start
+    failing = given(
+        node_failures=1.0, start_seconds=100, worker_shards=3
+    )  # of 8 devices: one in 1,250 s of work and 100 of start
     outcome = simulate(8 * ROWS, 8, RATE, costs(), failing)
     failures = outcome.lost / 24  # each of the 8 has a shard of 10 s in flight, and the next two
     assert 1 <= failures <= 10

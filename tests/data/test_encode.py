@@ -6,8 +6,10 @@ import copy
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -16,14 +18,17 @@ from tokenizers import processors
 
 from scorer.config import ScoreConfig
 from scorer.data.encode import Encoder
+from scorer.data.tokenizer import BulkTokenizer
 from scorer.engines.reference import ReferenceEngine
 from scorer.models.find import ModelFiles
 from scorer.models.load import load_tokenizer
 from scorer.protocols import PROTOCOLS
 from scorer.scores.measures import score_table
-from scorer.types import EncodedTurn, Message, Record, RowStatus, ScorerError, Span, TokenSequence, Turn, View
+from scorer.types import Message, Record, RowStatus, ScorerError, Turn
 from tests.conftest import VOCABULARY, byte_tokenizer
+from tests.lib.tokens import EncodedTurn, ListEncoder, Span, TokenSequence, View
 
+SCORES = ("nll_sums", "statuses")
 END = 256  # the byte tokenizer's BOS and EOS
 SYMBOLS = {i: {"Ġ": " ", "Ċ": "\n"}.get(symbol, symbol) for symbol, i in VOCABULARY.items()} | {END: "¶"}
 CHATML = (
@@ -39,6 +44,8 @@ ALPACA_INPUT_HEAD = (
 )
 ALPACA_Q = ALPACA_HEAD + "### Instruction:\nQ\n\n### Response:"
 ALPACA_Q_IN = ALPACA_INPUT_HEAD + "### Instruction:\nQ\n\n### Input:\nin\n\n### Response:"
+BYTES = BulkTokenizer(byte_tokenizer())
+opened = lru_cache(BulkTokenizer)
 Shown = list[tuple[View, str, list[str]]]
 
 
@@ -57,8 +64,9 @@ def chat_tokenizer(template: str = CHATML) -> Any:
     return tokenizer
 
 
-def encoder(protocol: str, max_length: int = 1024, tokenizer: Any = None, document: int | None = None) -> Encoder:
-    return Encoder(tokenizer or byte_tokenizer(), PROTOCOLS[protocol], max_length, document)
+def encoder(protocol: str, max_length: int = 1024, tokenizer: Any = None, document: int | None = None) -> ListEncoder:
+    bulk = BYTES if tokenizer is None else opened(tokenizer)
+    return ListEncoder(Encoder(bulk, PROTOCOLS[protocol], max_length, document))
 
 
 def single(prompt: str, response: str, extra: str = "", record_id: int = 0) -> Record:
@@ -606,10 +614,12 @@ def one_thread() -> Iterator[None]:
 def test_perplexities_are_those_of_a_plain_loop(smollm2: ModelFiles, bpe: Any) -> None:
     """From text to the score table with the embedded model, beside `model(ids, labels=labels).loss` of each row."""
     records = [single(prompt, response, extra, i) for i, (prompt, extra, response) in enumerate(SENTENCES)]
-    turns, sequences = encoder("superfiltering", tokenizer=bpe).encode(records)
+    turns, batch = encoder("superfiltering", tokenizer=bpe).encoder.encode(records)
     engine = ReferenceEngine(ScoreConfig(engine="reference", dtype="float32", device="cpu"), smollm2)
-    spans = [span for batch in engine.score(sequences) for span in batch]
-    table = score_table(turns, spans, two_views=True)
+    scores = list(engine.score([batch]))  # a sequence at a time, in order
+    table = score_table(
+        turns, batch, *(np.concatenate([getattr(s, n) for s in scores]) for n in SCORES), two_views=True
+    )
     assert table["status"].to_list() == ["ok"] * len(SENTENCES)
     for row, (prompt, extra, response) in zip(table.iter_rows(named=True), SENTENCES, strict=True):
         before = f"{prompt}\n{extra}\n" if extra else f"{prompt}\n"
@@ -625,5 +635,5 @@ def test_perplexities_are_those_of_a_plain_loop(smollm2: ModelFiles, bpe: Any) -
 def test_protocols_are_data() -> None:
     """A protocol of one's own is the fields of another, changed: nothing goes by its name."""
     mine = replace(PROTOCOLS["superfiltering"], name="mine", score_eos=True)
-    _, sequences = Encoder(byte_tokenizer(), mine, 1024).encode([single("Q", "yes")])
+    _, sequences = ListEncoder(Encoder(BYTES, mine, 1024)).encode([single("Q", "yes")])
     assert shown(sequences) == [conditioned("Q\nyes¶", "yes¶"), alone("yes¶", "es¶")]

@@ -25,24 +25,17 @@ from scorer.engines.choose import open_engine
 from scorer.engines.packing import forward_tokens, plan_batches
 from scorer.models.find import ModelFiles, find_model
 from scorer.models.load import load_causal_lm
-from scorer.types import RowStatus, ScorerError, Span, SpanNLL, TokenSequence, View
+from scorer.types import RowStatus, ScorerError
 from tests.conftest import CONFIGS, LLAMA, byte_tokenizer
+from tests.lib.tokens import Key, Span, SpanNLL, TokenSequence, View, scored, token_batch
 
 Tiny = Callable[[str], ModelFiles]
-Key = tuple[int, int, View]
 
 ENGINES = ("packed", "reference")
 
 
 def config(engine: str, batch_tokens: int = 512, dtype: str = "float32") -> ScoreConfig:
     return ScoreConfig(engine=engine, dtype=dtype, device="cpu", batch_tokens=batch_tokens)
-
-
-def scored(engine: Engine, sequences: list[TokenSequence]) -> dict[Key, SpanNLL]:
-    spans = [span for batch in engine.score(sequences) for span in batch]
-    found = {(s.record_id, s.turn, s.view): s for s in spans}
-    assert len(found) == len(spans), "a span came twice"
-    return found
 
 
 def samples(lengths: list[tuple[int, int]], seed: int = 0) -> list[TokenSequence]:
@@ -141,16 +134,16 @@ def test_bfloat16_stays_near_float32(tiny: Tiny) -> None:
 
 
 def test_batches_keep_records_whole_and_budgets() -> None:
-    sequences = samples([(10, 20), (300, 200), (5, 6), (40, 2), (50, 60)])
-    batches = plan_batches(sequences, 250)
-    assert [sorted({s.record_id for s in batch}) for batch in batches] == [[1], [0, 4], [2, 3]]
-    assert [sum(map(forward_tokens, batch)) for batch in batches][1:] == [109 + 59 + 29 + 19, 10 + 5 + 41 + 1]
-    assert sum(len(batch) for batch in batches) == len(sequences)
+    batch = token_batch(samples([(10, 20), (300, 200), (5, 6), (40, 2), (50, 60)]))
+    batches = plan_batches(batch, 250)
+    assert [sorted({*batch.record_ids[part].tolist()}) for part in batches] == [[1], [0, 4], [2, 3]]
+    assert [forward_tokens(batch)[part].sum() for part in batches][1:] == [109 + 59 + 29 + 19, 10 + 5 + 41 + 1]
+    assert sorted(sequence for part in batches for sequence in part.tolist()) == list(range(len(batch)))
 
 
 def test_the_last_batches_are_small_so_that_workers_end_together() -> None:
-    sequences = samples([(1, 50)] * 100)  # 99 packed tokens a record
-    sizes = [sum(map(forward_tokens, batch)) for batch in plan_batches(sequences, 1000, workers=2)]
+    batch = token_batch(samples([(1, 50)] * 100))  # 99 packed tokens a record
+    sizes = [int(forward_tokens(batch)[part].sum()) for part in plan_batches(batch, 1000, workers=2)]
     assert sizes[:5] == [990] * 5
     assert sizes == sorted(sizes, reverse=True)
     assert max(sizes[-2:]) <= 250
@@ -202,7 +195,8 @@ from pathlib import Path
 from scorer.config import ScoreConfig
 from scorer.engines.choose import open_engine
 from scorer.models.find import find_model
-from tests.engines.test_engines import config, samples, scored
+from tests.engines.test_engines import config, samples
+from tests.lib.tokens import scored
 
 engine = open_engine(config("packed", 1 << 30), find_model(sys.argv[1]))
 usual = scored(engine, samples([(10, 10)] * 8))

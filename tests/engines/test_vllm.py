@@ -30,9 +30,10 @@ from scorer.engines import Engine
 from scorer.engines.choose import open_engine
 from scorer.models.find import ModelFiles
 from scorer.runs.directory import Run
-from scorer.types import EngineError, ScorerError, Span, SpanNLL, TokenSequence, View
-from tests.engines.test_engines import Key, assert_equal, samples, scored
+from scorer.types import EngineError, ScorerError
+from tests.engines.test_engines import assert_equal, samples
 from tests.lib.command import CONSOLE_SCRIPT, SECONDS, Commands, Ended, alpaca, shards, wait
+from tests.lib.tokens import Key, Span, SpanNLL, TokenSequence, View, scored, scores_of
 
 pytestmark = [
     pytest.mark.slow,
@@ -112,7 +113,7 @@ def test_two_ranks_share_the_vocabulary_until_the_engine_dies(tiny: Tiny, monkey
         again = scored(engine, sequences[::-1])
         with pytest.raises(ScorerError, match="token id 257, but the model's vocabulary has 257 tokens"):
             scored(engine, [TokenSequence(0, View.CONDITIONED, [1, 257, 3], (Span(0, 1, 3),))])
-        steps = engine.score(sequences)
+        steps = scores_of(engine, sequences)
         next(steps)
         engine.engine.engine_core.resources.engine_manager.processes[0].kill()  # type: ignore[attr-defined]
         with pytest.raises(EngineError, match="an engine process died"):
@@ -139,7 +140,7 @@ def test_two_thousand_short_requests_in_any_order(tiny: Tiny, chunked: Engine) -
     assert len(sequences) > 1800
     sequences += [TokenSequence(5000 + i, s.view, s.token_ids, s.targets) for i, s in enumerate(sequences[2:300])]
     assert len(sequences) > 2048  # more than are in flight at once
-    spans = [span for batch in chunked.score(sequences) for span in batch]
+    spans = [span for batch in scores_of(chunked, sequences) for span in batch]
     order = [(span.record_id, span.view) for span in spans]
     asked = [(s.record_id, s.view) for s in sequences]
     assert sorted(order) == sorted(asked)
@@ -151,7 +152,7 @@ def test_two_thousand_short_requests_in_any_order(tiny: Tiny, chunked: Engine) -
 
 
 def test_cancelled_scoring_leaves_nothing_behind(tiny: Tiny, chunked: Engine) -> None:
-    batches = chunked.score(samples([(3, 20)] * 300))
+    batches = scores_of(chunked, samples([(3, 20)] * 300))
     next(batches)
     batches.close()  # type: ignore[attr-defined]  # it is a generator
     few = samples([(30, 60), (5, 1), (64, 64)], seed=9)
@@ -163,7 +164,7 @@ def test_a_death_that_shows_as_a_closed_socket(chunked: Engine) -> None:
 
     The last test of this engine.
     """
-    steps = chunked.score(mixed())
+    steps = scores_of(chunked, mixed())
     next(steps)
     core = chunked.engine.engine_core  # type: ignore[attr-defined]
     core.resources.engine_manager.processes[0].kill()

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import permutations
 
+import numpy as np
 import polars as pl
 import pytest
 
-from scorer.scores.measures import MEASURES, SCHEMA, score_table
-from scorer.types import EncodedTurn, EngineError, RowStatus, SpanNLL, View
+from scorer.scores import measures
+from scorer.scores.measures import MEASURES, SCHEMA
+from scorer.tokens import CODES
+from scorer.types import EngineError, RowStatus
+from tests.lib.tokens import EncodedTurn, Span, SpanNLL, TokenSequence, View, token_batch, turn_table
 
 NULLS = dict.fromkeys(("response_tokens", "alone_tokens", *MEASURES))
 
@@ -24,6 +29,18 @@ def both(conditioned: float, alone: float, tokens: int = 1, *, record: int = 0, 
         span(View.CONDITIONED, conditioned, tokens, record=record, turn=turn),
         span(View.ALONE, alone, tokens, record=record, turn=turn),
     ]
+
+
+def score_table(turns: list[EncodedTurn], spans: Iterable[SpanNLL], *, two_views: bool) -> pl.DataFrame:
+    """The table of spans that each are a sequence of their own."""
+    spans = list(spans)
+    sequences = [
+        TokenSequence(s.record_id, s.view, [0] * (s.tokens + 1), (Span(s.turn, 1, s.tokens + 1),)) for s in spans
+    ]
+    batch = token_batch(sequences, [(turn.record_id, turn.turn) for turn in turns])
+    sums = np.array([math.nan if s.nll_sum is None else s.nll_sum for s in spans], np.float64)
+    statuses = np.array([CODES[s.status] for s in spans], np.uint8)
+    return measures.score_table(turn_table(turns), batch, sums, statuses, two_views=two_views)
 
 
 def row(turn: EncodedTurn, spans: list[SpanNLL], *, two_views: bool = True) -> dict[str, object]:
