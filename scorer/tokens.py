@@ -6,7 +6,7 @@ From the tokenizer to the score table there is no Python object for a token or a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -63,6 +63,13 @@ class TokenBatch:
     def span_offsets(self) -> Array:
         """The bounds of the spans of each sequence: int64 [Q + 1]."""
         return np.searchsorted(self.sequences, np.arange(len(self) + 1))
+
+    def by_token(self) -> TokenBatch:
+        """The same sequences with a span for each token of each span: their sums are the NLLs of the tokens."""
+        counts = self.ends - self.starts
+        starts = ranges(self.starts, counts)
+        sequences, rows, views = (np.repeat(values, counts) for values in (self.sequences, self.rows, self.views))
+        return replace(self, sequences=sequences, rows=rows, views=views, starts=starts, ends=starts + 1)
 
     def ids(self, sequence: int) -> Array:
         """The tokens of one sequence: int32 [length]."""

@@ -1,4 +1,4 @@
-"""Work in a thread of its own: its result, its error, and its end before it is done."""
+"""Work in a thread of its own: its result, its error, its end before it is done, and what it hands over."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from threading import Event
 
 import pytest
 
-from scorer.background import Background
+from scorer.background import Background, Feed
 
 
 def test_what_it_returns_and_raises() -> None:
@@ -38,3 +38,52 @@ def test_a_process_ends_without_it() -> None:
     """Here the work is in a call that blocks, as when it waits for an answer."""
     code = "import threading; from scorer.background import Background; Background(threading.Event().wait).cancel(0)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_items_come_in_order_and_wait_for_room() -> None:
+    feed: Feed[str] = Feed(10)
+    assert feed.take(wait=False) is None
+
+    def fill() -> None:
+        for item, size in (("huge", 50), ("six", 6), ("four", 4), ("one", 1)):
+            feed.put(item, size)
+            put.append(item)
+        feed.end()
+
+    put: list[str] = []
+    filling = Background(fill)
+    assert _comes_to(put, ["huge"])  # the next one does not fit beside it
+    assert feed.take(wait=True) == "huge"
+    assert _comes_to(put, ["huge", "six", "four"])
+    assert [feed.take(wait=True) for _ in range(3)] == ["six", "four", "one"]
+    filling.result()
+    assert feed.take(wait=True) is None
+    assert feed.ended
+    feed.raise_error()
+
+
+def test_an_error_comes_after_the_items() -> None:
+    feed: Feed[int] = Feed(1)
+    feed.put(7)
+    feed.end(ValueError("broken off"))
+    assert not feed.ended
+    assert (feed.take(wait=True), feed.take(wait=True)) == (7, None)
+    with pytest.raises(ValueError, match="broken off"):
+        feed.raise_error()
+
+
+def test_a_closed_feed_holds_nobody_back() -> None:
+    feed: Feed[int] = Feed(1)
+    feed.put(1, 1)
+    waiting = Background(feed.put, 2, 1)
+    time.sleep(0.05)
+    feed.close()
+    waiting.result()
+
+
+def _comes_to(found: list[str], expected: list[str]) -> bool:
+    latest = time.monotonic() + 30
+    while found != expected and time.monotonic() < latest:
+        time.sleep(0.01)
+    time.sleep(0.05)  # in which no more come
+    return found == expected

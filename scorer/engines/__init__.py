@@ -17,13 +17,14 @@ class Engine(Protocol):
     def score(self, batches: Iterable[TokenBatch | None]) -> Iterator[SpanScores]:
         """Yield the scores of every span of every TokenBatch, some spans at a time, in any order.
 
-        A TokenBatch without spans gives one SpanScores without spans.
-
         An engine asks for the next TokenBatch before it is done with those before, so that the device never waits. None
-        in the place of one means that none is there yet: the engine goes on with what it has, and asks again. Sequences
-        of different batches are not computed together, so that a TokenBatch has the same scores whatever comes before.
+        in the place of one means that none is there yet while others are unfinished: the engine yields what is done
+        next, and asks again. A TokenBatch without spans gives one SpanScores without spans. The packed and the
+        reference engine compute no sequences of two batches together, so that a batch has the same bits whatever comes
+        before it.
 
-        Sums are added in float64. Raises EngineError where the engine itself fails.
+        Sums are added in float64; those of `TokenBatch.by_token()` are the NLLs of single tokens. Raises EngineError
+        where the engine itself fails.
         """
         ...
 

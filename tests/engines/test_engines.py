@@ -9,9 +9,11 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -27,7 +29,7 @@ from scorer.models.find import ModelFiles, find_model
 from scorer.models.load import load_causal_lm
 from scorer.types import RowStatus, ScorerError
 from tests.conftest import CONFIGS, LLAMA, byte_tokenizer
-from tests.lib.tokens import Key, Span, SpanNLL, TokenSequence, View, scored, token_batch
+from tests.lib.tokens import Key, Span, SpanNLL, TokenSequence, View, in_order, scored, token_batch
 
 Tiny = Callable[[str], ModelFiles]
 
@@ -87,6 +89,17 @@ def one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_the_nlls_of_the_tokens_add_up_to_their_spans_sum(tiny: Tiny, name: str) -> None:
+    batch = token_batch(samples([(1, 2), (30, 60), (3, 200), (5, 1)]))
+    with closing(open_engine(config(name), tiny("llama"))) as engine:
+        sums, tokens = (in_order(engine, one) for one in (batch, batch.by_token()))
+    lengths = batch.ends - batch.starts
+    assert len(tokens) == lengths.sum()
+    assert (tokens > 0).all()
+    assert np.add.reduceat(tokens, np.cumsum(lengths) - lengths) == pytest.approx(sums, rel=1e-6)
 
 
 @pytest.mark.parametrize("family", list(CONFIGS))

@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import psutil
 import pytest
@@ -33,7 +34,7 @@ from scorer.runs.directory import Run
 from scorer.types import EngineError, ScorerError
 from tests.engines.test_engines import assert_equal, samples
 from tests.lib.command import CONSOLE_SCRIPT, SECONDS, Commands, Ended, alpaca, shards, wait
-from tests.lib.tokens import Key, Span, SpanNLL, TokenSequence, View, scored, scores_of
+from tests.lib.tokens import Key, Span, SpanNLL, TokenSequence, View, in_order, scored, scores_of, token_batch
 
 pytestmark = [
     pytest.mark.slow,
@@ -131,6 +132,13 @@ def chunked(tiny: Tiny) -> Iterator[Engine]:
 
 def test_sequences_cut_across_steps_have_the_same_sums(tiny: Tiny, chunked: Engine) -> None:
     assert_equal(scored(chunked, mixed()), oracle(tiny("qwen2"), mixed()), 1e-4)
+
+
+def test_the_nlls_of_the_tokens_add_up_to_their_spans_sum(chunked: Engine) -> None:
+    batch = token_batch(mixed())
+    sums, tokens = (in_order(chunked, one) for one in (batch, batch.by_token()))
+    lengths = batch.ends - batch.starts
+    assert np.add.reduceat(tokens, np.cumsum(lengths) - lengths) == pytest.approx(sums, rel=1e-5)
 
 
 def test_two_thousand_short_requests_in_any_order(tiny: Tiny, chunked: Engine) -> None:

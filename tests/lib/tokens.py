@@ -10,7 +10,7 @@ import numpy as np
 
 from scorer.data.encode import Encoder
 from scorer.engines import Engine
-from scorer.tokens import CODES, STATUSES, SpanScores, TokenBatch, TurnTable, bounds_of
+from scorer.tokens import CODES, STATUSES, Array, SpanScores, TokenBatch, TurnTable, bounds_of
 from scorer.types import Record, RowStatus
 
 
@@ -146,3 +146,12 @@ def scored(engine: Engine, sequences: Sequence[TokenSequence]) -> dict[Key, Span
     found = {(s.record_id, s.turn, s.view): s for s in spans}
     assert len(found) == len(spans), "a span came twice"
     return found
+
+
+def in_order(engine: Engine, batch: TokenBatch) -> Array:
+    """The sum of each span of `batch`: float64 [S]."""
+    sums = np.full(len(batch.rows), np.nan)
+    for scores in engine.score([batch]):
+        assert np.isnan(sums[scores.spans]).all()
+        sums[scores.spans] = scores.nll_sums
+    return sums
