@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.lib.rows import PROTOCOL, longest
-from scorer.config import ScoreConfig
+from scorer.config import DEFAULT_MODEL, ScoreConfig
 from scorer.data.dataset import Dataset
 from scorer.data.encode import Encoder
 from scorer.data.tokenizer import BulkTokenizer
@@ -70,10 +70,10 @@ def run(data: str, rows: int, console: Console) -> dict[str, Any]:
     found: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as name:
         path, small = Path(name) / "rows.jsonl", Path(name) / "some.jsonl"
-        _repeat(data, rows, path)
-        _repeat(data, min(rows, STAGE_ROWS), small)
+        repeat(data, rows, path)
+        repeat(data, min(rows, STAGE_ROWS), small)
         bytes_in = path.stat().st_size / rows
-        stages = stage_costs(small, min(rows, STAGE_ROWS))
+        stages = stage_costs(small, min(rows, STAGE_ROWS), open_encoder(DEFAULT_MODEL))
         for cores in sorted({1, 2, len(os.sched_getaffinity(0))}):
             # A process of its own: libraries start their threads when they are first used.
             with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -83,7 +83,7 @@ def run(data: str, rows: int, console: Console) -> dict[str, Any]:
         "data": Path(data).name,
         "rows": rows,
         "bytes_a_row": bytes_in,
-        "tokenizer": _encoder().bulk.name,
+        "tokenizer": open_encoder(DEFAULT_MODEL).bulk.name,
         "stages": stages,
         "held_us": sum(stage["held_us"] for stage in stages.values()),
         "cores": found,
@@ -91,13 +91,12 @@ def run(data: str, rows: int, console: Console) -> dict[str, Any]:
     }
 
 
-def stage_costs(path: Path, rows: int) -> dict[str, dict[str, float]]:
+def stage_costs(path: Path, rows: int, encoder: Encoder) -> dict[str, dict[str, float]]:
     """Each stage's microseconds a row: of one core, and of the thread that runs it.
 
     The latter is the most for which the stage can hold the interpreter: other threads, such as those of the tokenizer
     and of Polars, don't need it.
     """
-    encoder, shard_rows = _encoder(), ScoreConfig().shard_rows
     texts: list[list[str]] = []
     tokenise = encoder.bulk.encode
 
@@ -105,27 +104,21 @@ def stage_costs(path: Path, rows: int) -> dict[str, dict[str, float]]:
         texts.append(some)
         return tokenise(some)
 
-    def read() -> list[list[Record]]:
-        records = Dataset([path]).records()
-        return list(iter(lambda: list(islice(records, shard_rows)), []))
-
-    shards = read()
+    shards = read(path)
     encoder.bulk.encode = record
     encoded = [encoder.encode(records) for records in shards]
     encoder.bulk.encode = tokenise
     tables = [_table(*one) for one in encoded]
     works: dict[str, Callable[[], object]] = {
         "hash and count": lambda: Dataset([path]).inspect(),
-        "read": read,
+        "read": lambda: read(path),
         "tokenise": lambda: list(map(tokenise, texts)),
         "lay out": lambda: list(map(encoder.encode, shards)),
         "pack": lambda: [pack(batch, part) for _, batch in encoded for part in plan_batches(batch, BUDGET)],
         "score table": lambda: [_table(*one) for one in encoded],
         "write": lambda: [table.write_parquet(io.BytesIO()) for table in tables],
     }
-    gc.freeze()  # as scorer.runs.shards does
-    costs = {name: _microseconds(work, rows) for name, work in works.items()}
-    gc.unfreeze()
+    costs = {name: microseconds(work, rows) for name, work in works.items()}
     costs["lay out"] = {name: value - costs["tokenise"][name] for name, value in costs["lay out"].items()}
     return costs
 
@@ -134,7 +127,7 @@ def whole_path(path: Path, run: Path, cores: int) -> dict[str, float]:
     """Rows a second on some cores, from the first look at the file to the last shard written; and the peak memory."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
     torch.set_num_threads(1)
-    encoder, directory = _encoder(), Run(run)
+    encoder, directory = open_encoder(DEFAULT_MODEL), Run(run)
     config = ScoreConfig(max_length=encoder.max_length, batch_tokens=BUDGET)
     before = resource.getrusage(resource.RUSAGE_SELF)
     start = time.perf_counter()
@@ -157,16 +150,24 @@ def whole_path(path: Path, run: Path, cores: int) -> dict[str, float]:
     }
 
 
-def _encoder() -> Encoder:
-    files = find_model(ScoreConfig().model)
+def open_encoder(model: str) -> Encoder:
+    """The encoder of a model's tokenizer under PROTOCOL."""
+    files = find_model(model)
     return Encoder(BulkTokenizer(load_tokenizer(files)), PROTOCOL, longest(files), files.document_token_id)
 
 
-def _repeat(data: str, rows: int, path: Path) -> None:
+def repeat(data: str, rows: int, path: Path) -> None:
+    """Write a file of `rows` rows: those of `data`, from the first again after the last."""
     with Dataset([data]) as dataset, RecordWriter(path) as writer:
         values = [raw.value for raw in dataset.rows()]
         for row in range(rows):
             writer.write(values[row % len(values)])
+
+
+def read(path: Path) -> list[list[Record]]:
+    """The records of a file, in shards of the default size."""
+    records, shard_rows = Dataset([path]).records(), ScoreConfig().shard_rows
+    return list(iter(lambda: list(islice(records, shard_rows)), []))
 
 
 def _table(turns: TurnTable, batch: TokenBatch) -> pl.DataFrame:
@@ -174,13 +175,15 @@ def _table(turns: TurnTable, batch: TokenBatch) -> pl.DataFrame:
     return score_table(turns, batch, nll_sums, statuses, two_views=True)
 
 
-def _microseconds(work: Callable[[], object], rows: int) -> dict[str, float]:
-    """The least of REPEATS: other processes affect it least."""
+def microseconds(work: Callable[[], object], rows: int) -> dict[str, float]:
+    """Of one core and of the calling thread, for each row. The least of REPEATS: other processes affect it least."""
     times = []
+    gc.freeze()  # as scorer.runs.shards does
     for _ in range(REPEATS):
         core, thread = time.process_time(), time.thread_time()
         work()
         times.append((time.process_time() - core, time.thread_time() - thread))
+    gc.unfreeze()
     core, thread = min(times)
     return {"core_us": core / rows * 1e6, "held_us": thread / rows * 1e6}
 

@@ -2,10 +2,12 @@
 
     readers --records--> workers (tokenise; pack, compute; write a shard) --"done"--> driver (writes the manifest)
 
-Each reader reads a contiguous range of shards in order. A worker holds three shards: one thread tokenises; the next
-packs the first batches, has the shard computed when the device is free, and makes the table; each shard is written
-separately. The driver handles finished shards one by one. A node that fails loses the shards in flight, which are done
-again. The costs of a row come from bench.costs.
+Each reader reads a contiguous range of shards in order. A worker has one device, and holds a few shards. They pass
+through three stages, each of which takes one shard after another: tokenising, the device, and the score table. The
+device begins a shard as soon as it is tokenised and the one before is computed: batches are packed while others
+compute, so packing limits the device only where its rate is lower. Each shard is written separately. The driver
+handles finished shards one by one. A node that fails loses the shards in flight, which are done again. The costs of a
+row come from bench.costs.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ import heapq
 import json
 import math
 import random
-from collections import deque
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import groupby
 from pathlib import Path
@@ -25,18 +26,17 @@ from bench.engines import PACKED16, VLLM
 from bench.lib.bound import flop
 from bench.lib.report import RESULTS
 from bench.lib.shapes import network, shape_config
-from scorer.engines.choose import BATCH_TOKENS
 from scorer.engines.packed import CUDA_THREADS
 from scorer.runs.ray_driver import WORKERS_A_READER
 from scorer.runs.ray_worker import SHARDS
 from scorer.runs.run import MANIFEST_SECONDS
 
-MODELS = {"gpt2": ("GPT-2", 12), "llama-2-7b": ("LLaMA-7B", 1)}  # title; workers per device in the tuned run
+MODELS = {"gpt2": "GPT-2", "llama-2-7b": "LLaMA-7B"}
 DEVICES = (1, 8, 64)
 ASSUMED = "ASSUMED"  # marks assumed figures in every table
 EFFICIENCIES = (0.2, 0.4, 0.6)  # of the peak, where no rate was measured
 READER, DRIVER, REQUESTS = "the readers", "the driver", "requests"
-TOKENISING, PACKING, DEVICE = "tokenising", "packing, tables", "the devices"
+TOKENISING, PACKING, DEVICE, TABLES = "tokenising", "packing", "the devices", "score tables"
 TOTALS = ("tokens", "bytes_in", "bytes_out", "shards", "table_bytes_in_memory")
 RUNS, RAN = ("default", "tuned"), ("hours", "computing", "first to saturate")
 COLUMNS = ("model", "H100s", "basis", "tokens/s of one", "device hours")
@@ -52,7 +52,6 @@ class Given:
     """The figures that this script does not measure."""
 
     shard_rows: int = given(1000, "rows", "the default of --shard-rows")
-    workers_per_device: int = given(1, "workers", "the default of --gpus-per-worker")
     peak: float = given(989e12, "FLOP/s", "NVIDIA's data sheet: H100 SXM, bfloat16, dense")
     cores_per_device: float = given(14, "cores", "NVIDIA's data sheet: DGX H100, 112 cores for 8 devices")
     devices_per_node: int = given(8, "devices", "the same")
@@ -65,10 +64,11 @@ class Given:
     )
     workers_a_reader: int = given(WORKERS_A_READER, "workers", "scorer.runs.ray_driver")
     worker_shards: int = given(
-        SHARDS, "shards", "scorer.runs.ray_worker: in flight, one tokenised, one scored, one written"
+        SHARDS, "shards", "scorer.runs.ray_worker: one tokenised, two with the engine, one written"
     )
-    batch_tokens: int = given(BATCH_TOKENS["packed", "cuda"], "tokens", "scorer.runs.run: a batch on a GPU")
-    concurrent_batches: int = given(CUDA_THREADS, "batches", "scorer.engines.packed: threads that pack batches")
+    concurrent_batches: int = given(
+        CUDA_THREADS, "batches", "scorer.engines.packed: threads that pack a batch and wait for the device"
+    )
     manifest_pause: float = given(MANIFEST_SECONDS, "s", "scorer.runs.run: between two writes of the manifest")
     ray_seconds: float = given(0.009, "s a shard", "measured separately: 0.5 MB, Ray Data 2.60, 2 workers on 2 cores")
     start_seconds: float = given(60, "s", "assumed: start of a worker, also after a failure")
@@ -87,46 +87,30 @@ class Outcome:
     lost: int  # shards in flight
 
 
-@dataclass(frozen=True, slots=True)
-class StageSeconds:
-    """Seconds of a worker for one shard. The device waits for `pack`; other batches are packed while it computes."""
-
-    encode: float
-    pack: float
-    compute: float
-    table: float
-
-
-def _stage_seconds(size: float, rate: float, costs: Costs, g: Given) -> StageSeconds:
-    cores = g.cores_per_device / g.workers_per_device  # of a worker; both of its threads share them
-    alone = costs.encode_seconds * (1 - costs.encode_parallel + costs.encode_parallel / max(cores, 1))
-    both = costs.encode_seconds + costs.pack_seconds + costs.table_seconds
-    packing = size * costs.pack_seconds * max(1 / cores, 1)
-    pack = packing * min(g.concurrent_batches * g.batch_tokens / max(size * costs.tokens, 1), 1)
-    return StageSeconds(
-        encode=size * max(alone, both / cores),
-        pack=pack,
-        compute=max(size * costs.tokens / rate, packing - pack),
-        table=size * costs.table_seconds * max(1 / cores, 1),
-    )
+def _stage_seconds(size: float, rate: float, costs: Costs, g: Given) -> dict[str, float]:
+    """Seconds of a worker's stages for a shard of `size` rows, in their order."""
+    cores, device = g.cores_per_device, costs.tokens / rate
+    alone = costs.encode_seconds * (1 - costs.encode_parallel * (1 - 1 / cores))
+    shared = (costs.encode_seconds + costs.pack_seconds + costs.table_seconds) / cores  # by all stages
+    pool = (costs.pack_seconds + device) / g.concurrent_batches  # each thread packs a batch, and waits for the device
+    compute = {PACKING: pool} if pool > device else {DEVICE: device}
+    stages = {TOKENISING: max(alone, shared)} | compute | {TABLES: costs.table_seconds}
+    return {name: size * seconds for name, seconds in stages.items()}
 
 
 def simulate(rows: float, devices: int, rate: float, costs: Costs, g: Given) -> Outcome:
     """One run of `rows` rows on `devices` devices of `rate` tokens/s each."""
     shards = math.ceil(rows / g.shard_rows)
-    size, workers = rows / shards, devices * g.workers_per_device
-    stage = _stage_seconds(size, rate, costs, g)
-    arrivals = _arrivals(shards, size, math.ceil(workers / g.workers_a_reader), costs, g)
-    done = _run_workers(arrivals, stage, devices, g)
+    size = rows / shards
+    stages = _stage_seconds(size, rate, costs, g)
+    arrivals = _arrivals(shards, size, math.ceil(devices / g.workers_a_reader), costs, g)
+    done = _run_workers(arrivals, list(stages.values()), devices, g)
     seconds, busy = _driver_seconds(done.ends, g)
 
-    turns = done.turns
-    tokenising = turns * stage.encode / workers / seconds
-    shares = {READER: arrivals[-1] / seconds, DRIVER: busy / seconds, TOKENISING: tokenising}
-    used = {PACKING: turns * (stage.pack + stage.table), DEVICE: done.device_seconds}  # by one thread
-    shares[max(used, key=lambda name: used[name])] = sum(used.values()) / workers / seconds
-    in_flight = turns * stage.encode + sum(used.values()) + shards * g.request_seconds
-    shares[REQUESTS] = in_flight / g.worker_shards / workers / seconds  # the largest only where requests dominate
+    shares = {name: done.turns * each / devices / seconds for name, each in stages.items()}
+    shares |= {READER: arrivals[-1] / seconds, DRIVER: busy / seconds}
+    in_flight = done.turns * sum(stages.values()) + shards * g.request_seconds  # without waiting for one another
+    shares[REQUESTS] = in_flight / g.worker_shards / devices / seconds  # the largest only where requests dominate
     before = rows * (costs.count_seconds + g.copies_before * costs.bytes_in / g.stream_bytes) + g.start_seconds
     computing = rows * costs.tokens / rate / devices / seconds
     return Outcome((before + seconds) / 3600, max(shares, key=lambda name: shares[name]), computing, done.lost)
@@ -138,54 +122,42 @@ class WorkersOutcome:
 
     ends: list[float]
     turns: float
-    device_seconds: float  # with the wait for the device
     lost: int
 
 
-def _run_workers(arrivals: list[float], stage: StageSeconds, devices: int, g: Given) -> WorkersOutcome:
-    """The event loop over the workers' shards, from their arrival to their write."""
+def _run_workers(arrivals: list[float], stages: list[float], devices: int, g: Given) -> WorkersOutcome:
+    """The event loop over the workers' free slots: each takes a shard, from its arrival to its write."""
     draw = random.Random(0)
-    workers = devices * g.workers_per_device
     hourly = g.node_failures * min(devices, g.devices_per_node) / g.devices_per_node / 3600
     fails = [_next(draw, 0, hourly) for _ in range(math.ceil(devices / g.devices_per_node))]
     waiting, again, lost = iter(arrivals), 0, 0
-    # Time, slot and worker; of a packed shard also its slowness and its node's next failure.
-    events = [(0.0, slot, worker, 0.0, 0.0) for slot in range(g.worker_shards) for worker in range(workers)]
-    held: list[deque[tuple[float, float, float]]] = [deque() for _ in range(workers)]  # being tokenised, or done
-    encoded, scored, scoring, device_free = [0.0] * workers, [0.0] * workers, [False] * workers, [0.0] * devices
+    slots = [(0.0, slot, worker) for slot in range(g.worker_shards) for worker in range(devices)]
+    free = [[0.0] * len(stages) for _ in range(devices)]  # when each stage of a worker is done with its last shard
     ends: list[float] = []
-    turns = device_seconds = 0.0
+    turns = 0.0
     while len(ends) < len(arrivals):
-        now, slot, worker, slowness, failure = heapq.heappop(events)
-        device = worker // g.workers_per_device
-        if not slowness:  # a free slot
-            node = device // g.devices_per_node
-            while fails[node] <= now:
-                now, fails[node] = max(now, fails[node] + g.start_seconds), _next(draw, fails[node], hourly)
-            if (arrived := now if again else next(waiting, None)) is None:
-                continue
-            again = max(again - 1, 0)
-            slowness = g.straggler_times if draw.random() < g.straggler_share else 1.0
-            encoded[worker] = max(now, arrived, encoded[worker]) + stage.encode * slowness
-            held[worker].append((encoded[worker], slowness, fails[node]))
-        else:  # a packed shard
-            computed = max(now, device_free[device]) + stage.compute * slowness
-            scored[worker], scoring[worker] = computed + stage.table * slowness, False
-            end = scored[worker] + g.request_seconds
-            if end > failure:
-                scored[worker] = end = failure + g.start_seconds
-                again, lost = again + 1, lost + 1
-            else:
-                device_free[device] = computed
-                ends.append(end)
-                turns, device_seconds = turns + slowness, device_seconds + computed - now
-            heapq.heappush(events, (end, slot, worker, 0.0, 0.0))
-        if held[worker] and not scoring[worker]:
-            ready, slowness, failure = held[worker].popleft()
-            scoring[worker] = True
-            start = max(ready, scored[worker]) + stage.pack * slowness
-            heapq.heappush(events, (start, slot, worker, slowness, failure))
-    return WorkersOutcome(ends, turns, device_seconds, lost)
+        now, slot, worker = heapq.heappop(slots)
+        node = worker // g.devices_per_node
+        while fails[node] <= now:
+            now, fails[node] = max(now, fails[node] + g.start_seconds), _next(draw, fails[node], hourly)
+        if (arrived := now if again else next(waiting, None)) is None:
+            continue
+        again = max(again - 1, 0)
+        slowness = g.straggler_times if draw.random() < g.straggler_share else 1.0
+        done, clock = [], max(now, arrived)
+        for seconds, since in zip(stages, free[worker], strict=True):
+            clock = max(clock, since) + seconds * slowness
+            done.append(clock)
+        end = clock + g.request_seconds
+        if end > fails[node]:
+            end = fails[node] + g.start_seconds
+            again, lost = again + 1, lost + 1
+        else:
+            free[worker] = done
+            ends.append(end)
+            turns += slowness
+        heapq.heappush(slots, (end, slot, worker))
+    return WorkersOutcome(ends, turns, lost)
 
 
 def _driver_seconds(ends: list[float], g: Given) -> tuple[float, float]:
@@ -238,9 +210,8 @@ def reckon(about: dict[str, Any], costs: Costs, flops: dict[str, float], results
     """`run` with known costs and operations a token of each model; `about` is added to the report."""
     g, rows = Given(), about["samples"]
     cases: list[dict[str, Any]] = []
-    for name, (title, engines) in MODELS.items():
-        # Options of a user: larger shards, many files, and with a small model an engine on each core.
-        tuned = replace(g, shard_rows=20 * g.shard_rows, input_files=1000, workers_per_device=engines)
+    tuned = replace(g, shard_rows=20 * g.shard_rows, input_files=1000)  # what a user can do
+    for name, title in MODELS.items():
         for devices in DEVICES:
             for basis, rate in rates(name, flops[name], g.peak, results).items():
                 # an engine's measured rate includes packing
@@ -268,10 +239,10 @@ def _stages(c: Costs, g: Given) -> dict[str, float]:
         f"the driver, shards of {rows:,}": rows / g.ray_seconds / (1 + g.request_seconds / g.manifest_pause),
         f"the store's PUT, shards of {rows:,}": g.put_rate * rows,
         f"a worker's tokenising, {cores} cores": 1 / c.encode_seconds / (1 - c.encode_parallel * (1 - 1 / cores)),
-        "a worker's packing": 1 / c.pack_seconds,
+        f"a worker's packing, {g.concurrent_batches} threads": g.concurrent_batches / c.pack_seconds,
         "a worker's tables": 1 / c.table_seconds,
         f"a worker's writes, shards of {rows:,}": g.worker_shards * rows / g.request_seconds,
-        f"{cores} workers of 1 core": cores / (c.encode_seconds + c.pack_seconds + c.table_seconds),
+        "a worker on 1 core": 1 / (c.encode_seconds + c.pack_seconds + c.table_seconds),
     }
 
 
