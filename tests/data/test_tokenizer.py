@@ -1,0 +1,146 @@
+"""Bulk tokenising gives the ids of the model's own tokenizer, whichever library does it."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from scorer.data.tokenizer import BulkTokenizer
+from scorer.models.find import ModelFiles
+from scorer.models.load import load_tokenizer
+from scorer.tokens import Array
+
+LINES = [
+    "The cat sat on the mat, and didn't move.",
+    "1. Größe: 25 cm\n2. 漢字 and emoji 🙂",
+    "def f(x):\n    return x + 1",
+] * 20
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+BYTES = pre_tokenizers.ByteLevel.alphabet()
+LACKING = "\x04\x06\x13\x14\x16\x1d\U00040000"  # characters whose bytes SmolLM2's vocabulary lacks
+
+characters = st.one_of(
+    st.characters(exclude_categories=["Cs"]),
+    st.sampled_from(" \n\t\r'sStTaZ09.,é漢🙂\u200d\u0301\u00a0\ufeff\x00" + LACKING),
+)
+pieces = st.one_of(
+    st.text(characters, max_size=12),
+    st.sampled_from(
+        ["<|endoftext|>", "<|im_start|>", "<s>", "<tool>", "   ", "\n\n", "'re", "don't", "a" * 300, "١٢٣"]
+    ),
+)
+texts = st.lists(st.lists(pieces, max_size=6).map("".join), max_size=5)
+
+
+def trained(kind: str) -> Tokenizer:
+    """A tokenizer of each make, trained on LINES."""
+    special = ["<s>", "<unk>"]
+    if kind == "wordpiece":
+        made = Tokenizer(models.WordPiece(unk_token="<unk>"))
+        made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        made.normalizer = normalizers.BertNormalizer()
+        trainer: Any = trainers.WordPieceTrainer(vocab_size=400, special_tokens=special)
+    elif kind == "unigram":
+        made = Tokenizer(models.Unigram())
+        made.pre_tokenizer = pre_tokenizers.Metaspace()
+        trainer = trainers.UnigramTrainer(vocab_size=300, special_tokens=special, unk_token="<unk>")
+    elif kind.startswith("llama 2"):
+        made = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+        if kind == "llama 2 of transformers 5":
+            made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+        else:
+            made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        made.decoder = decoders.Metaspace()
+        hexadecimal = [f"<0x{byte:02X}>" for byte in range(256)]
+        trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=[*special, *hexadecimal])
+    else:
+        made = Tokenizer(models.BPE())
+        if kind == "llama 3":
+            split = pre_tokenizers.Split(Regex(LLAMA3), "isolated")
+            made.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+        else:
+            made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=kind == "gpt2 with a space")
+        if kind == "lower case":
+            made.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+        trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=special, initial_alphabet=BYTES)
+    made.train_from_iterator(LINES, trainer)
+    made.add_tokens(
+        [AddedToken("<tool>", lstrip=True, rstrip=True, normalized=False), AddedToken("Größe", single_word=True)]
+    )
+    return made
+
+
+KINDS = (
+    "gpt2",
+    "gpt2 with a space",
+    "llama 3",
+    "lower case",
+    "llama 2",
+    "llama 2 of transformers 5",
+    "unigram",
+    "wordpiece",
+)
+
+
+@lru_cache
+def opened(kind: str) -> BulkTokenizer:
+    return BulkTokenizer(PreTrainedTokenizerFast(tokenizer_object=trained(kind), bos_token="<s>", unk_token="<unk>"))
+
+
+def lists(flat: tuple[Array, Array]) -> list[list[int]]:
+    ids, offsets = flat
+    assert ids.dtype == np.int32
+    assert offsets.dtype == np.int64
+    assert (offsets[0], offsets[-1]) == (0, len(ids))
+    return [part.tolist() for part in np.split(ids, offsets[1:-1])] if len(offsets) > 1 else []
+
+
+def own(tokenizer: Any, some: list[str]) -> list[list[int]]:
+    return [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in some]
+
+
+@pytest.fixture(scope="module")
+def smollm2_bulk(smollm2: ModelFiles) -> BulkTokenizer:
+    return BulkTokenizer(load_tokenizer(smollm2))
+
+
+@settings(max_examples=300, deadline=None)
+@given(some=texts)
+@example(some=[])
+@example(some=["", "", ""])
+@example(some=["plain", f"a{LACKING}b", "", LACKING, "plain again"])
+def test_the_embedded_models_ids(smollm2_bulk: BulkTokenizer, some: list[str]) -> None:
+    assert smollm2_bulk.name.startswith("fastokens")
+    assert lists(smollm2_bulk.encode(some)) == own(smollm2_bulk.tokenizer, some)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=60, deadline=None)
+@given(some=texts)
+def test_other_makes_of_tokenizers(kind: str, some: list[str]) -> None:
+    bulk = opened(kind)
+    assert lists(bulk.encode(some)) == own(bulk.tokenizer, some)
+
+
+def test_fastokens_does_what_it_does_right_and_no_more() -> None:
+    chosen = {kind: opened(kind).name.partition(" ")[0] for kind in KINDS}
+    assert chosen == dict.fromkeys(KINDS[:5], "fastokens") | dict.fromkeys(KINDS[5:], "tokenizers")
+
+
+def test_saved_truncation_and_padding_are_left_out() -> None:
+    backend = trained("gpt2")
+    backend.enable_truncation(3)
+    backend.enable_padding(length=8)
+    bulk = BulkTokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>"))
+    [ids] = lists(bulk.encode([LINES[0]]))
+    assert "".join(bulk.tokenizer.convert_ids_to_tokens(ids)).replace("Ġ", " ") == LINES[0]
