@@ -215,6 +215,29 @@ def test_a_line_that_is_json_keeps_its_text(tmp_path: Path) -> None:
     assert [raw.text for raw in read_raw([path])] == ['{"a":1e999,"a":2} ', None, None]
 
 
+def test_the_fast_parser_differs_in_endless_integers_only(tmp_path: Path) -> None:
+    lines = [
+        b'{"a": NaN, "b": -Infinity, "c": 1e999}',
+        b'{"a": "\\ud800", "b": "\\ud83d\\ude00", "a": 1.10}',
+        b'{"a": "\xff"}',
+        b'{"a": 1,}',
+        b'{"a": 18446744073709551615, "b": -9223372036854775808}',
+        b'\xef\xbb\xbf{"a": 0}',
+        b'  {"a": "tab\there"}\r',
+        b"[" * 900 + b"]" * 900,
+    ]
+    path = tmp_path / "d.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    with Dataset([path]) as data:
+        fast, exact = (list(data.rows(exact=exact)) for exact in (False, True))
+    assert repr(fast) == repr(exact)  # NaN is not equal to itself
+    path.write_bytes(b'{"a": 18446744073709551616}')
+    with Dataset([path]) as data:
+        (fast_row,), (exact_row,) = data.rows(exact=False), data.rows()
+    assert (exact_row.value, fast_row.value) == ({"a": 2**64}, {"a": float(2**64)})
+    assert fast_row.text == exact_row.text == '{"a": 18446744073709551616}'
+
+
 def test_inspect_input_describes_the_bytes_on_disk(tmp_path: Path) -> None:
     path = tmp_path / "d.jsonl.gz"
     path.write_bytes(b"abc")
