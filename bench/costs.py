@@ -11,7 +11,7 @@ from pathlib import Path
 
 import polars as pl
 
-from bench.host import microseconds, open_encoder, read, repeat, stage_costs
+from bench.host import encoder_of, microseconds, read, repeat, stage_costs
 from bench.lib.rows import Rows, encoded, longest
 from scorer.data.dataset import Dataset
 from scorer.models.find import find_model
@@ -57,7 +57,7 @@ def measure(data: str, scored: int, model: str) -> tuple[Costs, Rows]:
         def seconds(work: Callable[[], object]) -> float:
             return microseconds(work, count)["core_us"] / 1e6
 
-        spent = stage_costs(lines, count, open_encoder(model))
+        spent = stage_costs(lines, count, encoder_of(model))
         stages = {stage: cost["core_us"] / 1e6 for stage, cost in spent.items()}
         shards = read(lines)
         payloads = list(map(pickle.dumps, shards))

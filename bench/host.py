@@ -29,18 +29,16 @@ from bench.lib.rows import PROTOCOL, longest
 from scorer.config import DEFAULT_MODEL, ScoreConfig
 from scorer.data.dataset import Dataset
 from scorer.data.encode import Encoder
-from scorer.data.tokenizer import BulkTokenizer
 from scorer.data.writer import RecordWriter
 from scorer.engines.choose import BATCH_TOKENS
 from scorer.engines.packed import CUDA_THREADS, PackedEngine
 from scorer.engines.packing import PackedBatch, pack, plan_batches
 from scorer.models.find import find_model
-from scorer.models.load import load_tokenizer
 from scorer.runs.directory import Run
 from scorer.runs.local import score_locally
 from scorer.runs.manifest import Manifest
 from scorer.runs.progress import Silent
-from scorer.runs.shards import Job
+from scorer.runs.shards import Job, open_encoder
 from scorer.scores.measures import score_table
 from scorer.tokens import Array, TokenBatch, TurnTable
 from scorer.types import Record
@@ -73,7 +71,8 @@ def run(data: str, rows: int, console: Console) -> dict[str, Any]:
         repeat(data, rows, path)
         repeat(data, min(rows, STAGE_ROWS), small)
         bytes_in = path.stat().st_size / rows
-        stages = stage_costs(small, min(rows, STAGE_ROWS), open_encoder(DEFAULT_MODEL))
+        encoder = encoder_of(DEFAULT_MODEL)
+        stages = stage_costs(small, min(rows, STAGE_ROWS), encoder)
         for cores in sorted({1, 2, len(os.sched_getaffinity(0))}):
             # A process of its own: libraries start their threads when they are first used.
             with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -83,7 +82,7 @@ def run(data: str, rows: int, console: Console) -> dict[str, Any]:
         "data": Path(data).name,
         "rows": rows,
         "bytes_a_row": bytes_in,
-        "tokenizer": open_encoder(DEFAULT_MODEL).bulk.name,
+        "tokenizer": encoder.bulk.name,
         "stages": stages,
         "held_us": sum(stage["held_us"] for stage in stages.values()),
         "cores": found,
@@ -127,7 +126,7 @@ def whole_path(path: Path, run: Path, cores: int) -> dict[str, float]:
     """Rows a second on some cores, from the first look at the file to the last shard written; and the peak memory."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
     torch.set_num_threads(1)
-    encoder, directory = open_encoder(DEFAULT_MODEL), Run(run)
+    encoder, directory = encoder_of(DEFAULT_MODEL), Run(run)
     config = ScoreConfig(max_length=encoder.max_length, batch_tokens=BUDGET)
     before = resource.getrusage(resource.RUSAGE_SELF)
     start = time.perf_counter()
@@ -150,10 +149,10 @@ def whole_path(path: Path, run: Path, cores: int) -> dict[str, float]:
     }
 
 
-def open_encoder(model: str) -> Encoder:
+def encoder_of(model: str) -> Encoder:
     """The encoder of a model's tokenizer under PROTOCOL."""
     files = find_model(model)
-    return Encoder(BulkTokenizer(load_tokenizer(files)), PROTOCOL, longest(files), files.document_token_id)
+    return open_encoder(ScoreConfig(protocol=PROTOCOL.name, max_length=longest(files)), files)
 
 
 def repeat(data: str, rows: int, path: Path) -> None:

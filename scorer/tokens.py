@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ class TurnTable:
         return len(self.record_ids)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class TokenBatch:
     """The input of an engine: Q token sequences, and in them S spans to score.
 
@@ -59,7 +60,7 @@ class TokenBatch:
         """The tokens of each sequence: int64 [Q]."""
         return np.diff(self.offsets)
 
-    @property
+    @cached_property
     def span_offsets(self) -> Array:
         """The bounds of the spans of each sequence: int64 [Q + 1]."""
         return np.searchsorted(self.sequences, np.arange(len(self) + 1))
@@ -75,10 +76,14 @@ class TokenBatch:
         """The tokens of one sequence: int32 [length]."""
         return self.token_ids[self.offsets[sequence] : self.offsets[sequence + 1]]
 
+    def spans(self, sequence: int) -> Array:
+        """The indices of the spans of one sequence: int64 [spans]."""
+        return np.arange(self.span_offsets[sequence], self.span_offsets[sequence + 1])
+
     def bounds(self, sequence: int) -> Array:
         """The [start, end] of each span of one sequence: int64 [spans, 2]."""
-        first, last = np.searchsorted(self.sequences, (sequence, sequence + 1))
-        return np.stack((self.starts[first:last], self.ends[first:last]), axis=1)
+        spans = self.spans(sequence)
+        return np.stack((self.starts[spans], self.ends[spans]), axis=1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -10,15 +10,13 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from scorer.config import DEFAULT_MODEL
+from scorer.config import DEFAULT_MODEL, ScoreConfig
 from scorer.data.dataset import Dataset
-from scorer.data.encode import Encoder
-from scorer.data.tokenizer import BulkTokenizer
 from scorer.engines import Engine
 from scorer.engines.choose import CONTEXT_KEYS
 from scorer.models.find import ModelFiles, model_settings
-from scorer.models.load import load_tokenizer
 from scorer.protocols import PROTOCOLS
+from scorer.runs.shards import open_encoder
 from scorer.scores.measures import score_table
 from scorer.tokens import TokenBatch, TurnTable
 
@@ -50,7 +48,7 @@ class Rows:
 
 def encoded(data: str, rows: int, files: ModelFiles, max_length: int) -> Rows:
     """The first `rows` records of `data`, by the model's tokenizer, truncated to `max_length` tokens."""
-    encoder = Encoder(BulkTokenizer(load_tokenizer(files)), PROTOCOL, max_length, files.document_token_id)
+    encoder = open_encoder(ScoreConfig(protocol=PROTOCOL.name, max_length=max_length), files)
     start = time.perf_counter()
     records = list(Dataset([data], limit=rows).records())
     turns, batch = encoder.encode(records)

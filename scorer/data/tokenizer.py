@@ -100,7 +100,7 @@ def _mixed_texts(tokenizer: Any, draw: random.Random) -> list[str]:
     texts = []
     for _ in range(200):
         parts = [tokenizer.decode(draw.choices(ids, k=3)) for _ in range(2)]
-        if not draw.randrange(4):
+        if not draw.randrange(4):  # a character that no vocabulary holds
             parts[0] = parts[0][:2] + "\U000f0000" + parts[0][2:]
         parts += [draw.choice((token, token, token.swapcase())) for token in draw.choices(some, k=4)]
         parts += draw.choices(spaces, k=3)

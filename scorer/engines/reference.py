@@ -45,12 +45,10 @@ class ReferenceEngine:
             check_token_ids(batch, self.model.get_input_embeddings().weight.shape[0])
             if not len(batch):
                 yield no_scores(batch)
-            bounds = batch.span_offsets
             for sequence in range(len(batch)):
-                spans = np.arange(bounds[sequence], bounds[sequence + 1])
                 try:
                     with convert_errors():
-                        scores = with_sums(batch, spans, self._sums(batch, sequence))
+                        scores = with_sums(batch, batch.spans(sequence), self._sums(batch, sequence))
                 except BatchOutOfMemoryError:
                     scores = oom_scores(batch, sequence)
                 yield scores

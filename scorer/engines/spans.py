@@ -63,7 +63,7 @@ def with_counted_sums(batch: TokenBatch, sequences: Array, sums: Sequence[Array]
 
 def oom_scores(batch: TokenBatch, sequence: int) -> SpanScores:
     """The spans of a sequence that does not fit in memory even by itself."""
-    spans = np.flatnonzero(batch.sequences == sequence)
+    spans = batch.spans(sequence)
     return SpanScores(batch, spans, np.full(len(spans), np.nan), np.full(len(spans), OOM, np.uint8))
 
 

@@ -79,17 +79,15 @@ class VllmEngine:
         running: dict[str, _Request] = {}
         try:
             for batch in batches:
-                if batch is not None:
-                    check_token_ids(batch, self.vocab_size)
-                    waiting.extend((batch, sequence) for sequence in range(len(batch)))
-                    if not len(batch):
-                        yield no_scores(batch)
-                while waiting or running:
-                    if len(waiting) + len(running) < CONCURRENT_REQUESTS and batch is not None:
-                        break
+                if batch is None:
                     yield from self._step(waiting, running)
-                    if batch is None:
-                        break
+                    continue
+                if not len(batch):
+                    yield no_scores(batch)
+                check_token_ids(batch, self.vocab_size)
+                waiting.extend((batch, sequence) for sequence in range(len(batch)))
+                while len(waiting) + len(running) >= CONCURRENT_REQUESTS:
+                    yield from self._step(waiting, running)
             while waiting or running:
                 yield from self._step(waiting, running)
         finally:

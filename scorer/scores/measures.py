@@ -32,13 +32,8 @@ MEASURES = ("nll_conditioned", "nll_alone", "ppl_conditioned", "ppl_alone", "ifd
 LEARNING = ("lp1", "lp1_approx")  # the measures of `learning_table`
 OK = CODES[RowStatus.OK]
 SCORED_CODES = [code for status, code in CODES.items() if status.scored]
-ALONE_COLUMNS = (
-    "alone_tokens",
-    "nll_alone",
-    "ppl_alone",
-    "ifd",
-    "ifd_loss",
-)  # null without an alone view
+# Null without an alone view.
+ALONE_COLUMNS = ("alone_tokens", "nll_alone", "ppl_alone", "ifd", "ifd_loss")
 CONDITIONED_COLUMNS = ("prompt_tokens", "response_tokens", "nll_conditioned", "ppl_conditioned")
 
 
