@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from scorer.options import (
@@ -34,7 +34,9 @@ SERVERS = ("http://", "https://")  # how an engine begins that is the URL of a s
 VLLM_OPTIONS = ("tensor_parallel_size", "quantization", "gpu_memory_utilization", "max_model_len", "vllm_args")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEVICES = ("auto", "cpu", "cuda")
-COLUMNS = ("prompt", "input", "response", "messages", "system")
+COLUMNS = ("prompt", "input", "response", "messages", "chosen", "rejected", "system", "history", "tools")
+REASONING = ("with", "without", "apart")
+TOOL_CALLS = ("score", "skip")
 SCHEDULERS = ("cosine", "linear", "constant_with_warmup")
 AGGREGATES = ("mean", "min", "max", "last")  # methods of polars.Expr
 
@@ -80,6 +82,53 @@ def parse_workers(text: str) -> int | None:
 
 
 @dataclass(frozen=True, slots=True)
+class Reading:
+    """How rows are read as samples.
+
+    reasoning: with scores reasoning and answer as one response; without leaves it out; apart makes it a turn of its
+    own, before the answer.
+    """
+
+    columns: Mapping[str, str] | None = option(
+        DATA,
+        None,
+        f"The data's names of the columns {', '.join(COLUMNS)}.",
+        unset="recognised",
+        metavar="KEY=NAME,...",
+        parse=parse_columns,
+    )
+    reasoning: str = option(
+        DATA, "with", "Score reasoning (<think>...</think>) with the answer, without it, or apart.", choices=REASONING
+    )
+    tool_calls: str = option(
+        DATA, "score", "Whether responses that call tools are scored, or history only.", choices=TOOL_CALLS
+    )
+    records_at: str | None = option(
+        DATA,
+        None,
+        "Key of the list of records, in a JSON file that is one object.",
+        unset="the only one",
+        metavar="KEY",
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.columns is None:
+            return
+        for column, name in self.columns.items():
+            one_of("columns", column, COLUMNS)
+            if not name:
+                raise ScorerError(f"columns: {column} has no name; write it as {column}=NAME")
+        named = set(self.columns) - {"system", "history", "tools"}
+        pairs = ({"prompt", "response"}, {"chosen", "rejected"})
+        if named != {"messages"} and not any(pair <= named <= {*pair, "prompt", "input"} for pair in pairs):
+            raise ScorerError(
+                "columns: name prompt=... and response=... (input=... is optional), or messages=..., or chosen=... and "
+                "rejected=...; with any, system=..., history=... and tools=... are optional"
+            )
+
+
+@dataclass(frozen=True, slots=True)
 class ScoreConfig:
     """Everything that a score depends on, except the data itself. None means: chosen for the model and device."""
 
@@ -98,14 +147,11 @@ class ScoreConfig:
     batch_tokens: int | None = option(ENGINE, None, "Tokens per batch.", unset="by engine and device")
     shard_rows: int = option(OUTPUT, 1000, "Records per shard; an unfinished shard is scored again.")
     limit: int | None = option(DATA, None, "Score only the first N records.", unset="all", metavar="N")
-    columns: Mapping[str, str] | None = option(
-        DATA,
-        None,
-        f"The data's names of the columns {', '.join(COLUMNS)}.",
-        unset="recognised",
-        metavar="KEY=NAME,...",
-        parse=parse_columns,
-    )
+    columns: Mapping[str, str] | None = same_option(Reading, "columns")
+    reasoning: str = same_option(Reading, "reasoning")
+    tool_calls: str = same_option(Reading, "tool_calls")
+    records_at: str | None = same_option(Reading, "records_at")
+    split_special_tokens: bool = option(DATA, False, "Read special tokens that the data's text holds as text.")
     trust_remote_code: bool = option(MODEL, False, "Run Python code that comes with the model.")
     allow_pickle: bool = option(MODEL, False, "Load pickled weights, which can run code.")
     tensor_parallel_size: int | None = option(VLLM, None, "Devices that share one model.", unset="1")
@@ -131,16 +177,12 @@ class ScoreConfig:
             raise ScorerError(f"gpu_memory_utilization: {self.gpu_memory_utilization} is not above 0 and at most 1")
         if self.engine not in ("auto", "vllm") and (set_ := self.vllm_options()):
             raise ScorerError(f"{', '.join(set_)}: for the vllm engine, and not for {self.engine}")
-        if self.columns is not None:
-            for column, name in self.columns.items():
-                one_of("columns", column, COLUMNS)
-                if not name:
-                    raise ScorerError(f"columns: {column} has no name; write it as {column}=NAME")
-            if not ({"prompt", "response"} <= (named := set(self.columns) - {"system"}) or named == {"messages"}):
-                raise ScorerError(
-                    "columns: name prompt=... and response=... (input=... is optional), or messages=...; "
-                    "with either, system=... is optional"
-                )
+        _ = self.reading  # checks its fields
+
+    @property
+    def reading(self) -> Reading:
+        """How rows are read."""
+        return Reading(**{f.name: getattr(self, f.name) for f in fields(Reading)})
 
     def vllm_options(self) -> list[str]:
         """The options that are set and that only the vllm engine has."""

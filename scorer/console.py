@@ -112,6 +112,13 @@ def show_run(run: Run) -> None:
         table.add_row(name, *(f"{v:,.0f}" if name.endswith("tokens") else f"{v:,.4g}" for v in values))
     console.print(table)
     line("status: " + ", ".join(f"{count:,} {status}" for status, count in summary.status.items()))
+    if manifest.formats:
+        line("format: " + ", ".join(f"{count:,} {name}" for name, count in manifest.formats.items()))
+    if manifest.left_out:
+        line("left out: " + ", ".join(f"{name} of {count:,} records" for name, count in manifest.left_out.items()))
+    if manifest.special_tokens:
+        how = "as text" if manifest.config.get("split_special_tokens") else "as tokens; see --split-special-tokens"
+        line(f"special tokens in the text of {manifest.special_tokens:,} records: read {how}")
     if summary.length_bias is not None:
         line(f"Spearman of ifd with response length: {summary.length_bias:+.3f}")
     if manifest.seconds:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 
 class ScorerError(Exception):
@@ -28,10 +29,12 @@ class RowStatus(StrEnum):
     UNKNOWN_FORMAT = "unknown_format"  # none of the known columns, or a role that no format has
     MISSING_FIELD = "missing_field"  # a column of its format is absent or null
     NOT_TEXT = "not_text"  # a number, a list, or a string that is not valid Unicode
+    MULTIMODAL = "multimodal"  # a message holds an image, sound or video
     NO_ASSISTANT_TURN = "no_assistant_turn"
+    HISTORY_ONLY = "history_only"  # the data or an option says not to score the turn; later turns are scored after it
     EMPTY_PROMPT = "empty_prompt"
     EMPTY_RESPONSE = "empty_response"
-    CHAT_TEMPLATE_ERROR = "chat_template_error"  # the model's template refuses the conversation
+    CHAT_TEMPLATE_ERROR = "chat_template_error"  # the model's template refuses the turn, or hides where it begins
     PROMPT_TOO_LONG = "prompt_too_long"  # the length limit leaves no response token
     NO_SCORABLE_TOKEN = "no_scorable_token"  # such as a one-token response that nothing precedes
     NON_FINITE = "non_finite"  # the model gave infinity or NaN
@@ -48,36 +51,56 @@ SCORED = tuple(status.value for status in RowStatus if status.scored)  # as they
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One message of a conversation; `role` is system, user, assistant or tool."""
+    """One message of a conversation; `role` is system, user, assistant or tool.
+
+    fields: the message for a chat template, where it is more than role and content: tool calls, a name, and so on.
+    """
 
     role: str
     content: str
+    fields: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
     """One response, and the messages between the previous response (or the start) and it.
 
-    `input` is Alpaca's second prompt column, "" where there is none.
+    `input` is Alpaca's second prompt column, "" where there is none. `branch` is chosen or rejected in preference data:
+    the first turn of each starts anew. `part` is reasoning or answer where they are turns of their own. `history` are
+    turns before the first one, which have no rows. `fields` are those of the response, as in Message.
     """
 
     prompt: tuple[Message, ...]
     response: str
     input: str = ""
     status: RowStatus = RowStatus.OK
+    branch: str = ""
+    part: str = ""
+    history: tuple[Turn, ...] = ()
+    fields: Mapping[str, Any] | None = None
+
+    @property
+    def name(self) -> str | None:
+        """What the response is, if not simply the response: chosen, rejected, reasoning, answer, chosen_answer, ..."""
+        return "_".join(filter(None, (self.branch, self.part))) or None
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
     """One sample of the data: `record_id` is its 0-based position over all inputs, `source` its file and line.
 
-    A record that could not be read has no turns, and a status that says why.
+    A record that could not be read has no turns, and a status that says why. `format` is the name of the format that it
+    was recognised as; `left_out` has the names of what is neither in a prompt nor in a response; `tools` are for the
+    chat template.
     """
 
     record_id: int
     source: str
     turns: tuple[Turn, ...] = ()
     status: RowStatus = RowStatus.OK
+    format: str = ""
+    left_out: tuple[str, ...] = ()
+    tools: tuple[Any, ...] = ()
 
 
 def one_of(option: str, value: str, allowed: Mapping[str, object] | tuple[str, ...]) -> None:

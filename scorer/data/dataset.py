@@ -10,15 +10,17 @@ import hashlib
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from scorer.config import Reading
+from scorer.data.columns import fits_format, unknown_format
 from scorer.data.formats import known_suffix
 from scorer.data.reader import InputReader, RawRecord, Rows, check_input, read_errors
-from scorer.data.records import fits_format, to_record, unknown_format
+from scorer.data.records import to_record
 from scorer.storage.paths import absolute, is_remote, object_info, to_path
 from scorer.types import Record, ScorerError
 
@@ -87,22 +89,22 @@ def _stat(path: Path) -> InputFile:
 class Dataset:
     """The files `paths`, read in order as one sequence of rows, up to `limit` of them.
 
-    columns: COLUMNS of scorer.config -> the data's names; None detects them. inputs, counts: what `inspect` found
-    earlier. A path that can't be an input raises ScorerError at once.
+    reading: how rows are read as samples. inputs, counts: what `inspect` found earlier. A path that can't be an input
+    raises ScorerError at once.
     """
 
     def __init__(
         self,
         paths: Sequence[str | Path],
         *,
-        columns: Mapping[str, str] | None = None,
+        reading: Reading | None = None,
         limit: int | None = None,
         inputs: Sequence[InputFile] = (),
         counts: Sequence[int] = (),
     ):
         self._paths = [to_path(path) for path in paths]
         self.paths = list(map(str, paths))
-        self.columns, self.limit = columns, limit
+        self.reading, self.limit = reading or Reading(), limit
         self.inputs, self.counts = tuple(inputs), tuple(counts)
         self._readers: dict[int, InputReader] = {}
         for path in self._paths:
@@ -121,32 +123,34 @@ class Dataset:
         while self._readers:
             self._readers.popitem()[1].close()
 
-    def inspect(self, known: Sequence[InputFile] | None = None, counts: Sequence[int] = ()) -> None:
-        """Find out `inputs`, and `counts` in the same pass, unless an earlier run of the same data has `known` them.
+    def inspect(self, known: Sequence[InputFile] = (), counts: Sequence[int] = ()) -> None:
+        """Find out `inputs`, and `counts` in the same pass, except of files that an earlier run of the data counted.
 
-        Raises ScorerError for a file that scoring would fail on later, and where there are no rows.
+        known: the files of that run, which are not hashed again while they are unchanged. Raises ScorerError for a file
+        that scoring would fail on later, and where there are no rows.
         """
-        if known is not None:
-            before = {entry.path: entry for entry in known}
-            self.inputs = tuple(inspect_input(path, before.get(absolute(path))) for path in self._paths)
-            self.counts = tuple(counts)
-            return
-        self.inputs = self.counts = ()
+        before = {entry.path: entry for entry in known}
+        self.inputs, self.counts = (), tuple(counts)
         kept = 0  # bytes on disk of arrays that are held
         for number, path in enumerate(self._paths):
             left = None if self.limit is None else self.limit - sum(self.counts)
-            if left is not None and left <= 0:
-                self.inputs += (inspect_input(path),)
+            if number < len(counts) or (left is not None and left <= 0):
+                self.inputs += (inspect_input(path, before.get(absolute(path))),)
                 continue
             found = _stat(path)
             kept += found.size
-            scan = self._reader(number).scan(fits_format(self.columns), left, keep=kept <= KEPT_ARRAY_BYTES)
+            scan = self._reader(number).scan(fits_format(self.reading), left, keep=kept <= KEPT_ARRAY_BYTES)
             if scan.first is not None and not scan.fits:
-                raise unknown_format(path, scan.first, self.columns)
+                raise unknown_format(path, scan.first, self.reading)
             self.inputs += (found if found.etag else replace(found, size=scan.size, sha256=scan.sha256),)
             self.counts += (scan.rows,)
         if not sum(self.counts):
             raise ScorerError(f"{', '.join(self.paths)}: there are no records to score")
+
+    @property
+    def height(self) -> int:
+        """How many rows there are, up to the limit, by `counts`."""
+        return sum(self.counts) if self.limit is None else min(sum(self.counts), self.limit)
 
     def check_unchanged(self) -> None:
         """Raise ScorerError for the first file that is not what `inputs` says."""
@@ -179,7 +183,7 @@ class Dataset:
 
     def records(self, start: int = 0, stop: int | None = None) -> Iterator[Record]:
         """The records of `rows`: see `scorer.data.records.to_record`."""
-        return (to_record(raw, self.columns) for raw in self.rows(start, stop, exact=False))
+        return (to_record(raw, self.reading) for raw in self.rows(start, stop, exact=False))
 
     def _reader(self, number: int) -> InputReader:
         if number not in self._readers:

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import takewhile
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from itertools import groupby, takewhile
 from typing import Any
 
 import numpy as np
-from jinja2 import TemplateError
 
+from scorer.data.chat import TEMPLATE_ERRORS, ChatMessage, ChatTemplate
+from scorer.data.messages import split_reasoning
+from scorer.data.records import REASONING
 from scorer.data.sequences import Layout, Pieces, token_batch
+from scorer.data.special_tokens import SpecialTokens
 from scorer.data.tokenizer import BulkTokenizer
 from scorer.protocols import Join, Protocol
 from scorer.tokens import CODES, TokenBatch, TurnTable
 from scorer.types import Message, Record, RowStatus, ScorerError, Turn
 
-# A template raises errors of its own, and makes Python raise others.
-TEMPLATE_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 # A turn of these statuses has text, and can be in the history of later turns.
-READABLE = (RowStatus.OK, RowStatus.EMPTY_RESPONSE, RowStatus.EMPTY_PROMPT)
+READABLE = (RowStatus.OK, RowStatus.EMPTY_RESPONSE, RowStatus.EMPTY_PROMPT, RowStatus.HISTORY_ONLY)
+TAGS = re.compile("</?think>")
+NO_ROW = -1  # the row of a piece that is history only
 
 
 @dataclass(slots=True)
@@ -33,32 +38,55 @@ class _Texts:
     record_ids: list[int] = field(default_factory=list)  # of each row
     turns: list[int] = field(default_factory=list)
     statuses: list[int] = field(default_factory=list)
+    names: list[str | None] = field(default_factory=list)
+    formats: list[str | None] = field(default_factory=list)
+    left_out: list[str | None] = field(default_factory=list)
+    special_tokens: list[bool] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)  # of each piece
     sequences: list[int] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     sequence_records: list[int] = field(default_factory=list)
 
-    def add_row(self, record_id: int, turn: int, status: RowStatus) -> None:
-        self.record_ids.append(record_id)
-        self.turns.append(turn)
-        self.statuses.append(CODES[status])
+    def add_rows(self, record: Record, left_out: Sequence[str], *, special_tokens: bool) -> None:
+        count = max(len(record.turns), 1)
+        self.record_ids += [record.record_id] * count
+        self.turns += range(count)
+        self.statuses += [CODES[turn.status] for turn in record.turns] or [CODES[record.status]]
+        self.names += [turn.name for turn in record.turns] or [None]
+        self.formats += [record.format or None] * count
+        self.left_out += [",".join(left_out) or None] * count
+        self.special_tokens += [special_tokens] * count
+
+    def leave_out(self, name: str, row: int) -> None:
+        names = set((self.left_out[row] or name).split(","))
+        self.left_out[row] = ",".join(sorted({*names, name}))
+
+
+_Entry = tuple[int, Turn]  # with its row, or NO_ROW
 
 
 class Encoder:
     """Turns records into token sequences.
 
     `max_length` counts tokens of the conditioned view; `document_token_id` separates documents in the model's
-    pretraining (None: the tokenizer's BOS, or EOS where it has none). Raises ScorerError where the tokenizer lacks
-    what the protocol needs.
+    pretraining (None: the tokenizer's BOS, or EOS where it has none); with
+    `split_special_tokens`, special tokens in the text of the records are read as text. Raises ScorerError where the
+    tokenizer lacks what the protocol needs.
     """
 
-    def __init__(self, bulk: BulkTokenizer, protocol: Protocol, max_length: int, document_token_id: int | None = None):
+    def __init__(
+        self,
+        bulk: BulkTokenizer,
+        protocol: Protocol,
+        max_length: int,
+        document_token_id: int | None = None,
+        *,
+        split_special_tokens: bool = False,
+    ):
         self.bulk, self.protocol, self.max_length = bulk, protocol, max_length
         self.tokenizer = tokenizer = bulk.tokenizer
-        if protocol.template is None and not tokenizer.chat_template:
-            raise ScorerError(
-                f"protocol {protocol.name}: the model has no chat template; use one that is tuned to chat"
-            )
+        self.special, self.split_special_tokens = SpecialTokens(bulk), split_special_tokens
+        self.chat = ChatTemplate(tokenizer) if protocol.template is None else None
         if protocol.score_eos and tokenizer.eos_token is None:
             raise ScorerError(f"protocol {protocol.name} scores the EOS token, and the model has none")
         self.response_end: str = tokenizer.eos_token if protocol.score_eos else ""
@@ -66,6 +94,11 @@ class Encoder:
         # A longer text surely has more tokens than the limit can see, so it is cut, and a row of any size costs no
         # more than a long one.
         self.longest = 2 * self.layout.longest_text * max(map(len, tokenizer.get_vocab()))
+
+    def set_date(self, began: str) -> None:
+        """What a chat template takes for now, as ISO 8601: the same for all parts of a run."""
+        if self.chat is not None:
+            self.chat.now = datetime.fromisoformat(began)
 
     def _layout(self, document_token_id: int | None) -> Layout:
         protocol, concatenated = self.protocol, self.protocol.join == Join.CONCATENATED
@@ -100,8 +133,12 @@ class Encoder:
             np.array(plan.turns, np.int32),
             np.array(plan.statuses, np.uint8),
             np.full(len(plan.turns), -1, np.int32),
+            plan.formats,
+            plan.names,
+            plan.left_out,
+            plan.special_tokens,
         )
-        ids, offsets = self.bulk.encode([t if len(t) <= self.longest else t[: self.longest] for t in plan.texts])
+        ids, offsets = self.special.encode([t if len(t) <= self.longest else t[: self.longest] for t in plan.texts])
         shape = (-1, self.layout.texts)
         pieces = Pieces(
             np.array(plan.rows, np.int64),
@@ -115,48 +152,98 @@ class Encoder:
 
     def _plan(self, record: Record, plan: _Texts) -> None:
         """Add the rows of a record as far as its text decides them, and the pieces of its conditioned sequences."""
-        if not record.turns:
-            plan.add_row(record.record_id, 0, record.status)
-            return
-        first = len(plan.turns)
-        for number, turn in enumerate(record.turns):
-            plan.add_row(record.record_id, number, turn.status)
-        readable = list(takewhile(lambda turn: turn.status in READABLE, record.turns))
-        if all(turn.status != RowStatus.OK for turn in readable):
-            return
-        if self.protocol.template is None:
-            self._plan_chat(record, readable, first, plan)
-            return
-        plan.sequence_records.append(record.record_id)
-        for number, prompt in enumerate(self._template_prompts(readable)):
-            self._add_piece(plan, first + number, prompt, readable[number].response + self.response_end)
+        special_tokens = self.special.held(_texts(record))
+        if special_tokens and self.split_special_tokens:
+            record = self._hidden(record)
+        unread = bool(record.tools) and not (self.chat and self.chat.reads("tools"))
+        row = len(plan.turns)
+        plan.add_rows(record, [*record.left_out, "tools"] if unread else record.left_out, special_tokens=special_tokens)
+        for _, turns in groupby(record.turns, lambda turn: turn.branch):
+            branch = list(turns)
+            history = [(NO_ROW, turn) for turn in branch[0].history]
+            entries = list(takewhile(lambda entry: entry[1].status in READABLE, [*history, *enumerate(branch, row)]))
+            row += len(branch)
+            if not any(turn.status == RowStatus.OK for _, turn in entries[len(history) :]):
+                continue
+            if self.chat is not None:
+                self._plan_chat(self.chat, record, entries, plan)
+                continue
+            plan.sequence_records.append(record.record_id)
+            for number, (place, turn) in enumerate(entries):
+                self._add_piece(plan, place, self._prompt(turn, first=not number), turn.response + self.response_end)
 
-    def _template_prompts(self, turns: list[Turn]) -> Iterator[str]:
+    def _prompt(self, turn: Turn, *, first: bool) -> str:
         template = self.protocol.template
         assert template is not None
-        for number, turn in enumerate(turns):
-            text = template.with_input if turn.input else template.without_input
-            prompt = text.format(instruction="\n".join([m.content for m in turn.prompt]), input=turn.input)
-            yield template.separator + prompt if number else prompt
+        if turn.part == "answer":
+            return ""
+        if not first and not turn.prompt and not turn.input:  # one response after another
+            return template.separator
+        text = template.with_input if turn.input else template.without_input
+        prompt = text.format(instruction="\n".join([m.content for m in turn.prompt]), input=turn.input)
+        return prompt if first else template.separator + prompt
 
-    def _plan_chat(self, record: Record, turns: list[Turn], first: int, plan: _Texts) -> None:
+    def _plan_chat(self, chat: ChatTemplate, record: Record, entries: list[_Entry], plan: _Texts) -> None:
         """Add one sequence for all turns, and a new one wherever the template rewrites what it wrote before."""
-        history: list[dict[str, str]] = []
+        history: list[ChatMessage] = []
         written: str | None = None
-        for number, turn in enumerate(turns):
-            history += [_chat_message(message, turn.input) for message in turn.prompt]
-            if turn.status == RowStatus.OK:  # any other turn is history only
-                try:
-                    text = self.tokenizer.apply_chat_template(history, tokenize=False, add_generation_prompt=True)
-                except TEMPLATE_ERRORS:
-                    plan.statuses[first + number] = CODES[RowStatus.CHAT_TEMPLATE_ERROR]
-                else:
-                    if written is None or not text.startswith(written):
-                        plan.sequence_records.append(record.record_id)
-                        written = ""
-                    self._add_piece(plan, first + number, text[len(written) :], turn.response)
-                    written = text + turn.response
-            history.append({"role": "assistant", "content": turn.response})
+        for parts in _messages(entries):
+            turn = parts[0][1]
+            for message in turn.prompt:
+                extra = f"\n{turn.input}" if turn.input and message.role == "user" else ""
+                history.append(chat.message(message.role, message.content + extra, message.fields))
+            response = "".join([part.response for _, part in parts])
+            said = chat.message("assistant", response, turn.fields)
+            if any(row != NO_ROW and part.status == RowStatus.OK for row, part in parts):  # any other is history only
+                before, texts = self._rendered(chat, record, (history, said), [row for row, _ in parts], plan)
+                for (row, _), text in zip(parts, texts, strict=True):
+                    if plan.statuses[row] == CODES[RowStatus.OK]:
+                        if written is None or not before.startswith(written):
+                            plan.sequence_records.append(record.record_id)
+                            written = ""
+                        self._add_piece(plan, row, before[len(written) :], text)
+                        written = before + text
+                    before += text
+            history.append(said)
+
+    def _rendered(
+        self,
+        chat: ChatTemplate,
+        record: Record,
+        messages: tuple[list[ChatMessage], ChatMessage],
+        rows: list[int],
+        plan: _Texts,
+    ) -> tuple[str, list[str]]:
+        """The text before a response, and the texts of its parts, one a row; sets what goes wrong."""
+        history, said = messages
+        error = CODES[RowStatus.CHAT_TEMPLATE_ERROR]
+        try:
+            before, response = chat.split(history, said, record.tools)
+        except TEMPLATE_ERRORS:
+            for row in rows:
+                plan.statuses[row] = error if plan.statuses[row] == CODES[RowStatus.OK] else plan.statuses[row]
+            return "", [""] * len(rows)
+        thought = said.get("reasoning_content") or split_reasoning(said["content"])[0]
+        if TAGS.sub("", thought).strip()[:40] not in response:
+            plan.leave_out(REASONING, rows[0])
+        if len(rows) == 1:
+            return before, [response]
+        texts = split_reasoning(response)
+        if not texts[0]:
+            plan.statuses[rows[0]] = error  # the template drops the reasoning
+        return before, [*texts]
+
+    def _hidden(self, record: Record) -> Record:
+        """The record with special tokens in its texts hidden."""
+        hide = self.special.hide
+
+        def hidden(turn: Turn) -> Turn:
+            prompt = tuple(Message(m.role, hide(m.content), hide(m.fields)) for m in turn.prompt)
+            history = tuple(map(hidden, turn.history))
+            response, extra, fields = hide(turn.response), hide(turn.input), hide(turn.fields)
+            return replace(turn, prompt=prompt, response=response, input=extra, history=history, fields=fields)
+
+        return replace(record, turns=tuple(map(hidden, record.turns)), tools=tuple(hide([*record.tools])))
 
     def _add_piece(self, plan: _Texts, row: int, prompt: str, response: str) -> None:
         """Add one turn to the last sequence.
@@ -187,6 +274,23 @@ def _document_token(tokenizer: Any, protocol: Protocol, document_token_id: int |
     raise ScorerError(f"protocol {protocol.name} needs a BOS or an EOS token, and the model has neither")
 
 
-def _chat_message(message: Message, extra_input: str) -> dict[str, str]:
-    content = f"{message.content}\n{extra_input}" if extra_input and message.role == "user" else message.content
-    return {"role": message.role, "content": content}
+def _texts(record: Record) -> Iterator[str]:
+    """The texts of a record that can be tokenised."""
+    for turn in record.turns:
+        for each in (*turn.history, turn):
+            yield each.response
+            yield each.input
+            for message in each.prompt:
+                yield message.content
+
+
+def _messages(entries: Sequence[_Entry]) -> Iterator[list[_Entry]]:
+    """The turns of each message: an answer belongs to the reasoning before it."""
+    group: list[_Entry] = []
+    for entry in entries:
+        if group and entry[1].part != "answer":
+            yield group
+            group = []
+        group.append(entry)
+    if group:
+        yield group

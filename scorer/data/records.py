@@ -1,203 +1,243 @@
-"""Raw rows -> records, by the formats that instruction data comes in.
+"""Raw rows -> records: the turns of a row, read as the format that fits it.
 
-A row that fits none becomes a record with a status; it is never dropped.
+A row that fits none becomes a record with a status; it is never dropped. The formats are in scorer.data.columns, the
+forms of a conversation in scorer.data.messages.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import takewhile
 from typing import Any
 
+from scorer.config import Reading
+from scorer.data.columns import Format, as_row, format_of
+from scorer.data.messages import Spoken, parsed_json, read_marked_text, read_messages, split_reasoning, text_fault
 from scorer.data.reader import RawRecord
-from scorer.types import Message, Record, RowStatus, ScorerError, Turn
+from scorer.types import Message, Record, RowStatus, Turn
+
+REASONING = "reasoning"  # in Record.left_out
+# The messages before the first row, and those of each branch. A branch has a name where there are several.
+Conversation = tuple[list[Spoken], list[tuple[str, list[Spoken]]]]
 
 
-@dataclass(frozen=True, slots=True)
-class Format:
-    """The keys of a row that hold a sample: `messages` alone, or `prompt` and `response` with an optional `input`.
-
-    `system`, always optional, goes before either.
-    """
-
-    prompt: str = ""
-    response: str = ""
-    input: str = ""
-    messages: str = ""
-    system: str = ""
-    named: bool = False  # by the user: `input` is then required too, so that a typo is noticed
-
-    @property
-    def required(self) -> tuple[str, ...]:
-        """The keys without which a row is not whole."""
-        keys = (self.messages,) if self.messages else (self.prompt, self.response)
-        return (*keys, self.input) if self.named and self.input else keys
-
-    def whole(self, row: Mapping[str, Any]) -> bool:
-        """Whether a row has all the required keys, and `system` where the user named it."""
-        return all(key in row for key in self.required) and (not self.named or not self.system or self.system in row)
-
-    def fit(self, keys: Collection[str], filled: Collection[str]) -> tuple[float, float, bool]:
-        """How well a row fits: the shares of the required keys that are filled and that are there; and of the input."""
-        required = self.required
-        full = sum(key in filled for key in required) / len(required)
-        return full, sum(key in keys for key in required) / len(required), not self.input or self.input in keys
-
-
-FORMATS = (  # the first wins where several fit a row equally
-    Format(messages="messages", system="system"),  # OpenAI
-    Format(messages="conversations", system="system"),  # ShareGPT
-    Format("instruction", "output", "input", system="system"),  # Alpaca
-    Format("instruction", "response", "context", system="system"),  # Dolly
-    Format("instruction", "response", "input", system="system"),
-    Format("prompt", "response", system="system"),
-    Format("prompt", "completion", system="system"),
-)
-ROLES = {
-    **dict.fromkeys(("system", "developer"), "system"),
-    **dict.fromkeys(("user", "human"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model"), "assistant"),
-    **dict.fromkeys(("tool", "function", "observation"), "tool"),
-}
-
-
-def fits_format(columns: Mapping[str, str] | None) -> Callable[[RawRecord], bool]:
-    """The test whether a row has all the required keys of a format. `columns` is as for `to_record`."""
-    formats = FORMATS if columns is None else (Format(**columns, named=True),)
-    return lambda raw: isinstance(raw.value, dict) and any(format.whole(raw.value) for format in formats)
-
-
-def unknown_format(path: Path, first: RawRecord, columns: Mapping[str, str] | None) -> ScorerError:
-    """The error for a file in which no row fits a format; `first` is its first row."""
-    held = (
-        f"its first row holds {', '.join(first.value)}"
-        if isinstance(first.value, dict) and first.value
-        else _describe(first)
-    )
-    missed = f"has {' and '.join(columns.values())}" if columns else "has a known format"
-    return ScorerError(f"{path}: no row {missed} ({held}); name them: --columns prompt=...,response=...")
-
-
-def _describe(raw: RawRecord) -> str:
-    return "its first row is not JSON" if raw.status is RowStatus.BAD_JSON else "its first row holds no columns"
-
-
-def _format(raw: RawRecord, columns: Mapping[str, str] | None) -> Format | None:
-    """The format that fits a row best; None where none of its required keys is there."""
-    row = raw.value
-    if raw.status is not RowStatus.OK or not isinstance(row, dict):
-        return None
-    if columns is None:
-        return _detect(tuple(row), tuple(key for key, value in row.items() if value is not None))
-    named = Format(**columns, named=True)
-    return named if any(key in row for key in named.required) else None
-
-
-@lru_cache(1024)  # a file has few sets of keys; trying seven formats takes as long as the rest of a row
-def _detect(keys: tuple[str, ...], filled: tuple[str, ...]) -> Format | None:
-    best = max(FORMATS, key=lambda format: format.fit(keys, filled))
-    return best if any(key in keys for key in best.required) else None
-
-
-def to_record(raw: RawRecord, columns: Mapping[str, str] | None) -> Record:
-    """The record of a row. `columns` (COLUMNS of scorer.config -> the data's names) overrides detection.
+def to_record(raw: RawRecord, reading: Reading) -> Record:
+    """The record of a row.
 
     A record that failed as a whole has no turns, and the status that says why. A conversation has one turn for each
-    assistant message; a message without text fails its own turn and all later ones, whose history is then unknown.
+    assistant message. A message without text, or of an unknown role, fails its own turn and all later ones, whose
+    history is then unknown.
     """
     if raw.status is not RowStatus.OK:
         return Record(raw.record_id, raw.source, status=raw.status)
-    format = _format(raw, columns)
-    if format is None:
-        missing = columns is not None and isinstance(raw.value, dict)
-        status = RowStatus.MISSING_FIELD if missing else RowStatus.UNKNOWN_FORMAT
+    row = as_row(raw.value)
+    format, content = format_of(row, reading) if row else (None, ())
+    if row is None or format is None:
+        named = reading.columns is not None and isinstance(raw.value, dict)
+        status = RowStatus.MISSING_FIELD if named else RowStatus.UNKNOWN_FORMAT
         return Record(raw.record_id, raw.source, status=status)
-    read = _conversation if format.messages else _single
-    system = _system(raw.value, format)
-    turns = system if isinstance(system, RowStatus) else read(raw.value, format, system)
+    left_out = [name for name in content if row[name] not in ("", [], {})]
+    turns = _one_turn(row, format, reading) or _turns(row, format, reading, left_out)
+    tools = _tools(_value(row, format.tools), left_out)
     if isinstance(turns, RowStatus):
-        return Record(raw.record_id, raw.source, status=turns)
-    return Record(raw.record_id, raw.source, turns)
+        return Record(raw.record_id, raw.source, (), turns, format.name, tuple(left_out))
+    return Record(raw.record_id, raw.source, turns, RowStatus.OK, format.name, tuple(left_out), tools)
 
 
-def _fault(value: Any) -> RowStatus | None:
-    """Why a value is not a text, or None if it is one (it may be blank)."""
-    if value is None:
-        return RowStatus.MISSING_FIELD
-    if not isinstance(value, str):
-        return RowStatus.NOT_TEXT
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:  # a lone surrogate
-        return RowStatus.NOT_TEXT
+def _value(row: Mapping[str, Any], keys: Sequence[str]) -> Any:
+    """The first value that is not None, an empty list or blank text; else None."""
+    for key in keys:
+        value = row.get(key) if key else None  # a column may have an empty name
+        if value is not None and value != [] and not (isinstance(value, str) and not value.strip()):
+            return value
     return None
 
 
-def _system(row: Mapping[str, Any], format: Format) -> tuple[Message, ...] | RowStatus:
-    """The message of the row's `system` column; none where it is absent, null or blank."""
-    text = row.get(format.system) if format.system else None  # a column may have an empty name
-    if text is None:
-        return ()
-    return _fault(text) or ((Message("system", text),) if text.strip() else ())
-
-
-def _single(row: Mapping[str, Any], format: Format, system: tuple[Message, ...]) -> tuple[Turn, ...] | RowStatus:
+def _one_turn(row: Mapping[str, Any], format: Format, reading: Reading) -> tuple[Turn, ...] | RowStatus | None:
+    """The turn of a row that is one prompt and one response, as most are; None for any other."""
+    prompt, response = row.get(format.prompt), row.get(format.response)
+    if not format.response or isinstance(prompt, list | dict) or isinstance(response, list | dict):
+        return None
+    if _value(row, format.history) is not None:
+        return None
     if any(key not in row for key in format.required):
         return RowStatus.MISSING_FIELD
-    prompt, response = row[format.prompt], row[format.response]
-    extra = row.get(format.input) if format.input else None
+    system, extra = _value(row, format.system), row.get(format.input) if format.input else None
     extra = "" if extra is None else extra
-    faults = [fault for fault in map(_fault, (prompt, extra, response)) if fault]
-    if faults:
+    faults = [fault for fault in map(text_fault, (prompt, extra, response)) if fault]
+    if faults or prompt is None or response is None:
         return RowStatus.MISSING_FIELD if RowStatus.MISSING_FIELD in faults else RowStatus.NOT_TEXT
+    if system is not None and (fault := text_fault(system)):
+        return fault
+    if reading.reasoning != "with" and "</think>" in response:
+        return None
     if not response.strip():
         return RowStatus.EMPTY_RESPONSE
-    if not system and not prompt.strip() and not extra.strip():
+    if system is None and not prompt.strip() and not extra.strip():
         return RowStatus.EMPTY_PROMPT
-    return (Turn((*system, Message("user", prompt)), response, extra),)
+    user = Message("user", prompt)
+    return (Turn((user,) if system is None else (Message("system", system), user), response, extra),)
 
 
-def _either(message: Mapping[str, Any], *keys: str) -> Any:
-    """The first value that is not None: Parquet gives every message the keys of all of them."""
-    return next((message[key] for key in keys if message.get(key) is not None), None)
-
-
-def _conversation(row: Mapping[str, Any], format: Format, system: tuple[Message, ...]) -> tuple[Turn, ...] | RowStatus:
-    messages = row.get(format.messages)
-    if messages is None:
+def _turns(
+    row: Mapping[str, Any], format: Format, reading: Reading, left_out: list[str]
+) -> tuple[Turn, ...] | RowStatus:
+    if any(row.get(key) is None for key in format.required if key != format.input):
         return RowStatus.MISSING_FIELD
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        return RowStatus.NOT_TEXT
-    turns: list[Turn] = []
-    before = list(system)  # since the last assistant message
-    fault: RowStatus | None = None
-    for message in messages:
-        name = _either(message, "role", "from")
-        if name is None:
-            return RowStatus.MISSING_FIELD
-        role = ROLES.get(name.strip().lower()) if isinstance(name, str) else None
-        if role is None:
-            return RowStatus.UNKNOWN_FORMAT
-        content = _either(message, "content", "value")
-        fault = fault or _fault(content)
-        if role != "assistant":
-            if fault is None and (turns or Message(role, content) not in system):  # some data say it in both places
-                before.append(Message(role, content))
-        elif fault is not None:
-            turns.append(Turn((), "", status=fault))
-        else:
-            turns.append(_turn(tuple(before), content))
-            before = []
+    system = _value(row, format.system)
+    if system is not None and (fault := text_fault(system)):
+        return fault
+    history = _value(row, format.history)
+    earlier = [] if history is None else read_messages(history)
+    if isinstance(earlier, RowStatus):
+        return earlier
+    read = next(read for key, read in READERS.items() if getattr(format, key))
+    conversation = read(row, format, earlier)
+    if isinstance(conversation, RowStatus):
+        return conversation
+    before, branches = conversation
+    if system is not None:  # some data say it in both places
+        branches = [(name, [m for m in said if (m.role, m.content) != ("system", system)]) for name, said in branches]
+        before = [Spoken("system", system), *(m for m in before if (m.role, m.content) != ("system", system))]
+    turns = [turn for name, said in branches for turn in _branch_turns(before, said, name, reading, left_out)]
     return tuple(turns) or RowStatus.NO_ASSISTANT_TURN
 
 
-def _turn(prompt: tuple[Message, ...], response: str) -> Turn:
-    """One turn; a blank one keeps its text, which is history to the turns after it."""
-    status = RowStatus.OK
-    if not response.strip():
-        status = RowStatus.EMPTY_RESPONSE
-    elif not any(message.content.strip() for message in prompt):
-        status = RowStatus.EMPTY_PROMPT
-    return Turn(prompt, response, status=status)
+def _read_conversation(row: Mapping[str, Any], format: Format, earlier: list[Spoken]) -> Conversation | RowStatus:
+    messages = read_messages(row[format.messages])
+    return messages if isinstance(messages, RowStatus) else ([], [("", earlier + messages)])
+
+
+def _read_marked(row: Mapping[str, Any], format: Format, earlier: list[Spoken]) -> Conversation | RowStatus:
+    text = row[format.text]
+    if fault := text_fault(text):
+        return fault
+    return ([], [("", earlier + messages)]) if (messages := read_marked_text(text)) else RowStatus.UNKNOWN_FORMAT
+
+
+def _read_segments(row: Mapping[str, Any], format: Format, earlier: list[Spoken]) -> Conversation | RowStatus:
+    """Segments of one text, of which those with a true label are trained on."""
+    segments = parsed_json(row[format.segments])
+    if not isinstance(segments, list) or not all(isinstance(s, dict) and "text" in s for s in segments):
+        return RowStatus.NOT_TEXT
+    roles = ("user", "assistant")
+    said = [Spoken(roles[bool(s.get("label"))], s["text"], fault=text_fault(s["text"])) for s in segments]
+    return [], [("", earlier + said)]
+
+
+def _read_pair(row: Mapping[str, Any], format: Format, earlier: list[Spoken]) -> Conversation | RowStatus:
+    prompt, response = _said(row[format.prompt], "user"), _said(row[format.response], "assistant")
+    if isinstance(prompt, RowStatus) or isinstance(response, RowStatus):
+        return prompt if isinstance(prompt, RowStatus) else RowStatus.NOT_TEXT
+    if isinstance(row[format.prompt], str):
+        return [], [("", [*earlier, _with_input(prompt[0], row, format), *response])]
+    return earlier + prompt, [("", response)]  # earlier responses of a prompt are not to be trained on
+
+
+def _read_preference(row: Mapping[str, Any], format: Format, earlier: list[Spoken]) -> Conversation | RowStatus:
+    """What both sides begin with is the prompt, after the prompt's own column unless they begin with that, too."""
+    prompt = _said(row[format.prompt], "user") if format.prompt else []
+    chosen, rejected = (_said(row[key], "assistant", marked=True) for key in (format.chosen, format.rejected))
+    if isinstance(prompt, RowStatus) or isinstance(chosen, RowStatus) or isinstance(rejected, RowStatus):
+        return next(part for part in (prompt, chosen, rejected) if isinstance(part, RowStatus))
+    if format.prompt and isinstance(row[format.prompt], str):
+        prompt = [_with_input(prompt[0], row, format)]
+    both = takewhile(lambda pair: pair[0] == pair[1], zip(chosen[:-1], rejected[:-1], strict=False))
+    shared = [message for message, _ in both]
+    if prompt and any(m.role == "user" and m.content.strip() == prompt[-1].content.strip() for m in shared):
+        prompt = []
+    branches = [("chosen", chosen[len(shared) :]), ("rejected", rejected[len(shared) :])]
+    return [*earlier, *prompt, *shared], branches
+
+
+READERS = {  # the first key that a format has
+    "chosen": _read_preference,
+    "messages": _read_conversation,
+    "text": _read_marked,
+    "segments": _read_segments,
+    "response": _read_pair,
+}
+
+
+def _said(value: Any, role: str, *, marked: bool = False) -> list[Spoken] | RowStatus:
+    """One message of a role from a text; from anything else, messages. With `marked`, a text may mark who speaks."""
+    value = parsed_json(value) if marked else value
+    if isinstance(value, list | dict):
+        return read_messages(value)
+    if fault := text_fault(value):
+        return fault
+    return (read_marked_text(value) if marked else []) or [Spoken(role, value)]
+
+
+def _with_input(prompt: Spoken, row: Mapping[str, Any], format: Format) -> Spoken:
+    extra = row.get(format.input) if format.input else None
+    return prompt if extra is None else replace(prompt, input=extra, fault=prompt.fault or text_fault(extra))
+
+
+def _branch_turns(
+    before: list[Spoken], messages: list[Spoken], branch: str, reading: Reading, left_out: list[str]
+) -> list[Turn]:
+    """The turns of `messages`; the first has those of `before` as its history."""
+    history: list[Turn] = []
+    turns: list[Turn] = []
+    prompt: list[Message] = []
+    extra, fault = "", None
+    for number, spoken in enumerate((*before, *messages)):
+        into = turns if number >= len(before) else history
+        fault = fault or spoken.fault
+        if fault is not None:
+            if spoken.role in ("assistant", ""):
+                into.append(Turn((), "", status=fault, branch=branch))
+        elif spoken.role != "assistant":
+            prompt.append(Message(spoken.role, spoken.content, spoken.fields))
+            extra = spoken.input or extra
+        else:
+            opening = not turns and not history
+            turn = Turn(tuple(prompt), spoken.content, extra, branch=branch, fields=spoken.fields)
+            into += _parts(turn, spoken, reading, left_out, opening=opening)
+            prompt, extra = [], ""
+    if history and turns:
+        turns[0] = replace(turns[0], history=tuple(history))
+    return turns
+
+
+def _parts(turn: Turn, spoken: Spoken, reading: Reading, left_out: list[str], *, opening: bool) -> list[Turn]:
+    """The turn of a response, with its status; or two, reasoning and answer."""
+    reasoning, answer = f"<think>\n{spoken.reasoning}\n</think>\n\n" if spoken.reasoning else "", turn.response
+    if not reasoning and reading.reasoning != "with":
+        reasoning, answer = split_reasoning(answer)
+    blank = opening and not turn.input.strip() and not any(message.content.strip() for message in turn.prompt)
+
+    def status(response: str, *, blank: bool) -> RowStatus:
+        if not spoken.trained or (spoken.calls_tools and reading.tool_calls == "skip"):
+            return RowStatus.HISTORY_ONLY
+        return RowStatus.EMPTY_PROMPT if blank and response.strip() else _filled(response)
+
+    if reasoning and reading.reasoning == "apart":
+        thought = replace(turn, response=reasoning, part="reasoning", status=status(reasoning, blank=blank))
+        rest = replace(turn, prompt=(), response=answer, input="", part="answer", fields=None)
+        return [thought, replace(rest, status=status(answer, blank=False))]
+    if reasoning and reading.reasoning == "without":
+        reasoning = ""
+        if REASONING not in left_out:
+            left_out.append(REASONING)
+        if turn.fields is not None:
+            fields = {key: value for key, value in turn.fields.items() if key != "reasoning_content"}
+            turn = replace(turn, fields=fields | {"content": split_reasoning(fields["content"])[1]})
+    return [replace(turn, response=reasoning + answer, status=status(reasoning + answer, blank=blank))]
+
+
+def _filled(response: str) -> RowStatus:
+    return RowStatus.OK if response.strip() else RowStatus.EMPTY_RESPONSE
+
+
+def _tools(value: Any, left_out: list[str]) -> tuple[Any, ...]:
+    """The tools of a row for a chat template: a list of function definitions, or JSON of one."""
+    tools = parsed_json(value)
+    if tools is None:
+        return ()
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        left_out.append("tools")
+        return ()
+    return tuple([t if "function" in t or "name" not in t else {"type": "function", "function": t} for t in tools])

@@ -49,7 +49,7 @@ class Layout:
 class Pieces:
     """P pieces, each the text of one turn in one of C conditioned sequences, with the ids of their texts."""
 
-    rows: Array  # int64 [P]: the row of the turn
+    rows: Array  # int64 [P]: the row of the turn; negative where it has none
     sequences: Array  # int64 [P]: the conditioned sequence; ascending
     record_ids: Array  # int64 [C]
     ids: Array  # int32: the ids of all texts end to end
@@ -73,7 +73,7 @@ def token_batch(pieces: Pieces, layout: Layout, table: TurnTable) -> TokenBatch:
     Sets the status and the prompt tokens of the rows of `table` that are OK and have a piece.
     """
     spans = _cut(pieces, layout)
-    live = table.statuses[pieces.rows] == OK
+    live = (pieces.rows >= 0) & (table.statuses[pieces.rows] == OK)
     table.statuses[pieces.rows[live]] = spans.statuses[live]
     table.prompt_tokens[pieces.rows[live]] = spans.starts[live]
     return _assemble(pieces, layout, spans, live & ((spans.statuses == OK) | (spans.statuses == TRUNCATED)))

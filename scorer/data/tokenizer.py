@@ -138,7 +138,7 @@ def _by_fastokens(backend: Any, by_tokenizers: Encode) -> Encode | None:
         if not len(lacking) and not unsure:
             return ids, offsets
         again = np.union1d(np.searchsorted(offsets, lacking, side="right") - 1, np.array(unsure, np.int64))
-        return _replaced((ids, offsets), again, by_tokenizers([texts[i] for i in again]))
+        return replaced((ids, offsets), again, by_tokenizers([texts[i] for i in again]))
 
     return encode
 
@@ -174,7 +174,7 @@ def _complete(definition: dict[str, Any]) -> int:
     return first
 
 
-def _replaced(flat: tuple[Array, Array], where: Array, other: tuple[Array, Array]) -> tuple[Array, Array]:
+def replaced(flat: tuple[Array, Array], where: Array, other: tuple[Array, Array]) -> tuple[Array, Array]:
     """`flat`, with the texts numbered `where` (ascending) replaced by those of `other`."""
     (ids, offsets), (new_ids, new_offsets) = flat, other
     lengths, starts = np.diff(offsets), offsets[:-1].copy()

@@ -147,9 +147,12 @@ class _Trainer:
         return train_to(epoch, files, self.rows, self.folder, self.plan, progress)
 
     def _read(self, files: ModelFiles) -> TokenBatch:
-        """The conditioned sequences, exactly as they are scored."""
+        """The conditioned sequences, exactly as they are scored; those of rejected responses are not trained on."""
         encoder = open_encoder(self.config, files)
-        records = self.data.records()
+        records = (
+            replace(record, turns=tuple(turn for turn in record.turns if turn.branch != "rejected"))
+            for record in self.data.records()
+        )
         chunks = iter(lambda: list(islice(records, self.config.shard_rows)), [])
         rows = concatenate([encoder.encode(chunk)[1] for chunk in chunks])
         if not len(rows):

@@ -72,6 +72,6 @@ def _read(run: Run, ids: set[int]) -> tuple[dict[int, Record], str]:
         with run.data as data:
             data.check_unchanged()
             rows = (raw for raw in data.rows(min(ids), max(ids) + 1) if raw.record_id in ids)
-            return {raw.record_id: to_record(raw, data.columns) for raw in rows}, ""
+            return {raw.record_id: to_record(raw, data.reading) for raw in rows}, ""
     except ScorerError as error:
         return {}, str(error)

@@ -15,10 +15,12 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import fields
 from pathlib import Path
 
 import polars as pl
 
+from scorer.config import Reading
 from scorer.data.dataset import Dataset
 from scorer.runs.manifest import Manifest
 from scorer.storage.atomic import check_folder, remove_temporaries, replacing, storage_error
@@ -67,8 +69,9 @@ class Run:
         known = self.manifest
         if not known.inputs:
             raise ScorerError(f"{self.path} was joined from tables and has no data: join run directories instead")
-        columns, limit = known.config["columns"], known.config["limit"]
-        return Dataset(known.paths, columns=columns, limit=limit, inputs=known.inputs, counts=known.input_records)
+        reading = Reading(**{f.name: known.config[f.name] for f in fields(Reading) if f.name in known.config})
+        limit = known.config["limit"]
+        return Dataset(known.paths, reading=reading, limit=limit, inputs=known.inputs, counts=known.input_records)
 
     @property
     def begun(self) -> bool:
@@ -106,6 +109,15 @@ class Run:
         there = set(map(_number, self.shards()))
         return [index for index in range(self.manifest.shard_count) if index not in there]
 
+    def remove_partial_shard(self) -> bool:
+        """Remove the last shard if it has fewer records than the others, so that more can be added. Whether it had."""
+        index, records = divmod(self.manifest.records, self.manifest.config["shard_rows"])
+        partial = bool(records) and index not in self.missing()
+        if partial:
+            self._check()
+            remove([self._shard(index)])
+        return partial
+
     def write_shard(self, index: int, table: pl.DataFrame) -> None:
         """Write one shard. Raises EngineError where the disk is full, ScorerError where the run's lock was lost."""
         self._check()
@@ -122,10 +134,14 @@ class Run:
         """Remove the manifest, then clusters, flags, embeddings and all shards, so that the run starts over."""
         self._manifest = None
         remove([self.path / MANIFEST])
+        self.clear_extras()
+        remove(reversed(self.shards()))
+
+    def clear_extras(self) -> None:
+        """Remove what `scorer cluster` made."""
         remove(self.path / name for name in (CLUSTERS, FLAGS))
         if not is_remote(self.path):
             shutil.rmtree(self.path / EMBEDDINGS, ignore_errors=True)
-        remove(reversed(self.shards()))
 
     def check_usable(self) -> None:
         """Raise ScorerError now where `locked` would raise it later, after a model is fetched."""

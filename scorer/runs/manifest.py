@@ -22,6 +22,7 @@ class Manifest:
 
     version: int = VERSION
     state: str = "running"  # or complete
+    began: str = ""  # ISO 8601, local time
     fingerprint: str = ""  # SHA-256 of the identity, but for RESUMABLE_FIELDS
     identity: Mapping[str, Any]
     inputs: tuple[InputFile, ...] = ()
@@ -33,6 +34,9 @@ class Manifest:
     records: int
     input_records: tuple[int, ...] = ()  # rows of each input, up to the limit
     status: Mapping[str, int] = field(default_factory=dict)  # rows of the score table
+    formats: Mapping[str, int] = field(default_factory=dict)  # records by their format
+    left_out: Mapping[str, int] = field(default_factory=dict)  # records by what of them is not read
+    special_tokens: int = 0  # records whose text holds some
     tokens: int = 0
     seconds: float = 0.0  # all engines together
     shards_by: Mapping[str, int] = field(default_factory=dict)

@@ -55,7 +55,7 @@ class Reader:
                     where = f"{entry.path} on {platform.node()}"
                     raise ScorerError(f"{where}: it has {found:,} bytes, and {entry.size:,} where the run began")
             paths = [entry.path for entry in self.inputs]
-            with Dataset(paths, columns=config.columns, limit=config.limit, counts=self.counts) as data:
+            with Dataset(paths, reading=config.reading, limit=config.limit, counts=self.counts) as data:
                 for index, records in read_shards(data, config.shard_rows, list(map(int, stretch))):
                     yield {"index": [index], "records": [pickle.dumps(records)]}
         except ScorerError as error:  # a worker hands it on: Ray would count it as a lost shard
@@ -141,5 +141,7 @@ class Worker:
                     f"{self.name}: it has {' and '.join(different)} as where the run began; install the same there"
                 )
             torch.set_num_threads(max(math.ceil(self.cpus), 1))
-            self.scorer = ShardScorer(open_encoder(config, files), open_engine(config, files), strict=self.strict)
+            encoder = open_encoder(config, files)
+            encoder.set_date(self.run.manifest.began)
+            self.scorer = ShardScorer(encoder, open_engine(config, files), strict=self.strict)
         return self.scorer

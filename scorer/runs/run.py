@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -40,16 +41,18 @@ from scorer.runs.local import score_locally
 from scorer.runs.manifest import Manifest, differences
 from scorer.runs.progress import Progress, Silent
 from scorer.runs.shards import Executor, Job, check_scored, open_encoder, statuses
+from scorer.scores.measures import LABELS
+from scorer.scores.summary import count_rows
 from scorer.storage.atomic import replacing
 from scorer.storage.paths import exists, expand, local_copy, to_path
 from scorer.types import ScorerError
 
 MANIFEST_SECONDS = 1.0  # between two writings: a store takes longer for one than a GPU for a shard
 UNKNOWN = "unknown"  # in `shards_by`: who scored the shards that a killed process had not counted
-FORMAT = 1  # raised whenever the meaning of a shard changes, so that an older run is not continued
-# Fields that may change when a run is resumed: how much is computed at once and on how many devices, and the path of a
-# model whose revision is the same.
-RESUMABLE_FIELDS = ("batch_tokens", "model", "tensor_parallel_size", "gpu_memory_utilization", "max_model_len")
+FORMAT = 2  # raised whenever the meaning of a shard changes, so that an older run is not continued
+# Fields that may change when a run is resumed: how much is computed at once and on how many devices, the path of a
+# model whose revision is the same, and how many records are scored, if they become more.
+RESUMABLE_FIELDS = ("batch_tokens", "model", "limit", "tensor_parallel_size", "gpu_memory_utilization", "max_model_len")
 
 
 def score(
@@ -99,6 +102,7 @@ def score(
                     progress.say(f"{run.path} is complete already; --fresh would start over")
                     return run
             manifest = resumed or _new_manifest(model, dataset, identity, fingerprint)
+            model.encoder.set_date(manifest.began)
             run.write_manifest(manifest)
             progress.say(f"loading {model.files.name} ({model.description}; {manifest.device})")
             job = Job(run, dataset, model.config, model.files, model.encoder, strict)
@@ -116,13 +120,15 @@ def _open_dataset(
     data: str | Path | Sequence[str | Path] | Dataset, output: str | Path | None, config: ScoreConfig, fresh: bool
 ) -> Dataset:
     if isinstance(data, Dataset):
-        if (data.columns, data.limit) != (config.columns, config.limit):
-            raise ScorerError("columns, limit: a Dataset has its own; give the same, or its files")
+        if (data.reading, data.limit) != (config.reading, config.limit):
+            raise ScorerError(
+                "columns, reasoning, limit and others: a Dataset has its own; give the same, or its files"
+            )
         return data
     paths = [name for path in ([data] if isinstance(data, str | Path) else data) for name in expand(str(path))]
     if not paths:
         raise ScorerError("no data: name at least one file, or - for standard input")
-    return Dataset(spool(paths, output, fresh=fresh), columns=config.columns, limit=config.limit)
+    return Dataset(spool(paths, output, fresh=fresh), reading=config.reading, limit=config.limit)
 
 
 def _inspect(data: Dataset, config: ScoreConfig, run: Run | None) -> None:
@@ -211,6 +217,8 @@ def resume(run: Run, data: Dataset, identity: dict[str, Any]) -> Manifest | None
             data.inspect()
         return None
     check_same_run(run, identity)
+    if data.height != run.manifest.records:
+        return replace(_grown(run, data), identity=identity, inputs=data.inputs)
     if run.complete:
         if run.manifest.inputs != data.inputs:  # the same data lies elsewhere now
             run.write_manifest(replace(run.manifest, inputs=data.inputs))
@@ -218,10 +226,28 @@ def resume(run: Run, data: Dataset, identity: dict[str, Any]) -> Manifest | None
     return replace(run.manifest, state="running", identity=identity, inputs=data.inputs)
 
 
+def _grown(run: Run, data: Dataset) -> Manifest:
+    """The manifest of a run that is to have more records. Its last shard is scored again if it is not full.
+
+    Clusters and embeddings, which lack the new records, are removed.
+    """
+    known = run.manifest
+    if data.height < known.records:
+        raise ScorerError(
+            f"{run.path} has {known.records:,} records, and --limit {data.limit} is fewer: use another -o, or --fresh"
+        )
+    run.clear_extras()
+    shards_by = dict(known.shards_by)
+    if run.remove_partial_shard() and shards_by:
+        shards_by[max(shards_by, key=lambda name: shards_by[name])] -= 1
+    return replace(known, state="running", records=data.height, input_records=data.counts, shards_by=shards_by)
+
+
 def _new_manifest(model: Resolved, data: Dataset, identity: dict[str, Any], fingerprint: str) -> Manifest:
-    files, config, records = model.files, model.config, sum(data.counts)
+    files, config = model.files, model.config
     return Manifest(
         fingerprint=fingerprint,
+        began=datetime.now().isoformat(timespec="seconds"),
         identity=identity,
         inputs=data.inputs,
         model={"name": files.name, "revision": files.revision, "origin": files.origin, "path": str(files.path)},
@@ -231,7 +257,7 @@ def _new_manifest(model: Resolved, data: Dataset, identity: dict[str, Any], fing
         tokenizer=model.encoder.bulk.name,
         device=_device_name(config.device),
         ranking={"by": PROTOCOLS[config.protocol].rank_by, "lowest": PROTOCOLS[config.protocol].lowest},
-        records=records if config.limit is None else min(records, config.limit),
+        records=data.height,
         input_records=data.counts,
         server=model.served,
     )
@@ -271,13 +297,11 @@ def execute(job: Job, manifest: Manifest, executor: Executor, progress: Progress
             raise
     job.data.check_unchanged()
     with run.snapshot() as table:
-        rows_by_status = table.collect(
-            lambda rows: rows.group_by("status").len().sort("len", "status", descending=[True, False])
-        )
+        counts = count_rows(table.scores([name for name in ("record_id", "status", *LABELS) if name in table.schema]))
     # Between a shard and the line that counts it a worker may be killed, and between two manifests this process.
     if (uncounted := len(run.shards()) - sum(manifest.shards_by.values())) > 0:
         manifest = replace(manifest, shards_by=_counted(manifest.shards_by, UNKNOWN, uncounted))
-    run.write_manifest(replace(manifest, state="complete", status=dict(rows_by_status.iter_rows())))
+    run.write_manifest(replace(manifest, state="complete", **counts))
 
 
 def _counted(shards_by: Mapping[str, int], by: str, count: int) -> dict[str, int]:

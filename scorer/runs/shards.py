@@ -64,7 +64,7 @@ def read_shards(data: Dataset, shard_rows: int, missing: Sequence[int]) -> Itera
     for index in range(missing[0], missing[-1] + 1):
         chunk = list(islice(raws, shard_rows))
         if index in wanted:
-            yield index, [to_record(raw, data.columns) for raw in chunk]
+            yield index, [to_record(raw, data.reading) for raw in chunk]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -92,7 +92,13 @@ def open_encoder(config: ScoreConfig, files: ModelFiles) -> Encoder:
     """The encoder of the model's tokenizer. Raises ScorerError where the tokenizer lacks what the protocol needs."""
     assert config.max_length is not None
     tokenizer = BulkTokenizer(load_tokenizer(files, trust_remote_code=config.trust_remote_code))
-    return Encoder(tokenizer, PROTOCOLS[config.protocol], config.max_length, files.document_token_id)
+    return Encoder(
+        tokenizer,
+        PROTOCOLS[config.protocol],
+        config.max_length,
+        files.document_token_id,
+        split_special_tokens=config.split_special_tokens,
+    )
 
 
 class ShardScorer:

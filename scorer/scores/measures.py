@@ -27,7 +27,12 @@ SCHEMA = {
     "ppl_alone": pl.Float64,
     "ifd": pl.Float64,
     "ifd_loss": pl.Float64,
+    "format": pl.String,  # a name in scorer.data.columns.FORMATS; null for a record that fits none
+    "response": pl.String,  # chosen, rejected, reasoning, answer and so on; null for what is simply the response
+    "left_out": pl.String,  # columns and other parts of the record that are not read, such as "images,tools"
+    "special_tokens": pl.Boolean,  # whether the text of the record holds some
 }
+LABELS = ("format", "response", "left_out", "special_tokens")
 MEASURES = ("nll_conditioned", "nll_alone", "ppl_conditioned", "ppl_alone", "ifd", "ifd_loss")
 LEARNING = ("lp1", "lp1_approx")  # the measures of `learning_table`
 OK = CODES[RowStatus.OK]
@@ -70,6 +75,10 @@ def score_table(
             "alone_tokens": tokens[ALONE],
             "nll_conditioned": nll[CONDITIONED],
             "nll_alone": nll[ALONE],
+            "format": pl.Series(turns.formats, dtype=pl.String),
+            "response": pl.Series(turns.responses, dtype=pl.String),
+            "left_out": pl.Series(turns.left_out, dtype=pl.String),
+            "special_tokens": pl.Series(turns.special_tokens, dtype=pl.Boolean),
         }
     )
     mean_conditioned = pl.col("nll_conditioned") / pl.col("response_tokens")
@@ -124,7 +133,7 @@ def learning_table(epochs: Sequence[pl.DataFrame]) -> pl.DataFrame:
     )
     scored = pl.when("truncated").then(pl.lit(RowStatus.TRUNCATED.value)).otherwise(pl.lit(RowStatus.OK.value))
     ppls = [f"ppl_{i}" for i in range(last + 1)]
-    kept = [name for name in SCHEMA if name not in ("record_id", "turn", "status", "prompt_tokens")]
+    kept = [name for name in SCHEMA if name not in ("record_id", "turn", "status", "prompt_tokens", *LABELS)]
     return table.select(
         "record_id",
         "turn",
@@ -132,6 +141,7 @@ def learning_table(epochs: Sequence[pl.DataFrame]) -> pl.DataFrame:
         "prompt_tokens",
         *(_unless_fault(pl.col(n) if n in CONDITIONED_COLUMNS else pl.lit(None, SCHEMA[n]), n) for n in kept),
         *(_unless_fault(pl.col(name), name) for name in (*ppls, *LEARNING, "rose", "not_learned")),
+        *(name for name in LABELS if name in table.columns),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import polars as pl
 
@@ -33,3 +34,22 @@ def summarise(scores: pl.DataFrame) -> Summary:
         {name: [float(scored[name].quantile(q, "linear") or 0.0) for q in QUANTILES] for name in columns},
         None if bias is None or bias != bias else bias,
     )
+
+
+def count_rows(scores: pl.DataFrame) -> dict[str, Any]:
+    """The counts of a manifest: rows by status; records by format, by what is left out, and with special tokens."""
+    records = scores.unique("record_id", keep="first", maintain_order=True)
+    left_out = scores.select("record_id", pl.col("left_out").str.split(",")).explode("left_out").drop_nulls().unique()
+    return {
+        "status": _counted(scores["status"]),
+        "formats": _counted(records["format"].drop_nulls()),
+        "left_out": _counted(left_out["left_out"]),
+        "special_tokens": int(records["special_tokens"].sum()),
+    }
+
+
+def _counted(values: pl.Series) -> dict[str, int]:
+    """How often each value occurs, the most frequent first."""
+    name = values.name
+    counts = values.to_frame().group_by(name).len().sort("len", name, descending=[True, False])
+    return dict(counts.iter_rows())

@@ -423,15 +423,14 @@ def test_input_goes_to_the_user_and_not_to_the_system() -> None:
     assert shown(sequences)[0] == conditioned("<system>S<user>A\nin<assistant>one", "one")
 
 
-def test_a_template_that_trims_starts_a_new_sequence() -> None:
+def test_a_template_that_trims() -> None:
     trims = CHATML.replace("m['content']", "m['content'] | trim")
     record = talk(turn("A", "one "), turn("B", "two"), turn("C", "six"))
     turns, sequences = encoder("chat", tokenizer=chat_tokenizer(trims)).encode([record])
     again = "<user>A<assistant>one</><user>B<assistant>"
     assert shown(sequences) == [
-        conditioned("<user>A<assistant>one ", "one "),  # as it came: the response is the data's, not the template's
-        alone("¶one ", "one "),
-        conditioned(again + "two</><user>C<assistant>six", "two", "six"),
+        conditioned(again + "two</><user>C<assistant>six", "one", "two", "six"),  # what the template makes of "one "
+        alone("¶one", "one"),
         alone("¶two", "two"),
         alone("¶six", "six"),
     ]
@@ -439,7 +438,7 @@ def test_a_template_that_trims_starts_a_new_sequence() -> None:
 
 
 def test_a_template_that_drops_earlier_turns() -> None:
-    last_only = CHATML.replace("in messages", "in messages[-1:]")
+    last_only = CHATML.replace("in messages", "in messages[-2:]")
     _, sequences = encoder("chat", tokenizer=chat_tokenizer(last_only)).encode([talk(*TWO)])
     assert shown(sequences) == [
         conditioned("<user>A<assistant>one", "one"),
@@ -450,11 +449,9 @@ def test_a_template_that_drops_earlier_turns() -> None:
 
 
 def test_a_template_that_writes_nothing() -> None:
-    """Nothing precedes the first token of the conditioned view then, so it is not scored."""
-    silent = encoder("chat", tokenizer=chat_tokenizer("{{ '' }}"))
-    turns, sequences = silent.encode([single("Q", "yes"), single("Q", "y")])
-    assert rows(turns) == [(0, "ok", 0), (0, "no_scorable_token", 0)]
-    assert shown(sequences) == [conditioned("yes", "es"), alone("¶yes", "yes")]
+    for template in ("{{ '' }}", "{{ messages[0]['content'] }}", CHATML + CHATML):  # or not the response, or it twice
+        silent = encoder("chat", tokenizer=chat_tokenizer(template))
+        assert silent.encode([single("Q", "yes")]) == ([EncodedTurn(0, 0, RowStatus.CHAT_TEMPLATE_ERROR)], [])
 
 
 def test_a_template_that_refuses() -> None:
@@ -466,7 +463,7 @@ def test_a_template_that_refuses() -> None:
 
 
 def test_a_template_that_refuses_one_turn() -> None:
-    user_last = "{% if messages[-1]['role'] != 'user' %}{{ raise_exception('user last') }}{% endif %}" + CHATML
+    user_last = "{% if messages[-2]['role'] != 'user' %}{{ raise_exception('user last') }}{% endif %}" + CHATML
     record = talk(turn("A", "one"), Turn((Message("tool", "T"),), "two"), turn("C", "six"))
     turns, sequences = encoder("chat", tokenizer=chat_tokenizer(user_last)).encode([record])
     assert [row.status for row in turns] == ["ok", "chat_template_error", "ok"]

@@ -10,7 +10,7 @@ from typing import Any
 import polars as pl
 import pytest
 
-from scorer.config import ScoreConfig
+from scorer.config import Reading, ScoreConfig
 from scorer.data.dataset import Dataset
 from scorer.data.reader import RawRecord
 from scorer.data.records import to_record
@@ -21,13 +21,13 @@ GOOD = {"instruction": "Name a colour.", "input": "", "output": "Red."}
 
 def read_records(paths: Sequence[Path], *, columns: Mapping[str, str] | None = None) -> Iterator[Record]:
     """The records of files that have a known format."""
-    with Dataset(paths, columns=columns) as data:
+    with Dataset(paths, reading=Reading(columns)) as data:
         data.inspect()
         yield from data.records()
 
 
-def record(value: Any, columns: dict[str, str] | None = None) -> Record:
-    return to_record(RawRecord(0, "data.jsonl:1", value, RowStatus.OK), columns)
+def record(value: Any, columns: dict[str, str] | None = None, **reading: Any) -> Record:
+    return to_record(RawRecord(0, "data.jsonl:1", value, RowStatus.OK), Reading(columns, **reading))
 
 
 def lines(path: Path, *rows: Any) -> Path:
@@ -60,7 +60,8 @@ def say(*pairs: tuple[Any, Any]) -> list[dict[str, Any]]:
     ],
 )
 def test_formats_of_one_turn(row: dict[str, Any], turns: tuple[Turn, ...]) -> None:
-    assert record(row) == Record(0, "data.jsonl:1", turns)
+    found = record(row)
+    assert (found.record_id, found.source, found.turns, found.status) == (0, "data.jsonl:1", turns, RowStatus.OK)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +78,7 @@ def test_formats_of_one_turn(row: dict[str, Any], turns: tuple[Turn, ...]) -> No
         ({"instruction": "q", "output": "a\ud800"}, RowStatus.NOT_TEXT),
         ({"instruction": "q", "output": " \n\t"}, RowStatus.EMPTY_RESPONSE),
         ({"instruction": " ", "input": None, "output": "a"}, RowStatus.EMPTY_PROMPT),
-        ({"question": "q", "answer": "a"}, RowStatus.UNKNOWN_FORMAT),
+        ({"subject": "q", "body": "a"}, RowStatus.UNKNOWN_FORMAT),
         ({}, RowStatus.UNKNOWN_FORMAT),
         ([1, 2], RowStatus.UNKNOWN_FORMAT),
         ("text", RowStatus.UNKNOWN_FORMAT),
@@ -87,13 +88,10 @@ def test_formats_of_one_turn(row: dict[str, Any], turns: tuple[Turn, ...]) -> No
         ({"messages": ["hello"]}, RowStatus.NOT_TEXT),
         ({"messages": []}, RowStatus.NO_ASSISTANT_TURN),
         ({"messages": say(("user", "q"))}, RowStatus.NO_ASSISTANT_TURN),
-        ({"messages": say(("user", "q"), ("narrator", "a"))}, RowStatus.UNKNOWN_FORMAT),
-        ({"messages": say(("user", "q"), (3, "a"))}, RowStatus.UNKNOWN_FORMAT),
-        ({"messages": say(("user", "q"), (None, "a"))}, RowStatus.MISSING_FIELD),
     ],
 )
 def test_faults_of_a_whole_record(row: Any, status: RowStatus) -> None:
-    assert record(row) == Record(0, "data.jsonl:1", (), status)
+    assert (record(row).turns, record(row).status) == ((), status)
 
 
 def test_conversation_gives_a_turn_per_assistant_message_with_what_came_since() -> None:
@@ -138,6 +136,16 @@ def test_message_without_text_fails_its_turn_and_all_later_ones(content: Any, st
     assert turns[0] == Turn((Message("user", "1"),), "a")
 
 
+@pytest.mark.parametrize(
+    ("role", "status"),
+    [("narrator", RowStatus.UNKNOWN_FORMAT), (3, RowStatus.UNKNOWN_FORMAT), (None, RowStatus.MISSING_FIELD)],
+)
+def test_message_of_an_unknown_role_fails_itself_and_all_later_turns(role: Any, status: RowStatus) -> None:
+    spoken = say(("user", "q"), ("assistant", "a"), (role, "b"), ("user", "q"), ("assistant", "c"))
+    assert [turn.status for turn in record({"messages": spoken}).turns] == [RowStatus.OK, status, status]
+    assert record({"messages": spoken}).turns[:1] == single("q", "a")
+
+
 def test_blank_messages_fail_only_their_own_turn() -> None:
     spoken = say(
         ("user", "1"), ("assistant", " "), ("user", "2"), ("assistant", "b"), ("assistant", "c"), ("user", "\n")
@@ -146,8 +154,8 @@ def test_blank_messages_fail_only_their_own_turn() -> None:
     assert [(turn.response, turn.status) for turn in turns] == [
         (" ", RowStatus.EMPTY_RESPONSE),
         ("b", RowStatus.OK),
-        ("c", RowStatus.EMPTY_PROMPT),
-        ("d", RowStatus.EMPTY_PROMPT),
+        ("c", RowStatus.OK),  # what was said before is its prompt
+        ("d", RowStatus.OK),
         ("e", RowStatus.OK),
     ]
     assert turns[1].prompt == (Message("user", "2"),)
@@ -173,7 +181,8 @@ def test_a_system_column_goes_before_the_first_prompt(row: dict[str, Any]) -> No
     for nothing in (None, "", " \n"):
         assert record({**row, "system": nothing}).turns == bare
     for wrong in (3, ["Be brief."], "\ud800"):
-        assert record({**row, "system": wrong}) == Record(0, "data.jsonl:1", (), RowStatus.NOT_TEXT)
+        found = record({**row, "system": wrong})
+        assert (found.turns, found.status) == ((), RowStatus.NOT_TEXT)
 
 
 def test_a_system_column_beside_messages_that_have_the_same() -> None:
@@ -187,7 +196,7 @@ def test_a_system_column_beside_messages_that_have_the_same() -> None:
 def test_a_system_column_by_another_name(tmp_path: Path) -> None:
     columns = {"messages": "chat", "system": "role"}
     assert ScoreConfig(columns=columns).columns == columns
-    with pytest.raises(ScorerError, match=r"columns: .*system=\.\.\. is optional"):
+    with pytest.raises(ScorerError, match=r"columns: .*system=\.\.\.,.* are optional"):
         ScoreConfig(columns={"system": "role"})
     rows = [{"chat": TALK, "system": "unnamed"}, {"chat": TALK, "role": "s"}]
     found = list(read_records([lines(tmp_path / "d.jsonl", *rows)], columns=columns))
@@ -234,20 +243,18 @@ def test_long_response_is_kept_whole(tmp_path: Path) -> None:
 def test_file_without_a_known_format_is_refused_by_its_columns(tmp_path: Path) -> None:
     good = lines(tmp_path / "good.jsonl", GOOD)
     table = tmp_path / "other.parquet"
-    pl.DataFrame({"question": ["q"], "answer": ["a"]}).write_parquet(table)
+    pl.DataFrame({"subject": ["q"], "body": ["a"]}).write_parquet(table)
     array = tmp_path / "other.json"
-    array.write_text('[{"question": "q", "answer": "a"}, {}]')
+    array.write_text('[{"subject": "q", "body": "a"}, {}]')
     for path in (table, array):
         with pytest.raises(ScorerError) as caught:
             list(read_records([good, path]))
         text = str(caught.value)
         assert str(path) in text
-        assert "question, answer" in text
-        assert "--columns prompt=...,response=..." in text
+        assert "subject, body" in text
+        assert "--columns prompt=subject,response=body" in text
         assert "\n" not in text
-        assert next(read_records([path], columns={"prompt": "question", "response": "answer"})).turns == single(
-            "q", "a"
-        )
+        assert next(read_records([path], columns={"prompt": "subject", "response": "body"})).turns == single("q", "a")
     with pytest.raises(ScorerError, match=r"no row has q and a \(its first row holds instruction, input, output\)"):
         list(read_records([good], columns={"prompt": "q", "response": "a"}))
     with pytest.raises(ScorerError, match="its first row is not JSON"):

@@ -1,0 +1,81 @@
+"""A model's chat template: the text that it writes before a response, and what it makes of the response."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from jinja2 import TemplateError
+
+from scorer.types import ScorerError
+
+# A template raises errors of its own, and makes Python raise others.
+TEMPLATE_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+STAND_IN = "stand-in-for-the-response"
+SPECIAL_FIELDS = ("tool_calls", "reasoning_content")  # a template that does not read them leaves them out
+
+ChatMessage = Mapping[str, Any]
+
+
+class HiddenResponseError(ValueError):
+    """The text of a template does not show where the response begins."""
+
+
+class ChatTemplate:
+    """The chat template of a transformers tokenizer. Raises ScorerError where it has none.
+
+    now: what a template that asks for the date is told, so that the prompts of a run don't change overnight.
+    """
+
+    def __init__(self, tokenizer: Any):
+        if not tokenizer.chat_template:
+            raise ScorerError("protocol chat: the model has no chat template; use one that is tuned to chat")
+        self._tokenizer, self.now = tokenizer, datetime.now()
+        self._source = str(tokenizer.chat_template)
+
+    def reads(self, name: str) -> bool:
+        """Whether the template reads a field of messages, or `tools`."""
+        return name in self._source
+
+    def message(self, role: str, text: str, fields: ChatMessage | None) -> ChatMessage:
+        """A message for the template; its tool calls and reasoning as `text`, where the template does not read them."""
+        if fields is None:
+            return {"role": role, "content": text}
+        if all(map(self.reads, fields.keys() & SPECIAL_FIELDS)):
+            return fields
+        return {k: v for k, v in fields.items() if k not in SPECIAL_FIELDS} | {"content": text}
+
+    def split(self, history: Sequence[ChatMessage], message: ChatMessage, tools: Sequence[Any]) -> tuple[str, str]:
+        """The text before a response, and the text that the template makes of the response.
+
+        A stand-in for the content shows where it goes, so that a block of reasoning that the template opens and closes
+        by itself is before the response. What it writes for the message only (its reasoning, its tool calls) belongs to
+        the response; what it writes after any content, such as a token that ends the turn, does not. Raises
+        TEMPLATE_ERRORS, among them HiddenResponseError.
+        """
+        whole = self._render([*history, message], tools)
+        before, found, after = self._render([*history, {"role": "assistant", "content": STAND_IN}], tools).rpartition(
+            STAND_IN
+        )
+        start = len(before) if whole.startswith(before) else _shared(whole, before)
+        if not found or (STAND_IN in before and STAND_IN not in str(history)):
+            raise HiddenResponseError
+        if start < len(before) and not whole[:start].startswith(self._render(history, tools)):
+            raise HiddenResponseError  # the template writes another history for this message
+        if whole.endswith(after) and len(whole) - len(after) >= start:
+            return whole[:start], whole[start : len(whole) - len(after)]
+        if message.get("tool_calls"):  # some end a turn otherwise when a tool is to answer
+            return whole[:start], whole[start:]
+        raise HiddenResponseError
+
+    def _render(self, messages: Sequence[ChatMessage], tools: Sequence[Any]) -> str:
+        text: str = self._tokenizer.apply_chat_template(
+            list(messages), tools=list(tools) or None, tokenize=False, strftime_now=self.now.strftime
+        )
+        return text
+
+
+def _shared(one: str, other: str) -> int:
+    """How many characters two texts begin with alike."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

@@ -1,0 +1,183 @@
+"""The columns of a row that hold a sample: the table of known formats, and which of them a row has.
+
+Knows names of columns; what their values mean is for scorer.data.records.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from scorer.config import Reading
+from scorer.data.messages import MEDIA_KEYS, REASONING_KEYS, read_marked_text, read_messages
+from scorer.data.reader import RawRecord
+from scorer.types import RowStatus, ScorerError
+
+SYSTEM, HISTORY, TOOLS = ("system", "system_prompt"), ("history",), ("tools", "functions")
+# Columns that say something to the model: where one is filled and not read, the record says that it is left out.
+CONTENT = (
+    *(*SYSTEM, *HISTORY, *TOOLS, *MEDIA_KEYS, *REASONING_KEYS),
+    *("input", "context", "documents", "chosen", "rejected"),
+)
+PROMPT_HINTS = ("instruct", "prompt", "question", "query", "input", "problem", "human", "user", "ask")
+RESPONSE_HINTS = ("response", "answer", "output", "completion", "solution", "reply", "target", "assistant")
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """The keys of a row that hold a sample.
+
+    Either `messages`; or `prompt` and `response` with an optional `input`; or `chosen` and `rejected` with an optional
+    `prompt` and `input`; or a `text` that marks who speaks; or `segments` of text. `system`, `history` (earlier
+    exchanges) and `tools` are optional, each the first of its names that is filled.
+    """
+
+    name: str
+    prompt: str = ""
+    response: str = ""
+    input: str = ""
+    messages: str = ""
+    chosen: str = ""
+    rejected: str = ""
+    text: str = ""
+    segments: str = ""
+    system: tuple[str, ...] = SYSTEM
+    history: tuple[str, ...] = HISTORY
+    tools: tuple[str, ...] = TOOLS
+    weak: bool = False  # common words: only where no other format has all its keys
+    named: bool = False  # by the user: `input` is then required too, so that a typo is noticed
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        """The keys without which a row is not whole."""
+        keys = (self.messages, self.text, self.segments, self.prompt, self.response, self.chosen, self.rejected)
+        return tuple([key for key in (*keys, self.input if self.named else "") if key])
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """All keys that are read."""
+        return (*self.required, self.input, *self.system, *self.history, *self.tools)
+
+    def whole(self, row: Mapping[str, Any]) -> bool:
+        """Whether a row has all the required keys (all keys, where the user named them), and a `text` has its marks."""
+        keys = [key for key in self.keys if key] if self.named else self.required
+        if not all(key in row for key in keys):
+            return False
+        return not self.text or (isinstance(row[self.text], str) and bool(read_marked_text(row[self.text])))
+
+    def fit(self, keys: Collection[str], filled: Collection[str]) -> tuple[float, float, bool]:
+        """How well a row fits: the shares of the required keys that are filled and that are there; and of the input."""
+        required = self.required
+        full = sum(key in filled for key in required) / len(required)
+        return full, sum(key in keys for key in required) / len(required), not self.input or self.input in keys
+
+
+def _preference(prompt: str = "", input: str = "") -> Format:
+    return Format("preference", prompt, input=input, chosen="chosen", rejected="rejected")
+
+
+FORMATS = (  # the first wins where several fit a row equally
+    _preference("instruction", "input"),
+    *map(_preference, ("prompt", "question", "conversations", "messages", "")),
+    Format("messages", messages="messages"),  # OpenAI, TRL
+    Format("sharegpt", messages="conversations"),
+    Format("alpaca", "instruction", "output", "input"),
+    Format("dolly", "instruction", "response", "context"),
+    Format("instruction-response", "instruction", "response", "input"),
+    Format("prompt-response", "prompt", "response"),
+    Format("prompt-completion", "prompt", "completion"),  # TRL
+    Format("question-answer", "question", "answer", "context"),
+    Format("question-response", "question", "response"),  # OpenOrca
+    Format("query-response", "query", "response"),  # MetaMathQA
+    Format("query-answer", "query", "answer"),
+    Format("instruction-answer", "instruction", "answer", "input"),
+    Format("problem-solution", "problem", "solution"),
+    Format("input-output", "input", "output", weak=True),
+    *(Format(name, messages=name, weak=True) for name in ("conversation", "dialog", "dialogue", "data", "chat")),
+    Format("segments", segments="segments", weak=True),  # Axolotl's input_output
+    Format("marked-text", text="text", weak=True),
+)
+BARE = FORMATS[6]  # of a row that is no object but a list of messages
+
+
+def as_row(value: Any) -> Mapping[str, Any] | None:
+    """The columns of a row; a list of messages is one column. None for any other value."""
+    if isinstance(value, dict):
+        return value
+    return {BARE.messages: value} if isinstance(value, list) and value and isinstance(value[0], dict) else None
+
+
+def format_of(row: Mapping[str, Any], reading: Reading) -> tuple[Format | None, tuple[str, ...]]:
+    """The format that fits a row best, None where it has no required key of any; and the CONTENT that it leaves out."""
+    filled = tuple([key for key, value in row.items() if value is not None])
+    if reading.columns is None:
+        return _detected(tuple(row), filled)
+    return _fitting(tuple(row), filled, (_named(reading),))
+
+
+@lru_cache(1024)  # a file has few sets of keys; trying all formats takes longer than the rest of a row
+def _detected(keys: tuple[str, ...], filled: tuple[str, ...]) -> tuple[Format | None, tuple[str, ...]]:
+    strong = tuple(format for format in FORMATS if not format.weak)
+    whole = any(all(key in keys for key in format.required) for format in strong)
+    return _fitting(keys, filled, strong if whole else FORMATS)
+
+
+def _fitting(
+    keys: Collection[str], filled: Collection[str], formats: Sequence[Format]
+) -> tuple[Format | None, tuple[str, ...]]:
+    best = max(formats, key=lambda format: format.fit(keys, filled))
+    if not any(key in keys for key in best.required):
+        return None, ()
+    return best, tuple(key for key in CONTENT if key in filled and key not in best.keys)
+
+
+def _named(reading: Reading) -> Format:
+    keys: dict[str, Any] = {"system": (), "history": (), "tools": ()}
+    for name, key in (reading.columns or {}).items():
+        keys[name] = (key,) if name in keys else key
+    return Format("columns", **keys, named=True)
+
+
+def fits_format(reading: Reading) -> Callable[[RawRecord], bool]:
+    """The test whether a row has all the required keys of a format."""
+    formats = FORMATS if reading.columns is None else (_named(reading),)
+
+    def fits(raw: RawRecord) -> bool:
+        row = as_row(raw.value) if raw.status is RowStatus.OK else None
+        return row is not None and any(format.whole(row) for format in formats)
+
+    return fits
+
+
+def unknown_format(path: Path, first: RawRecord, reading: Reading) -> ScorerError:
+    """The error for a file in which no row fits a format; `first` is its first row."""
+    row, columns = as_row(first.value) or {}, reading.columns
+    missed = f"has {' and '.join(columns.values())}" if columns else "has a known format"
+    held = (
+        f"holds {', '.join(row)}"
+        if row
+        else "is not JSON"
+        if first.status is RowStatus.BAD_JSON
+        else "holds no columns"
+    )
+    return ScorerError(f"{path}: no row {missed} (its first row {held}); name them: --columns {_suggested(row)}")
+
+
+def _suggested(row: Mapping[str, Any]) -> str:
+    """The value of --columns that a row suggests."""
+    for key, value in row.items():
+        if isinstance(value, list | dict | str) and value and not isinstance(read_messages(value), RowStatus):
+            return f"messages={key}"
+    texts = [key for key, value in row.items() if isinstance(value, str)]
+
+    def hinted(hints: Sequence[str]) -> list[str]:
+        return [key for hint in hints for key in texts if hint in key.lower()]
+
+    response = next(iter(hinted(RESPONSE_HINTS)), "")
+    prompt = next((key for key in hinted(PROMPT_HINTS) if key != response), "")
+    if not (prompt or response) and len(texts) == 2:
+        prompt, response = texts
+    return f"prompt={prompt or '...'},response={response or '...'}"

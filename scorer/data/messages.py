@@ -1,0 +1,233 @@
+"""The values that conversations are written in -> messages: lists, structs of lists, JSON strings, pairs, marked text.
+
+Knows roles, contents, tool calls and reasoning; neither the columns of a row nor turns.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from scorer.types import RowStatus
+
+ROLES = {
+    **dict.fromkeys(("system", "developer", "system_prompt"), "system"),
+    **dict.fromkeys(("user", "human", "prompter", "customer"), "user"),
+    **dict.fromkeys(
+        ("assistant", "gpt", "chatgpt", "bing", "bard", "model", "ai", "bot", "chatbot", "agent", "llm"), "assistant"
+    ),
+    **dict.fromkeys(("assistant_model", "model_response", "function_call", "tool_call", "tool_calls"), "assistant"),
+    **dict.fromkeys(("tool", "function", "observation", "ipython", "environment"), "tool"),
+    **dict.fromkeys(("tool_response", "tool_result", "tool_results", "tool_output", "function_response"), "tool"),
+}
+CALLS = ("function_call", "tool_call", "tool_calls")  # roles and keys of an assistant that calls tools
+EXCHANGE = {  # the keys of {"question": ..., "answer": ...}, one exchange as an item of a list
+    **ROLES,
+    **dict.fromkeys(("question", "query", "prompt", "instruction", "input"), "user"),
+    **dict.fromkeys(("answer", "response", "output", "completion"), "assistant"),
+}
+ROLE_KEYS = ("role", "from", "speaker")
+CONTENT_KEYS = ("content", "value", "text")
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+MEDIA_KEYS = ("image", "images", "audio", "audios", "video", "videos")
+TRAINED_KEYS = ("weight", "train", "training", "trainable", "loss", "label")  # 0 or False: history only
+READ_KEYS = (*ROLE_KEYS, *CONTENT_KEYS, *REASONING_KEYS, *CALLS, *MEDIA_KEYS, *TRAINED_KEYS)
+TEXT_PARTS = ("text", "input_text", "output_text")  # types of a part of a content
+THINKING_PARTS = ("thinking", "reasoning")
+MEDIA_PART = re.compile("image|audio|video|file|document")
+ALPACA_HEAD = re.compile(r"\s*Below is an instruction that describes a task\b[^#]*")  # a template's, and no message
+# How a text marks who speaks: a mark, whose only group is the role, and what ends a message that is not stripped.
+MARKS = (
+    (re.compile(r"### ?(Human|Assistant|System|User|Instruction|Input|Response|Output):\s?"), None),
+    (re.compile(r"<\|im_start\|>(system|user|assistant|tool)\n"), re.compile(r"<\|im_end\|>\s*\Z")),
+    (re.compile(r"<\|(system|user|assistant)\|>\n?"), re.compile(r"(?:<\|end\|>|</s>|<\|endoftext\|>)?\s*\Z")),
+    (re.compile(r"(?:^|\n\n)(Human|Assistant): ?"), None),
+)
+REASONING = re.compile(r"\s*(?:<think>)?.*?</think>\s*", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Spoken:
+    """One message as it was read. `role` is "" where it is unknown; `fault` says why there is no text.
+
+    content: its text, the JSON of tool calls included. reasoning: what comes before `content` as a field of its own.
+    input: Alpaca's second prompt column. fields: see scorer.types.Message.
+    """
+
+    role: str
+    content: str = ""
+    reasoning: str = ""
+    input: str = ""
+    calls_tools: bool = False
+    trained: bool = True
+    fields: Mapping[str, Any] | None = None
+    fault: RowStatus | None = None
+
+
+def text_fault(value: Any) -> RowStatus | None:
+    """Why a value is not a text, or None if it is one (it may be blank)."""
+    if value is None:
+        return RowStatus.MISSING_FIELD
+    if not isinstance(value, str):
+        return RowStatus.NOT_TEXT
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:  # a lone surrogate
+        return RowStatus.NOT_TEXT
+    return None
+
+
+def split_reasoning(text: str) -> tuple[str, str]:
+    """The reasoning that a response begins with, up to its </think> and the white space after it, and the rest."""
+    found = REASONING.match(text) if "</think>" in text else None
+    return (found[0], text[found.end() :]) if found else ("", text)
+
+
+def read_messages(value: Any) -> list[Spoken] | RowStatus:
+    """The messages of a conversation; the status where it is none. A message that can't be read has its own fault.
+
+    A list of messages; of texts, user first; of pairs; of objects such as {"human": ..., "assistant": ...}; a struct of
+    lists, as the Sequence of Hugging Face datasets makes of a list of structs; a JSON string of any of these.
+    """
+    value = parsed_json(value)
+    if isinstance(value, dict):
+        value = _listed(value)
+    if not isinstance(value, list):
+        return RowStatus.NOT_TEXT
+    if len(value) > 1 and all(isinstance(item, str) for item in value):
+        value = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(value)]
+    spoken: list[Spoken] = []
+    for item in value:
+        if isinstance(item, list | tuple) and len(item) == 2:
+            item = dict(zip(("user", "assistant"), item, strict=True))
+        if not isinstance(item, dict):
+            return RowStatus.NOT_TEXT
+        spoken += map(_read_message, _exchange(item) or (item,))
+    return spoken
+
+
+def read_marked_text(text: str) -> list[Spoken]:
+    """The messages of a text that marks who speaks, such as "### Human: ... ### Assistant: ..."; none if it doesn't."""
+    for mark, end in MARKS:
+        marks = list(mark.finditer(text))
+        roles = [EXCHANGE[match[1].lower()] for match in marks]
+        if "assistant" not in roles:
+            continue
+        bounds = [*(match.start() for match in marks), len(text)]
+        parts = [text[m.end() : after] for m, after in zip(marks, bounds[1:], strict=True)]
+        texts = [end.sub("", part) if end else part.strip() for part in parts]
+        before = ALPACA_HEAD.sub("", text[: bounds[0]]).strip()
+        first = [Spoken("system", before)] if before else []
+        return first + [Spoken(role, said, fault=text_fault(said)) for role, said in zip(roles, texts, strict=True)]
+    return []
+
+
+def parsed_json(value: Any) -> Any:
+    """The list or object that a JSON string holds; any other value as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+
+
+def _listed(value: Mapping[str, Any]) -> Any:
+    """A struct of lists of one length as a list of structs; a single message as a list of it."""
+    columns = {name: part for name, part in value.items() if part is not None}
+    lengths = {len(part) if isinstance(part, list) else -1 for part in columns.values()}
+    if len(lengths) == 1 and -1 not in lengths:
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    return [value] if _first(value, ROLE_KEYS) is not None else value
+
+
+def _exchange(item: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The messages of {"human": ..., "assistant": ...}; none where a key is not the name of a role."""
+    roles = {key: EXCHANGE.get(key.lower(), "") for key, value in item.items() if value is not None}
+    if "" in roles.values() or "assistant" not in roles.values():
+        return []
+    ordered = sorted(roles, key=lambda key: ("system", "user", "assistant", "tool").index(roles[key]))
+    return [{"role": roles[key], "content": item[key]} for key in ordered]
+
+
+def _read_message(message: Mapping[str, Any]) -> Spoken:
+    name, content = _first(message, ROLE_KEYS), _first(message, CONTENT_KEYS)
+    spelling = name.strip().lower() if isinstance(name, str) else ""
+    role = ROLES.get(spelling, "")
+    if not role:
+        return Spoken("", fault=RowStatus.MISSING_FIELD if name is None else RowStatus.UNKNOWN_FORMAT)
+    if len(message) == 2 and isinstance(content, str) and spelling not in CALLS:  # most messages
+        return Spoken(role, content, fault=text_fault(content))
+    if any(message.get(key) for key in MEDIA_KEYS):
+        return Spoken(role, fault=RowStatus.MULTIMODAL)
+    text, thoughts, calls, fault = _read_content(content)
+    asked = content if spelling in CALLS else next((message[key] for key in CALLS if message.get(key)), calls)
+    calls = _tool_calls(asked) if asked else []
+    if calls and asked is content:
+        text = ""  # the calls are all of it
+    if asked and not calls and asked is not content:
+        fault = fault or RowStatus.NOT_TEXT
+    if content is None and not calls:
+        fault = RowStatus.MISSING_FIELD
+    reasoning = _first(message, REASONING_KEYS) or thoughts
+    fault = fault or text_fault(reasoning)
+    if fault:
+        return Spoken(role, fault=fault)
+    fields = {key: value for key, value in message.items() if key not in READ_KEYS and value is not None}
+    fields |= {"reasoning_content": reasoning} if reasoning else {}
+    fields |= {"tool_calls": calls} if calls else {}
+    return Spoken(
+        role,
+        "\n".join(filter(None, (text, *(json.dumps(call["function"], ensure_ascii=False) for call in calls)))),
+        reasoning,
+        calls_tools=bool(calls) or spelling in CALLS,
+        trained=message.get("weight") != 0 and not any(message.get(key) is False for key in TRAINED_KEYS),
+        fields={"role": role, "content": text, **fields} if fields else None,
+    )
+
+
+def _read_content(content: Any) -> tuple[str, str, list[Any], RowStatus | None]:
+    """The text of a content, its reasoning, its tool calls, and its fault."""
+    if content is None:
+        return "", "", [], None
+    if not isinstance(content, list):
+        return content, "", [], text_fault(content)
+    texts, thoughts, calls = [], [], []
+    for part in content:
+        kind = part.get("type") or "text" if isinstance(part, dict) else None
+        if kind in TEXT_PARTS:
+            texts.append(part.get("text"))
+        elif kind in THINKING_PARTS:
+            thoughts.append(_first(part, (*REASONING_KEYS, "text")))
+        elif kind == "tool_use":
+            calls.append({"name": part.get("name"), "arguments": part.get("input")})
+        else:
+            media = isinstance(kind, str) and MEDIA_PART.search(kind)
+            return "", "", [], RowStatus.MULTIMODAL if media else RowStatus.NOT_TEXT
+    faults = [fault for fault in map(text_fault, (*texts, *thoughts)) if fault]
+    return ("", "", [], faults[0]) if faults else ("".join(texts), "\n".join(thoughts), calls, None)
+
+
+def _tool_calls(value: Any) -> list[dict[str, Any]]:
+    """Tool calls as the chat templates of transformers take them, arguments as an object; none where one is unreadable.
+
+    value: a list of calls, or one; each with its name and arguments, or with a `function` of these; or any as JSON.
+    """
+    value = parsed_json(value)
+    found = []
+    for call in value if isinstance(value, list) else [value]:
+        function = parsed_json(call.get("function") or call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            return []
+        arguments = parsed_json(_first(function, ("arguments", "parameters")) or {})
+        identity = {"id": call["id"]} if call.get("id") else {}
+        found.append({"type": "function", **identity, "function": {"name": function["name"], "arguments": arguments}})
+    return found
+
+
+def _first(message: Mapping[str, Any], keys: Iterable[str]) -> Any:
+    """The first value that is not None: Parquet gives every message the keys of all of them."""
+    return next((message[key] for key in keys if message.get(key) is not None), None)
