@@ -135,6 +135,11 @@ def _field_option(name: str, kind: Any, info: OptionInfo, default: Any) -> Decor
     )
 
 
+def names_of(config: type[Any], group: str) -> list[str]:
+    """The names of a dataclass's options under one heading."""
+    return [field.name for field, _, info in describe(config) if info.group == group]
+
+
 def _take(config: type[Any], options: dict[str, Any]) -> dict[str, Any]:
     """The options that are fields of a dataclass, out of `options`."""
     return {field.name: options.pop(field.name) for field in fields(config)}
@@ -314,7 +319,7 @@ def report(runs: tuple[str, ...], output: str, pictures: str | None, **options: 
 
 
 @cli.command()
-@options_of(ScoreConfig, without=("engine", "protocol", "shard_rows", "limit", "columns"))
+@options_of(ScoreConfig, without=("engine", "shard_rows", *names_of(ScoreConfig, DATA)))
 @command_option("Options", "--host", default="127.0.0.1", help="Address to listen on.")
 @command_option("Options", "--port", type=int, default=8000, help="Port to listen on.")
 def serve(host: str, port: int, **options: Any) -> None:

@@ -17,7 +17,7 @@ from tests.lib.runs import make_run
 RUN = ("-o", "run")
 FAULTS: dict[str, tuple[tuple[str, ...], str]] = {
     "no data": (("score", "missing.json", *RUN), "missing.json: no such file"),
-    "no known columns": (("score", "odd.jsonl", *RUN), "--columns prompt=...,response=..."),
+    "no known columns": (("score", "odd.jsonl", *RUN), "--columns prompt=frage,response=antwort"),
     "an empty file": (("score", "empty.jsonl", *RUN), "no records to score"),
     "a run directory under a file": (
         ("score", "data.json", "-o", "data.json/a"),

@@ -190,7 +190,7 @@ WRONG_FILES: dict[str, tuple[bytes | None, str]] = {
     "array.json": (b"[]", "no records"),
     "object.json": (b'{"data": []}', "where an array is expected"),
     "cut.json": (b'[{"instruction": "a"},', "line 1"),
-    "unknown.jsonl": (b'{"question": "a", "answer": "b"}\n' * 3, "--columns prompt=...,response=..."),
+    "unknown.jsonl": (b'{"ask": "a", "tell": "b"}\n' * 3, "--columns prompt=ask,response=tell"),
     "nothing.jsonl": (b"not json\nnor this\n", "known format"),
     "cut.jsonl.gz": (gzip.compress(b'{"instruction": "a", "output": "b"}\n' * 9)[:-12], "truncated or damaged"),
     "plain.jsonl.gz": (b'{"instruction": "a", "output": "b"}\n', "truncated or damaged"),

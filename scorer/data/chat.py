@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
+from functools import cached_property, partial
 from typing import Any
 
 from jinja2 import TemplateError
@@ -39,12 +42,27 @@ class ChatTemplate:
         return name in self._source
 
     def message(self, role: str, text: str, fields: ChatMessage | None) -> ChatMessage:
-        """A message for the template; its tool calls and reasoning as `text`, where the template does not read them."""
+        """A message for the template; its reasoning and tool calls as `text`, if the template does not write them."""
         if fields is None:
             return {"role": role, "content": text}
-        if all(map(self.reads, fields.keys() & SPECIAL_FIELDS)):
-            return fields
-        return {k: v for k, v in fields.items() if k not in SPECIAL_FIELDS} | {"content": text}
+        if "reasoning_content" in fields and not self.reads("reasoning_content"):
+            form = None
+        else:
+            form = self._calls if "tool_calls" in fields else dict
+        return (
+            form(fields) if form else {k: v for k, v in fields.items() if k not in SPECIAL_FIELDS} | {"content": text}
+        )
+
+    @cached_property
+    def _calls(self) -> Callable[[ChatMessage], ChatMessage] | None:
+        """The form in which the template writes a tool call: arguments are an object or JSON, no content "" or null."""
+        call = {"type": "function", "id": "call", "function": {"name": "find", "arguments": {"key": "argument"}}}
+        asks, calls = {"role": "user", "content": "text"}, {"role": "assistant", "content": "", "tool_calls": [call]}
+        for form in (partial(_call_form, content=c, as_json=j) for c in ("", None) for j in (False, True)):
+            with suppress(*TEMPLATE_ERRORS):
+                if "argument" in self._render([asks, form(calls)], []):
+                    return form
+        return None
 
     def split(self, history: Sequence[ChatMessage], message: ChatMessage, tools: Sequence[Any]) -> tuple[str, str]:
         """The text before a response, and the text that the template makes of the response.
@@ -74,6 +92,21 @@ class ChatTemplate:
             list(messages), tools=list(tools) or None, tokenize=False, strftime_now=self.now.strftime
         )
         return text
+
+
+def _call_form(message: ChatMessage, *, content: str | None, as_json: bool) -> ChatMessage:
+    calls = [
+        {
+            **call,
+            "function": {
+                **f,
+                "arguments": json.dumps(f["arguments"], ensure_ascii=False) if as_json else f["arguments"],
+            },
+        }
+        for call in message["tool_calls"]
+        for f in [call["function"]]
+    ]
+    return {**message, "content": message["content"] or content, "tool_calls": calls}
 
 
 def _shared(one: str, other: str) -> int:

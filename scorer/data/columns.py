@@ -178,6 +178,7 @@ def _suggested(row: Mapping[str, Any]) -> str:
 
     response = next(iter(hinted(RESPONSE_HINTS)), "")
     prompt = next((key for key in hinted(PROMPT_HINTS) if key != response), "")
-    if not (prompt or response) and len(texts) == 2:
-        prompt, response = texts
+    if len(texts) == 2:  # the other one
+        prompt = prompt or next(key for key in texts if key != response)
+        response = response or next(key for key in texts if key != prompt)
     return f"prompt={prompt or '...'},response={response or '...'}"

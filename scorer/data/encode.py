@@ -223,7 +223,7 @@ class Encoder:
             for row in rows:
                 plan.statuses[row] = error if plan.statuses[row] == CODES[RowStatus.OK] else plan.statuses[row]
             return "", [""] * len(rows)
-        thought = said.get("reasoning_content") or split_reasoning(said["content"])[0]
+        thought = said.get("reasoning_content") or split_reasoning(said["content"] or "")[0]
         if TAGS.sub("", thought).strip()[:40] not in response:
             plan.leave_out(REASONING, rows[0])
         if len(rows) == 1:

@@ -23,7 +23,7 @@ class Manifest:
     version: int = VERSION
     state: str = "running"  # or complete
     began: str = ""  # ISO 8601, local time
-    fingerprint: str = ""  # SHA-256 of the identity, but for RESUMABLE_FIELDS
+    fingerprint: str = ""  # SHA-256 of the identity, but for RESUMABLE_FIELDS other than limit
     identity: Mapping[str, Any]
     inputs: tuple[InputFile, ...] = ()
     model: Mapping[str, Any] = field(default_factory=dict)  # name, revision, origin, path

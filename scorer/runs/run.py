@@ -87,7 +87,8 @@ def score(
         _inspect(dataset, config, None if output is None or fresh else Run(output))
         model = resolve(config, elsewhere=cluster is not None, progress=progress)
         identity = _identity(model, dataset)
-        bound = identity | {"config": {k: v for k, v in identity["config"].items() if k not in RESUMABLE_FIELDS}}
+        free = set(RESUMABLE_FIELDS) - {"limit"}
+        bound = identity | {"config": {k: v for k, v in identity["config"].items() if k not in free}}
         fingerprint = hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()
         if output is None:
             output = Path("scorer-runs") / f"{to_path(dataset.paths[0]).name.split('.')[0]}-{fingerprint[:12]}"
@@ -98,10 +99,10 @@ def score(
             if resumed := resume(run, dataset, identity):
                 if strict:
                     check_scored(dataset.rows(), statuses(run.scores(["record_id", "status"])))
-                if run.complete:
+                if resumed.state == "complete":
                     progress.say(f"{run.path} is complete already; --fresh would start over")
                     return run
-            manifest = resumed or _new_manifest(model, dataset, identity, fingerprint)
+            manifest = replace(resumed or _new_manifest(model, dataset, identity), fingerprint=fingerprint)
             model.encoder.set_date(manifest.began)
             run.write_manifest(manifest)
             progress.say(f"loading {model.files.name} ({model.description}; {manifest.device})")
@@ -243,10 +244,9 @@ def _grown(run: Run, data: Dataset) -> Manifest:
     return replace(known, state="running", records=data.height, input_records=data.counts, shards_by=shards_by)
 
 
-def _new_manifest(model: Resolved, data: Dataset, identity: dict[str, Any], fingerprint: str) -> Manifest:
+def _new_manifest(model: Resolved, data: Dataset, identity: dict[str, Any]) -> Manifest:
     files, config = model.files, model.config
     return Manifest(
-        fingerprint=fingerprint,
         began=datetime.now().isoformat(timespec="seconds"),
         identity=identity,
         inputs=data.inputs,

@@ -179,7 +179,7 @@ def test_changes_are_refused_by_name_and_fresh_starts_over(
     assert "max_length was 1024, is 100" in refusal
     assert "engine" not in refusal
     assert "--fresh" in refusal
-    assert "limit was None, is 5" in command("score", data, "-o", run, *options, "--limit", 5).line()
+    assert "has 40 records, and --limit 5 is fewer" in command("score", data, "-o", run, *options, "--limit", 5).line()
 
     again = command("score", data, "-o", run, *options).done()
     assert "is complete already" in again
@@ -192,6 +192,29 @@ def test_changes_are_refused_by_name_and_fresh_starts_over(
     assert "loading" in command("score", data, "-o", run, *options, "--fresh", "--limit", 30).done()
     assert Run(run).scores().height == 30
     assert not Run(run).scores().equals(old.head(30))
+
+
+def test_a_limit_that_grows_continues_the_run(
+    command: Commands, options: list[str], write_jsonl: Write, tmp_path: Path
+) -> None:
+    files = [write_jsonl(alpaca(45), "a.jsonl"), write_jsonl(alpaca(20, seed=1), "b.jsonl")]
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    for limit, resumed in ((30, 0), (50, 20), (60, 40)):  # the second file is first counted with the second limit
+        said = command("score", *files, "-o", run, *options, "--limit", limit).done()
+        assert (f"resuming after {resumed} of {limit} records" in said) == bool(resumed)
+        assert Run(run).manifest.records == Run(run).scores().height == limit
+        assert sum(Run(run).manifest.shards_by.values()) == -(-limit // 20)
+    assert "resuming after 60 of 65 records" in command("score", *files, "-o", run, *options).done()
+    command("score", *files, "-o", whole, *options).done()
+    assert_same(run, whole)
+    before, after = Run(whole).manifest, Run(run).manifest
+    for name in ("fingerprint", "status", "formats", "records", "input_records", "inputs"):
+        assert getattr(after, name) == getattr(before, name)
+    command("select", run, "-o", tmp_path / "kept.jsonl", "--keep", 65).done()
+    # a kill between the removal of the shard that was not full and the new manifest
+    Run(run).remove_partial_shard()
+    assert "resuming after 60 of 65" in command("score", *files, "-o", run, *options).done()
+    assert_same(run, whole)
 
 
 def test_moved_data_and_another_batch_size_are_the_same_run(
@@ -270,9 +293,9 @@ def test_a_limit_leaves_files_beyond_it_alone(
 def test_a_run_without_scores_binds_nobody(
     command: Commands, options: list[str], write_jsonl: Write, tmp_path: Path
 ) -> None:
-    data = write_jsonl([{"question": f"what is {i}?", "answer": f"it is {i}"} for i in range(5)])
+    data = write_jsonl([{"ask": f"what is {i}?", "tell": f"it is {i}"} for i in range(5)])
     assert "--columns" in command("score", data, "-o", tmp_path / "run", *options).line()
-    columns = ("--columns", "prompt=question,response=answer")
+    columns = ("--columns", "prompt=ask,response=tell")
     command("score", data, "-o", tmp_path / "run", *options, *columns).done()
     assert Run(tmp_path / "run").scores()["status"].to_list() == ["ok"] * 5
 
@@ -431,7 +454,8 @@ def test_the_manifest_says_what_was_done(
     assert (config["engine"], config["dtype"], config["device"]) == ("packed", "float32", "cpu")
     assert (config["max_length"], config["shard_rows"], config["protocol"]) == (1024, 20, "superfiltering")
     for free in RESUMABLE_FIELDS:  # the revision says which model it is, and batches change no score
-        del config[free]
+        if free != "limit":
+            del config[free]
     identity = json.dumps(manifest["identity"], sort_keys=True).encode()
     assert manifest["fingerprint"] == hashlib.sha256(identity).hexdigest()
     files = tiny("gpt2")
