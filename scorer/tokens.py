@@ -30,11 +30,11 @@ class TurnTable:
     turns: Array  # int32 [R], from 0 in each record
     statuses: Array  # uint8 [R]
     prompt_tokens: Array  # int32 [R]: tokens of the conditioned view before the response; -1 where there is none
-    # What is said of the record and the response, [R] each; see scorer.scores.measures.SCHEMA.
-    formats: Sequence[str | None]
-    responses: Sequence[str | None]
-    left_out: Sequence[str | None]
-    special_tokens: Sequence[bool]
+    # What is said of the record and the response, see scorer.scores.measures.SCHEMA: texts or None, but the last bool.
+    formats: Array  # object [R]
+    responses: Array
+    left_out: Array
+    special_tokens: Array
 
     def __len__(self) -> int:
         return len(self.record_ids)

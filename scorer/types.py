@@ -82,7 +82,7 @@ class Turn:
     @property
     def name(self) -> str | None:
         """What the response is, if not simply the response: chosen, rejected, reasoning, answer, chosen_answer, ..."""
-        return "_".join(filter(None, (self.branch, self.part))) or None
+        return "_".join(filter(None, (self.branch, self.part))) if self.branch or self.part else None
 
 
 @dataclass(frozen=True, slots=True)

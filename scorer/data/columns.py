@@ -110,28 +110,52 @@ def as_row(value: Any) -> Mapping[str, Any] | None:
     return {BARE.messages: value} if isinstance(value, list) and value and isinstance(value[0], dict) else None
 
 
-def format_of(row: Mapping[str, Any], reading: Reading) -> tuple[Format | None, tuple[str, ...]]:
-    """The format that fits a row best, None where it has no required key of any; and the CONTENT that it leaves out."""
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """A format that fits a row, whether the row has all its required keys, and what else of the row is not null.
+
+    left_out: the CONTENT that the format does not read.
+    """
+
+    format: Format
+    whole: bool
+    system: tuple[str, ...]
+    history: tuple[str, ...]
+    tools: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+
+def fit_of(row: Mapping[str, Any], reading: Reading) -> Fit | None:
+    """The format that fits a row best; None where it has no required key of any."""
     filled = tuple([key for key, value in row.items() if value is not None])
     if reading.columns is None:
         return _detected(tuple(row), filled)
-    return _fitting(tuple(row), filled, (_named(reading),))
+    return _fit(tuple(row), filled, (_named(reading),))
 
 
 @lru_cache(1024)  # a file has few sets of keys; trying all formats takes longer than the rest of a row
-def _detected(keys: tuple[str, ...], filled: tuple[str, ...]) -> tuple[Format | None, tuple[str, ...]]:
+def _detected(keys: tuple[str, ...], filled: tuple[str, ...]) -> Fit | None:
     strong = tuple(format for format in FORMATS if not format.weak)
     whole = any(all(key in keys for key in format.required) for format in strong)
-    return _fitting(keys, filled, strong if whole else FORMATS)
+    return _fit(keys, filled, strong if whole else FORMATS)
 
 
-def _fitting(
-    keys: Collection[str], filled: Collection[str], formats: Sequence[Format]
-) -> tuple[Format | None, tuple[str, ...]]:
+def _fit(keys: Collection[str], filled: Collection[str], formats: Sequence[Format]) -> Fit | None:
     best = max(formats, key=lambda format: format.fit(keys, filled))
     if not any(key in keys for key in best.required):
-        return None, ()
-    return best, tuple(key for key in CONTENT if key in filled and key not in best.keys)
+        return None
+
+    def given(names: Sequence[str]) -> tuple[str, ...]:
+        return tuple(name for name in names if name in filled)
+
+    return Fit(
+        best,
+        whole=all(key in keys for key in best.required),
+        system=given(best.system),
+        history=given(best.history),
+        tools=given(best.tools),
+        left_out=given([key for key in CONTENT if key not in best.keys]),
+    )
 
 
 def _named(reading: Reading) -> Format:

@@ -12,7 +12,7 @@ from itertools import takewhile
 from typing import Any
 
 from scorer.config import Reading
-from scorer.data.columns import Format, as_row, format_of
+from scorer.data.columns import Fit, Format, as_row, fit_of
 from scorer.data.messages import Spoken, parsed_json, read_marked_text, read_messages, split_reasoning, text_fault
 from scorer.data.reader import RawRecord
 from scorer.types import Message, Record, RowStatus, Turn
@@ -32,38 +32,39 @@ def to_record(raw: RawRecord, reading: Reading) -> Record:
     if raw.status is not RowStatus.OK:
         return Record(raw.record_id, raw.source, status=raw.status)
     row = as_row(raw.value)
-    format, content = format_of(row, reading) if row else (None, ())
-    if row is None or format is None:
+    fit = fit_of(row, reading) if row else None
+    if row is None or fit is None:
         named = reading.columns is not None and isinstance(raw.value, dict)
         status = RowStatus.MISSING_FIELD if named else RowStatus.UNKNOWN_FORMAT
         return Record(raw.record_id, raw.source, status=status)
-    left_out = [name for name in content if row[name] not in ("", [], {})]
-    turns = _one_turn(row, format, reading) or _turns(row, format, reading, left_out)
-    tools = _tools(_value(row, format.tools), left_out)
+    left_out = [name for name in fit.left_out if row[name] not in ("", [], {})] if fit.left_out else []
+    turns = _one_turn(row, fit, reading) or _turns(row, fit, reading, left_out)
+    tools = _tools(_value(row, fit.tools), left_out) if fit.tools else ()
     if isinstance(turns, RowStatus):
-        return Record(raw.record_id, raw.source, (), turns, format.name, tuple(left_out))
-    return Record(raw.record_id, raw.source, turns, RowStatus.OK, format.name, tuple(left_out), tools)
+        return Record(raw.record_id, raw.source, (), turns, fit.format.name, tuple(left_out))
+    return Record(raw.record_id, raw.source, turns, RowStatus.OK, fit.format.name, tuple(left_out), tools)
 
 
 def _value(row: Mapping[str, Any], keys: Sequence[str]) -> Any:
-    """The first value that is not None, an empty list or blank text; else None."""
+    """The first value that is neither null, an empty list nor blank text; else None."""
     for key in keys:
-        value = row.get(key) if key else None  # a column may have an empty name
+        value = row[key]
         if value is not None and value != [] and not (isinstance(value, str) and not value.strip()):
             return value
     return None
 
 
-def _one_turn(row: Mapping[str, Any], format: Format, reading: Reading) -> tuple[Turn, ...] | RowStatus | None:
+def _one_turn(row: Mapping[str, Any], fit: Fit, reading: Reading) -> tuple[Turn, ...] | RowStatus | None:
     """The turn of a row that is one prompt and one response, as most are; None for any other."""
+    format = fit.format
     prompt, response = row.get(format.prompt), row.get(format.response)
     if not format.response or isinstance(prompt, list | dict) or isinstance(response, list | dict):
         return None
-    if _value(row, format.history) is not None:
+    if fit.history and _value(row, fit.history) is not None:
         return None
-    if any(key not in row for key in format.required):
+    if not fit.whole:
         return RowStatus.MISSING_FIELD
-    system, extra = _value(row, format.system), row.get(format.input) if format.input else None
+    system, extra = _value(row, fit.system), row.get(format.input) if format.input else None
     extra = "" if extra is None else extra
     faults = [fault for fault in map(text_fault, (prompt, extra, response)) if fault]
     if faults or prompt is None or response is None:
@@ -80,15 +81,14 @@ def _one_turn(row: Mapping[str, Any], format: Format, reading: Reading) -> tuple
     return (Turn((user,) if system is None else (Message("system", system), user), response, extra),)
 
 
-def _turns(
-    row: Mapping[str, Any], format: Format, reading: Reading, left_out: list[str]
-) -> tuple[Turn, ...] | RowStatus:
+def _turns(row: Mapping[str, Any], fit: Fit, reading: Reading, left_out: list[str]) -> tuple[Turn, ...] | RowStatus:
+    format = fit.format
     if any(row.get(key) is None for key in format.required if key != format.input):
         return RowStatus.MISSING_FIELD
-    system = _value(row, format.system)
+    system = _value(row, fit.system)
     if system is not None and (fault := text_fault(system)):
         return fault
-    history = _value(row, format.history)
+    history = _value(row, fit.history)
     earlier = [] if history is None else read_messages(history)
     if isinstance(earlier, RowStatus):
         return earlier

@@ -33,10 +33,12 @@ class SpecialTokens:
         self._special = re.compile(f"({'|'.join(map(re.escape, sorted(self.tokens, key=len, reverse=True)))})")
 
     def held(self, texts: Iterable[str]) -> bool:
-        """Whether a text holds one."""
-        return any(
-            token in text for text in texts if any(first in text for first in self._first) for token in self.tokens
-        )
+        """Whether one of the texts holds one."""
+        for text in texts:
+            for first in self._first:  # most texts hold no character that one begins with
+                if first in text and any(token in text for token in self.tokens):
+                    return True
+        return False
 
     def hide(self, value: Any) -> Any:
         """A text with its special tokens hidden; or a dict or list with those of all its texts."""

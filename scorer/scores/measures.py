@@ -75,10 +75,10 @@ def score_table(
             "alone_tokens": tokens[ALONE],
             "nll_conditioned": nll[CONDITIONED],
             "nll_alone": nll[ALONE],
-            "format": pl.Series(turns.formats, dtype=pl.String),
-            "response": pl.Series(turns.responses, dtype=pl.String),
-            "left_out": pl.Series(turns.left_out, dtype=pl.String),
-            "special_tokens": pl.Series(turns.special_tokens, dtype=pl.Boolean),
+            "format": pl.Series(turns.formats.tolist(), dtype=pl.String),
+            "response": pl.Series(turns.responses.tolist(), dtype=pl.String),
+            "left_out": pl.Series(turns.left_out.tolist(), dtype=pl.String),
+            "special_tokens": turns.special_tokens,
         }
     )
     mean_conditioned = pl.col("nll_conditioned") / pl.col("response_tokens")

@@ -95,17 +95,17 @@ def test_thoughts_of_the_data_are_response_once_and_not_history() -> None:
 def test_thoughts_that_the_template_drops_are_said_to_be_left_out() -> None:
     row = talk("q", "<think>hm</think>a")
     assert scored(DROPS, row) == [("<user>q</><assistant>", "a")]
-    assert encode(DROPS, row)[0].left_out == ["reasoning"]
+    assert encode(DROPS, row)[0].left_out.tolist() == ["reasoning"]
     table, batch = encode(DROPS, row, reasoning="apart")
     assert statuses(table) == ["chat_template_error", "ok"]
     assert len(batch) == 2
     # a template that does not know the field gets the thoughts as text, and here drops them, too
-    assert encode(DROPS, talk("q", "a", reasoning_content="hm"))[0].left_out == ["reasoning"]
+    assert encode(DROPS, talk("q", "a", reasoning_content="hm"))[0].left_out.tolist() == ["reasoning"]
     plain = START + "{{ m.content }}</>" + END
     assert scored(plain, talk("q", "a", reasoning_content="hm")) == [
         ("<user>q</><assistant>", "<think>\nhm\n</think>\n\na")
     ]
-    assert encode(plain, talk("q", "a", reasoning_content="hm"))[0].left_out == [None]
+    assert encode(plain, talk("q", "a", reasoning_content="hm"))[0].left_out.tolist() == [None]
 
 
 def test_tool_calls_are_what_the_template_makes_of_them() -> None:
@@ -118,7 +118,7 @@ def test_tool_calls_are_what_the_template_makes_of_them() -> None:
         (called, "CALL Bonn<call>"),
         (called + "CALL Bonn<call><tool>sunny</><assistant>", "a"),
     ]
-    assert encode(CALLS, row)[0].left_out == [None, None]
+    assert encode(CALLS, row)[0].left_out.tolist() == [None, None]
     as_json = CALLS.replace("arguments.values() | first", "arguments + '!'")  # it takes JSON
     assert [response for _, response in scored(as_json, row)] == ['CALL {"city": "Bonn"}!<call>', "a"]
     null = CALLS.replace("if m.tool_calls", "if m.content is none")  # it takes a content of null for a call
@@ -126,7 +126,7 @@ def test_tool_calls_are_what_the_template_makes_of_them() -> None:
     # a template that knows neither calls nor tools gets the calls as JSON
     plain = START + "{{ m.content }}</>" + END
     assert [response for _, response in scored(plain, row)] == ['{"name": "sky", "arguments": {"city": "Bonn"}}', "a"]
-    assert encode(plain, row)[0].left_out == ["tools", "tools"]
+    assert encode(plain, row)[0].left_out.tolist() == ["tools", "tools"]
 
 
 def test_a_template_that_asks_for_the_date_gets_that_of_the_run() -> None:

@@ -72,10 +72,10 @@ def turn_table(turns: Sequence[EncodedTurn]) -> TurnTable:
         np.array([t.turn for t in turns], np.int32),
         np.array([CODES[t.status] for t in turns], np.uint8),
         np.array([-1 if t.prompt_tokens is None else t.prompt_tokens for t in turns], np.int32),
-        [None] * len(turns),
-        [None] * len(turns),
-        [None] * len(turns),
-        [False] * len(turns),
+        np.full(len(turns), None),
+        np.full(len(turns), None),
+        np.full(len(turns), None),
+        np.zeros(len(turns), bool),
     )
 
 
