@@ -1,7 +1,7 @@
 """The inputs of a run as one sequence of records: what identifies each file, how many rows it has, and its rows.
 
 Each file is opened once and hashed, counted and checked in one pass; reading its rows later uses the same open file,
-the same copy of an object, and the same parse of a JSON array.
+the same copy of an object, and the same parse of a JSON document.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ from types import TracebackType
 from typing import Any, Self
 
 from scorer.data.formats import known_suffix
-from scorer.data.reader import InputReader, RawRecord, Rows, check_input, read_errors
+from scorer.data.raw import RawRecord, Rows
+from scorer.data.reader import InputReader, check_input
 from scorer.data.records import fits_format, to_record, unknown_format
+from scorer.data.streams import read_errors
 from scorer.storage.paths import absolute, is_remote, object_info, to_path
 from scorer.types import Record, ScorerError
 
 OPEN_FILES = 64  # of one dataset; an input beyond them is opened again when it is read again
-KEPT_ARRAY_BYTES = 256 << 20  # on disk: JSON arrays up to it stay parsed (five times that) from counting to reading
+KEPT_ARRAY_BYTES = 256 << 20  # on disk: JSON documents up to it stay parsed (five times that) from counting to reading
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +90,8 @@ class Dataset:
     """The files `paths`, read in order as one sequence of rows, up to `limit` of them.
 
     columns: COLUMNS of scorer.config -> the data's names; None detects them. inputs, counts: what `inspect` found
-    earlier. A path that can't be an input raises ScorerError at once.
+    earlier. records_at: the key of the records in JSON files that hold an object, such as "data" or "result.rows". A
+    path that can't be an input raises ScorerError at once.
     """
 
     def __init__(
@@ -97,12 +100,13 @@ class Dataset:
         *,
         columns: Mapping[str, str] | None = None,
         limit: int | None = None,
+        records_at: str | None = None,
         inputs: Sequence[InputFile] = (),
         counts: Sequence[int] = (),
     ):
         self._paths = [to_path(path) for path in paths]
         self.paths = list(map(str, paths))
-        self.columns, self.limit = columns, limit
+        self.columns, self.limit, self.records_at = columns, limit, records_at
         self.inputs, self.counts = tuple(inputs), tuple(counts)
         self._readers: dict[int, InputReader] = {}
         for path in self._paths:
@@ -132,7 +136,7 @@ class Dataset:
             self.counts = tuple(counts)
             return
         self.inputs = self.counts = ()
-        kept = 0  # bytes on disk of arrays that are held
+        kept = 0  # bytes on disk of JSON documents that are held
         for number, path in enumerate(self._paths):
             left = None if self.limit is None else self.limit - sum(self.counts)
             if left is not None and left <= 0:
@@ -140,7 +144,7 @@ class Dataset:
                 continue
             found = _stat(path)
             kept += found.size
-            scan = self._reader(number).scan(fits_format(self.columns), left, keep=kept <= KEPT_ARRAY_BYTES)
+            scan = self._reader(number).scan(left, keep=kept <= KEPT_ARRAY_BYTES)
             if scan.first is not None and not scan.fits:
                 raise unknown_format(path, scan.first, self.columns)
             self.inputs += (found if found.etag else replace(found, size=scan.size, sha256=scan.sha256),)
@@ -186,7 +190,8 @@ class Dataset:
             # Copies of objects may take half of the space that was free in the temporary folder.
             while len(self._readers) == OPEN_FILES or self._copied_bytes() > _free_bytes():
                 self._readers.pop(next(iter(self._readers))).close()
-            self._readers[number] = InputReader(self._paths[number])
+            fits = fits_format(self.columns)
+            self._readers[number] = InputReader(self._paths[number], fits=fits, records_at=self.records_at)
         return self._readers[number]
 
     def _copied_bytes(self) -> int:
