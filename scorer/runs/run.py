@@ -22,6 +22,7 @@ from typing import Any
 from scorer.config import SERVERS, Cluster, ScoreConfig
 from scorer.data.dataset import Dataset, inspect_input
 from scorer.data.encode import Encoder
+from scorer.data.inputs import input_files
 from scorer.engines.choose import (
     check_engine,
     check_length,
@@ -41,7 +42,7 @@ from scorer.runs.manifest import Manifest, differences
 from scorer.runs.progress import Progress, Silent
 from scorer.runs.shards import Executor, Job, check_scored, open_encoder, statuses
 from scorer.storage.atomic import replacing
-from scorer.storage.paths import exists, expand, local_copy, to_path
+from scorer.storage.paths import exists, local_copy, to_path
 from scorer.types import ScorerError
 
 MANIFEST_SECONDS = 1.0  # between two writings: a store takes longer for one than a GPU for a shard
@@ -64,11 +65,11 @@ def score(
 ) -> Run:
     """Score every record of `data` and return its run directory; the same call again resumes an unfinished one.
 
-    data: JSON, JSON Lines or Parquet files, or s3:// URLs of them; "-" is standard input; or the Dataset of another
-    run, which is not hashed and counted again. output: the run directory, or an s3:// URL; None chooses one under
-    `scorer-runs`, by the first file's name and what is computed. fresh: discard what an earlier run left there. strict:
-    the first record that can't be scored raises. cluster: score on Ray, and not in this process. options: the fields of
-    ScoreConfig.
+    data: files, folders, patterns, s3:// URLs or datasets on the hub, as `scorer.data.inputs.input_files` takes them;
+    "-" is standard input; or the Dataset of another run, which is not hashed and counted again. output: the run
+    directory, or an s3:// URL; None chooses one under `scorer-runs`, by the first file's name and what is computed.
+    fresh: discard what an earlier run left there. strict: the first record that can't be scored raises. cluster: score
+    on Ray, and not in this process. options: the fields of ScoreConfig.
 
     Raises ScorerError for input, options or a directory that the user has to mend, EngineError where the machine
     failed; the shards scored until then stay.
@@ -119,7 +120,7 @@ def _open_dataset(
         if (data.columns, data.limit) != (config.columns, config.limit):
             raise ScorerError("columns, limit: a Dataset has its own; give the same, or its files")
         return data
-    paths = [name for path in ([data] if isinstance(data, str | Path) else data) for name in expand(str(path))]
+    paths = [name for path in ([data] if isinstance(data, str | Path) else data) for name in input_files(str(path))]
     if not paths:
         raise ScorerError("no data: name at least one file, or - for standard input")
     return Dataset(spool(paths, output, fresh=fresh), columns=config.columns, limit=config.limit)
