@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
 
-from scorer.data.layout import CARD, GLOBS, chosen_files, matching, read_card
+from scorer.data.layout import CARD, chosen_files, is_pattern, matching, read_card
 from scorer.types import EngineError, ScorerError
 
 SCHEME = "hf://"
@@ -62,7 +62,7 @@ def _wanted(
         files = matching(inside, files)
         if not files:
             raise ScorerError(f"{address}: the dataset has no such file; see https://huggingface.co/datasets/{name}")
-        if inside in files or any(mark in inside for mark in (*GLOBS, "[")):
+        if inside in files or is_pattern(inside):
             if split is not None or subset is not None:
                 raise ScorerError(f"{address}: names the files itself: leave out --split and --subset")
             return files

@@ -34,10 +34,16 @@ def is_data(file: str) -> bool:
 
 
 def matching(pattern: str, files: Collection[str]) -> list[str]:
-    """The paths, sorted, that a glob pattern matches, or that lie in the folder it names; ** is any folders."""
-    parts = (GLOBS.get(part) or _literal(part) for part in GLOB.findall(pattern.removeprefix("./").rstrip("/")))
-    regex = re.compile("".join(parts) + "(?:/.*)?")
+    """The paths, sorted, that a glob pattern matches (** is any folders), or that lie in the folder it names."""
+    pattern = pattern.removeprefix("./").rstrip("/")
+    parts = [GLOBS.get(part) or _literal(part) for part in GLOB.findall(pattern)]
+    regex = re.compile("".join(parts) + ("" if is_pattern(pattern) else "(?:/.*)?"))
     return sorted(filter(regex.fullmatch, files))
+
+
+def is_pattern(path: str) -> bool:
+    """Whether a path has characters that match others."""
+    return any(mark in path for mark in "*?[")
 
 
 def _literal(part: str) -> str:

@@ -171,13 +171,16 @@ def test_splits_by_the_names_of_files(files: list[str], split: str | None, expec
 FILES = ["README.md", "a/train-1.json", "a/train-0.json", "a/test.json", "b/train.csv", "b/deep/more.csv", "c.zip"]
 CARD = {
     "configs": [
-        {"config_name": "a", "data_files": [{"split": "train", "path": "a/train-*"}, {"split": "test", "path": ["a/test.*"]}]},
+        {
+            "config_name": "a",
+            "data_files": [{"split": "train", "path": "a/train-*"}, {"split": "test", "path": ["a/test.*"]}],
+        },
         {"config_name": "b", "data_dir": "b", "data_files": {"all": ["train.csv", "**/m*.csv"]}},
         {"config_name": "c", "data_files": "c.zip"},
         {"config_name": "d", "data_dir": "a"},
         {"config_name": "e", "data_files": ["b"]},
     ]
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(
