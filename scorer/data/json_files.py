@@ -53,10 +53,10 @@ class JsonRows(FileRows):
             is_lines, head, stream = self._sniff(self.source.file)
             if is_lines:
                 parse = _parse if exact else _parse_fast
-                return (yield from self._line_rows(chain(head, stream), first_id, start, stop, parse))
+                return self._line_rows(chain(head, stream), first_id, start, stop, parse)
             values = self._document(head, stream)
         self._values = None
-        return (yield from self._value_rows(values, first_id, start, stop))
+        return self._value_rows(values, first_id, start, stop)
 
     def _sniff(self, file: BinaryIO) -> tuple[bool, list[bytes], Iterator[bytes]]:
         """Whether the file has one record a line, the lines that were read to tell, and the rest, decompressed."""

@@ -68,8 +68,7 @@ class ArrowRows(FileRows):
                 for row in range(max(0, skip - offset), end, BATCH_ROWS):
                     part = batch.slice(row, min(BATCH_ROWS, end - row))
                     part.validate(full=True)  # Polars trusts the offsets of texts: false ones would end the process
-                    frame = pl.DataFrame(pl.from_arrow(part, rechunk=False))
-                    for number, value in enumerate(frame.iter_rows(named=True), offset + row):
+                    for number, value in enumerate(self._frame(part).iter_rows(named=True), offset + row):
                         yield RawRecord(first_id + number, f"{self.source.path}[{number}]", value)
                 offset += end
                 if last is not None and offset >= last:
@@ -87,6 +86,13 @@ class ArrowRows(FileRows):
             else:
                 mapped.seek(0)
                 yield from pa.ipc.open_stream(mapped)
+
+    def _frame(self, batch: Any) -> pl.DataFrame:
+        try:
+            return pl.DataFrame(pl.from_arrow(batch, rechunk=False))
+        except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+            problem = f"a column has a type that Polars can't read ({first_line(error)[:120]})"
+            raise ScorerError(f"{self.source.path}: {problem}; leave it out, or write another type") from error
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:

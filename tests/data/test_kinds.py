@@ -134,6 +134,15 @@ def test_damaged_arrow(tmp_path: Path, make: Any) -> None:
         assert "truncated or damaged" in refusal(path, content)
 
 
+def test_an_arrow_column_that_has_no_python_value(tmp_path: Path) -> None:
+    spans = pa.RunEndEncodedArray.from_arrays(pa.array([1], pa.int32()), pa.array(["a"]))
+    table = pa.table({"instruction": ["Say it."], "output": ["It."], "spans": spans})
+    with pa.ipc.new_stream(tmp_path / "whole.arrow", table.schema) as writer:
+        writer.write_table(table)
+    told = refusal(tmp_path / "data.arrow", (tmp_path / "whole.arrow").read_bytes())
+    assert told.startswith("a column has a type that Polars can't read")
+
+
 # One object on one line of JSON Lines is a record, whatever it holds.
 @pytest.mark.parametrize(("suffix", "indent"), [(".json", None), (".json", 1), (".jsonl", 1), (".json.gz", None)])
 @pytest.mark.parametrize(
