@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterable, Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from scorer.data.formats import check_signature, plain
-from scorer.data.raw import FileRows, Found, RawRecord, Rows
+from scorer.data.raw import FileRows, Found, RawRecord, Rows, count_and_look
 from scorer.data.streams import decompressed
 from scorer.types import ScorerError
 
@@ -27,14 +26,11 @@ class CsvRows(FileRows):
 
     def scan(self, file: BinaryIO, limit: int | None, *, keep: bool) -> Found:
         """Count the rows: all are read, so that a fault in any of them shows here."""
-        rows = self._read(file)
-        count, first, found = 0, None, False
-        for count, value in enumerate(islice(rows, limit), 1):
-            raw = RawRecord(count - 1, f"{self.source.path}[{count - 1}]", value)
-            first, found = first or raw, self.source.fits(raw)
-            if found:
-                break
-        return Found(count + sum(1 for _ in rows), first, found)
+
+        def raw(row: int, value: dict[str, str]) -> RawRecord:
+            return RawRecord(row, f"{self.source.path}[{row}]", value)
+
+        return count_and_look(self._read(file), raw, limit, self.source.fits)
 
     def rows(self, first_id: int, start: int, stop: int | None, *, exact: bool) -> Rows:
         """The rows. Those before `start` are split into cells, since a cell may hold the end of a line."""

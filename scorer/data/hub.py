@@ -22,7 +22,7 @@ PREFIX = "hf://datasets/"
 NAME = r"(?P<name>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>refs/(?:convert|pr)/[^/]+|[^/]+))?"
 SHORT = re.compile(NAME)
 ADDRESS = re.compile(rf"{PREFIX}{NAME}(?:/(?P<inside>.+))?")
-TIMEOUT = 20.0  # seconds, for the request that lists a dataset's files
+TIMEOUT = 10.0  # seconds, for the request that lists a dataset's files
 PART = re.compile(r"(.*)-\d{5}-of-(\d{5})(\.\w+)")
 
 

@@ -8,18 +8,18 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain, islice
+from itertools import chain
 from typing import Any, BinaryIO
 
 import orjson
 
 from scorer.data.formats import check_signature, first_line, is_array
-from scorer.data.raw import FileRows, Found, RawRecord, Rows, first_fit
+from scorer.data.raw import FileRows, Found, RawRecord, Rows, count_and_look, first_fit
 from scorer.data.streams import decompressed
 from scorer.types import RowStatus, ScorerError
 
 BOM = b"\xef\xbb\xbf"
-BLANK = re.compile(r"[ \t\n\r]*")  # what JSON allows between values
+FILLED = re.compile(r"[^ \t\n\r]")  # the others may stand between values
 
 _Parsed = tuple[Any, RowStatus, bytes | None]  # value, status and line of a RawRecord
 
@@ -37,14 +37,11 @@ class JsonRows(FileRows):
             values = self._document(head, stream)
             self._values = values if keep else None
             return Found(len(values), *first_fit(self._value_rows(values, 0, 0, limit), self.source.fits))
-        first, found, count = None, False, 0
-        lines = _numbered(chain(head, stream))
-        for count, (number, line) in enumerate(islice(lines, limit), 1):
-            raw = RawRecord(count - 1, f"{self.source.path}:{number}", *_parse_fast(line))
-            first, found = first or raw, self.source.fits(raw)
-            if found:
-                break
-        return Found(count + sum(1 for _ in lines), first, found)
+
+        def parsed(record_id: int, numbered: tuple[int, bytes]) -> RawRecord:
+            return RawRecord(record_id, f"{self.source.path}:{numbered[0]}", *_parse_fast(numbered[1]))
+
+        return count_and_look(_numbered(chain(head, stream)), parsed, limit, self.source.fits)
 
     def rows(self, first_id: int, start: int, stop: int | None, *, exact: bool) -> Rows:
         """The records. Unless `exact`, lines are parsed faster."""
@@ -100,7 +97,7 @@ class JsonRows(FileRows):
 
     def _document(self, head: list[bytes], stream: Iterator[bytes]) -> list[Any]:
         """The records of a document, which is parsed whole."""
-        path, at = self.source.path, self.source.records_at
+        path = self.source.path
         data = b"".join((*head, *stream))
         if not data.strip():
             return []
@@ -111,7 +108,7 @@ class JsonRows(FileRows):
                 "or name it .csv if it is CSV"
             )
         try:
-            values = _values_of(data.decode("utf-8"))
+            return self._records(_values_of(data.decode("utf-8")))
         except UnicodeDecodeError as error:
             number = data.count(b"\n", 0, error.start) + 1
             raise ScorerError(f"{path}: is not UTF-8 at line {number}; save it as UTF-8") from error
@@ -121,6 +118,10 @@ class JsonRows(FileRows):
         except (ValueError, RecursionError) as error:
             problem = first_line(error)
             raise ScorerError(f"{path}: JSON that cannot be read ({problem}); write one record a line") from error
+
+    def _records(self, values: list[Any]) -> list[Any]:
+        """The records in the values of a document, of which there is one at least."""
+        path, at = self.source.path, self.source.records_at
         if len(values) > 1 or not isinstance(values[0], dict):
             if at is not None:
                 what = "several JSON values" if len(values) > 1 else "an array, not an object around one"
@@ -166,12 +167,10 @@ def _lists(document: dict[str, Any], before: str = "") -> Iterator[tuple[str, li
 
 def _values_of(text: str) -> list[Any]:
     """The JSON values that follow one another in a text."""
-    decoder, values = json.JSONDecoder(), []
-    position = BLANK.match(text).end()  # type: ignore[union-attr]  # it matches the empty text
-    while position < len(text):
-        value, position = decoder.raw_decode(text, position)
+    decoder, values, position = json.JSONDecoder(), [], 0
+    while found := FILLED.search(text, position):
+        value, position = decoder.raw_decode(text, found.start())
         values.append(value)
-        position = BLANK.match(text, position).end()  # type: ignore[union-attr]
     return values
 
 

@@ -6,10 +6,11 @@ The readers are in json_files, csv_files and tables; scorer.data.reader chooses 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, NamedTuple
+from typing import Any, BinaryIO, ClassVar, NamedTuple, TypeVar
 
 from scorer.types import RowStatus
 
@@ -30,6 +31,7 @@ class RawRecord(NamedTuple):
 
 
 Rows = Generator[RawRecord, None, int]  # returns the record id after the file's last row
+Item = TypeVar("Item")
 Fits = Callable[[RawRecord], bool]  # whether a row is a sample, of a format that is known
 
 
@@ -72,6 +74,19 @@ class FileRows(ABC):
     @abstractmethod
     def rows(self, first_id: int, start: int, stop: int | None, *, exact: bool) -> Rows:
         """As `scorer.data.reader.InputReader.rows`."""
+
+
+def count_and_look(
+    items: Iterator[Item], to_row: Callable[[int, Item], RawRecord], limit: int | None, fits: Fits
+) -> Found:
+    """Count items, and make rows of the first `limit` until one fits: `to_row` takes the record id and the item."""
+    first, found, count = None, False, 0
+    for count, item in enumerate(islice(items, limit), 1):
+        raw = to_row(count - 1, item)
+        first, found = first or raw, fits(raw)
+        if found:
+            break
+    return Found(count + sum(1 for _ in items), first, found)
 
 
 def first_fit(rows: Iterable[RawRecord], fits: Fits) -> tuple[RawRecord | None, bool]:

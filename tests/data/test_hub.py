@@ -122,7 +122,7 @@ class Handler(BaseHTTPRequestHandler):
         revision = next((known for known in allowed if at.startswith(f"{known}/")), None)
         if revision is None:
             return 404, "RevisionNotFound", b""
-        if name == "org/gated":
+        if name == "org/gated" and self.headers["Authorization"] != "Bearer hf_member":
             return 403, "GatedRepo", b""
         content = files.get(at.removeprefix(f"{revision}/"))
         return (404, "EntryNotFound", b"") if content is None else (200, "", content)
@@ -214,6 +214,11 @@ def test_what_the_user_has_to_mend(hub: Hub, tmp_path: Path) -> None:
         assert one.startswith(f"2 {path}: "), one
         assert told in one
         assert "\n" not in one
+
+
+def test_a_token_opens_a_gated_dataset(hub: Hub, tmp_path: Path) -> None:
+    (found,) = hub.look(tmp_path, ("org/gated", {}), HF_TOKEN="hf_member")
+    assert names(found) == ["train.jsonl"]
 
 
 def test_local_names_are_not_asked_for(hub: Hub, tmp_path: Path) -> None:

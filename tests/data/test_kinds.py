@@ -197,6 +197,10 @@ def test_records_at_is_not_ignored(tmp_path: Path) -> None:
     assert "is for JSON files: leave it out" in refusal(tmp_path / "d.csv", "instruction,output\n", records_at="a")
 
 
+def test_objects_that_are_nested_too_deep(tmp_path: Path) -> None:
+    assert "cannot be read" in refusal(tmp_path / "data.json", '{"a": \n' * 990 + "1" + "}" * 990)
+
+
 def test_several_values_that_are_not_all_objects(tmp_path: Path) -> None:
     assert "not all objects" in refusal(tmp_path / "data.json", "{\n}\n[2]")
 
