@@ -136,8 +136,12 @@ class JsonRows(FileRows):
         path = self.source.path
         found = dict(_lists(document))
         top = [name for name in found if name in document]
-        if not found or self.source.fits(RawRecord(0, f"{path}[0]", document)):
+        if self.source.fits(RawRecord(0, f"{path}[0]", document)):
             return [document]
+        if not found:
+            if any(isinstance(value, str) for value in document.values()):
+                return [document]  # of a format that is not known, unless the user names its columns
+            raise ScorerError(f"{path}: an object without records: no list of objects is in it; write [record, ...]")
         if len(top) != 1:
             where, one = ", ".join(found), next(iter(found))
             raise ScorerError(f"{path}: an object with lists of records at {where}: choose one, --records-at {one}")

@@ -36,7 +36,7 @@ def read_errors(path: Path) -> Iterator[None]:
     except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
         raise ScorerError(f"{path}: cannot be decompressed ({error}); {DAMAGED}") from error
     except pl.exceptions.PolarsError as error:
-        raise ScorerError(f"{path}: cannot be read as a table ({first_line(error)}); {DAMAGED}") from error
+        raise ScorerError(f"{path}: cannot be read as Parquet ({first_line(error)}); {DAMAGED}") from error
     except OSError as error:
         raise ScorerError(f"{path}: cannot be read ({error.strerror or first_line(error)}); check the file") from error
 

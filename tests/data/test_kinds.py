@@ -183,8 +183,10 @@ def test_objects_one_after_another(tmp_path: Path) -> None:
         ({"train": [SAMPLE]}, "rows", "--records-at rows: no list is there; lists of objects are at: train"),
         ({"train": {"a": 1}}, "train", "no list is there; lists of objects are at: nowhere"),
         ([SAMPLE], "train", "holds an array, not an object around one: leave out --records-at train"),
-        ({"data": [1, 2]}, None, "its first row holds data"),
-        ({}, None, "its first row holds no columns"),
+        ({"question": "a", "notes": []}, None, "its first row holds question, notes"),
+        ({"data": [1, 2]}, None, "no list of objects is in it"),
+        ({"data": []}, None, "no list of objects is in it"),
+        ({}, None, "no list of objects is in it"),
     ],
 )
 def test_objects_in_which_records_are_not_found(tmp_path: Path, content: Any, at: str | None, told: str) -> None:
