@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import click
 from click.core import ParameterSource
 
-from scorer.config import Cluster, ClusterConfig, ScoreConfig, Training
+from scorer.config import Cluster, ClusterConfig, Part, ScoreConfig, Training
 from scorer.options import DATA, GROUPS, OUTPUT, SELECTION, OptionInfo, describe
 from scorer.selection.config import SelectConfig
 from scorer.types import ScorerError
@@ -161,15 +161,17 @@ def cli() -> None:
 
 @cli.command()
 @data_argument
+@options_of(Part)
 @options_of(ScoreConfig)
 @strict_option
 @options_of(Cluster, address=None)
 @run_option
 @fresh_option
 def score(data: tuple[str, ...], output: str, **options: Any) -> None:
-    """Score DATA (JSON, JSON Lines, Parquet; - is standard input) into the directory RUN.
+    """Score DATA into the directory RUN.
 
-    DATA and RUN may be s3:// URLs. The same command again resumes an unfinished run.
+    DATA is files of JSON, JSON Lines, CSV, Parquet or Arrow, patterns or folders of them, ORG/NAME on the Hugging Face
+    hub, or - for standard input. DATA and RUN may be s3:// URLs. The same command again resumes an unfinished run.
     """
     _score(data, output, options)
 
@@ -186,6 +188,7 @@ def select(run: str, output: str, **options: Any) -> None:
 
 @cli.command(name="filter")
 @data_argument
+@options_of(Part)
 @options_of(ScoreConfig)
 @strict_option
 @options_of(Cluster, address=None)
@@ -199,17 +202,18 @@ def filter_(data: tuple[str, ...], output: str, run: str | None, **options: Any)
 
     What needs clusters (--per-cluster, --diverse) is for scorer select, after scorer cluster.
     """
-    from scorer.runs.run import spool
+    from scorer.runs.sources import files_of, spool
     from scorer.selection.export import check_apart, check_measure, check_options
     from scorer.selection.inputs import check_column
 
     selection = _selection(options)
     config = SelectConfig(**selection)
-    check_options(data, output, config)
+    files = files_of(data, Part(**_take(Part, options)))
+    check_options(files, output, config)
     check_measure(config.by, options["protocol"])
     directory = run or f"{output}.run"
     check_apart(directory, [str(path) for path in (output, config.rejected) if path is not None])
-    paths = spool(data, directory, fresh=options["fresh"])
+    paths = spool(files, directory, fresh=options["fresh"])
     check_column(paths, config.per, options["limit"])
     _score(paths, directory, options)
     _select(directory, output, selection)
@@ -219,6 +223,7 @@ def filter_(data: tuple[str, ...], output: str, run: str | None, **options: Any)
 @data_argument
 @flag(DATA, "--runs", "DATA are scores: before training, and after each epoch.")
 @options_of(Training)
+@options_of(Part)
 @options_of(ScoreConfig, without=("protocol",))
 @strict_option
 @run_option

@@ -129,6 +129,14 @@ class Reading:
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """Which part of its input is read, where a dataset has several."""
+
+    split: str | None = option(DATA, None, "Split of a dataset.", unset="train, or the only one")
+    subset: str | None = option(DATA, None, "Subset (configuration) of a dataset.", unset="default, or the only one")
+
+
+@dataclass(frozen=True, slots=True)
 class ScoreConfig:
     """Everything that a score depends on, except the data itself. None means: chosen for the model and device."""
 

@@ -1,7 +1,7 @@
 """The inputs of a run as one sequence of records: what identifies each file, how many rows it has, and its rows.
 
 Each file is opened once and hashed, counted and checked in one pass; reading its rows later uses the same open file,
-the same copy of an object, and the same parse of a JSON array.
+the same copy of an object, and the same parse of a JSON document.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ from typing import Any, Self
 from scorer.config import Reading
 from scorer.data.columns import fits_format, unknown_format
 from scorer.data.formats import known_suffix
-from scorer.data.reader import InputReader, RawRecord, Rows, check_input, read_errors
+from scorer.data.raw import RawRecord, Rows
+from scorer.data.reader import InputReader, check_input
 from scorer.data.records import to_record
+from scorer.data.streams import read_errors
 from scorer.storage.paths import absolute, is_remote, object_info, to_path
 from scorer.types import Record, ScorerError
 
 OPEN_FILES = 64  # of one dataset; an input beyond them is opened again when it is read again
-KEPT_ARRAY_BYTES = 256 << 20  # on disk: JSON arrays up to it stay parsed (five times that) from counting to reading
+KEPT_ARRAY_BYTES = 256 << 20  # on disk: JSON documents up to it stay parsed (five times that) from counting to reading
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +133,7 @@ class Dataset:
         """
         before = {entry.path: entry for entry in known}
         self.inputs, self.counts = (), tuple(counts)
-        kept = 0  # bytes on disk of arrays that are held
+        kept = 0  # bytes on disk of JSON documents that are held
         for number, path in enumerate(self._paths):
             left = None if self.limit is None else self.limit - sum(self.counts)
             if number < len(counts) or (left is not None and left <= 0):
@@ -139,7 +141,7 @@ class Dataset:
                 continue
             found = _stat(path)
             kept += found.size
-            scan = self._reader(number).scan(fits_format(self.reading), left, keep=kept <= KEPT_ARRAY_BYTES)
+            scan = self._reader(number).scan(left, keep=kept <= KEPT_ARRAY_BYTES)
             if scan.first is not None and not scan.fits:
                 raise unknown_format(path, scan.first, self.reading)
             self.inputs += (found if found.etag else replace(found, size=scan.size, sha256=scan.sha256),)
@@ -190,7 +192,8 @@ class Dataset:
             # Copies of objects may take half of the space that was free in the temporary folder.
             while len(self._readers) == OPEN_FILES or self._copied_bytes() > _free_bytes():
                 self._readers.pop(next(iter(self._readers))).close()
-            self._readers[number] = InputReader(self._paths[number])
+            fits, records_at = fits_format(self.reading), self.reading.records_at
+            self._readers[number] = InputReader(self._paths[number], fits=fits, records_at=records_at)
         return self._readers[number]
 
     def _copied_bytes(self) -> int:

@@ -1,4 +1,4 @@
-"""The kinds of files that scorer reads and writes, by their suffixes."""
+"""The kinds of files that scorer reads and writes: their suffixes, and the bytes that they start with."""
 
 from __future__ import annotations
 
@@ -7,27 +7,90 @@ from pathlib import Path
 from scorer.types import ScorerError
 
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
-
-
+CSV_SUFFIXES = (".csv", ".tsv")
+ARROW_SUFFIXES = (".arrow", ".feather", ".ipc")
 COMPRESSIONS = ("", ".gz", ".zst")
 
+WRITTEN = (*(name + packed for packed in COMPRESSIONS for name in JSON_SUFFIXES), ".parquet")
+READ = (*WRITTEN, *(name + packed for packed in COMPRESSIONS for name in CSV_SUFFIXES), *ARROW_SUFFIXES)
 
-SUFFIXES = (*(name + packed for packed in COMPRESSIONS for name in JSON_SUFFIXES), ".parquet")
+KNOWN = (
+    "JSON (.json, .jsonl, .ndjson) and CSV (.csv, .tsv), which may be compressed (.gz, .zst), Parquet (.parquet) and "
+    "Arrow (.arrow, .feather, .ipc)"
+)
+UNPACK, SHEET = "unpack it and name the files in it", "save its sheet as CSV"
+PICKLE = "a pickle may run code when it is opened; save its content as Parquet or JSON Lines"
+DATABASE = "write the rows of a query to Parquet or CSV"
+HINTS = {  # for suffixes that are not read
+    **dict.fromkeys((".xlsx", ".xls", ".ods"), SHEET),
+    **dict.fromkeys((".zip", ".tar", ".tgz", ".tar.gz", ".tar.zst", ".7z", ".rar"), UNPACK),
+    **dict.fromkeys((".bz2", ".xz", ".lz4", ".br"), "decompress it, or compress it with gzip or zstd instead"),
+    **dict.fromkeys((".pkl", ".pickle", ".pt", ".pth", ".joblib"), PICKLE),
+    **dict.fromkeys((".db", ".sqlite", ".sqlite3", ".duckdb"), DATABASE),
+    ".txt": "text has no columns; if each line is a JSON object, name it .jsonl",
+}
+
+SIGNATURES = {  # the first bytes of a file -> what it is, and what to do
+    b"\x1f\x8b": ("gzip", "add .gz to its name"),
+    b"\x28\xb5\x2f\xfd": ("Zstandard", "add .zst to its name"),
+    b"PAR1": ("Parquet", "name it .parquet"),
+    b"ARROW1": ("Arrow", "name it .arrow"),
+    b"FEA1": ("the first version of Feather", "write it again with pyarrow or Polars, as Parquet"),
+    b"PK\x03\x04": ("a ZIP archive or an Excel workbook", f"{UNPACK}, or {SHEET}"),
+    b"BZh9": ("bzip2", HINTS[".bz2"]),
+    b"\xfd7zXZ\x00": ("xz", HINTS[".xz"]),
+    b"SQLite format 3\x00": ("an SQLite database", DATABASE),
+    b"version https://git-lfs": ("a pointer of Git LFS, not the data", "run git lfs pull"),
+    b"<!DOCTYPE html": ("a web page, not the data", "download the file itself"),
+    b"\xff\xfe": ("UTF-16", "convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)"),
+    b"\xfe\xff": ("UTF-16", "convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)"),
+}
+SIGNATURE_BYTES = max(map(len, SIGNATURES))
+EXPECTED = {".gz": "gzip", ".zst": "Zstandard", ".parquet": "Parquet", **dict.fromkeys(ARROW_SUFFIXES, "Arrow")}
 
 
 def known_suffix(path: Path) -> str:
-    """The suffix that says what kind of file it is, such as ".jsonl.gz". Raises ScorerError where it is not known."""
-    known = [suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)]
-    if not known:
-        raise ScorerError(f"{path}: unknown kind of file; rename it to end in one of {', '.join(SUFFIXES)}")
-    return max(known, key=len)
+    """The suffix that says what kind of file an input is, such as ".jsonl.gz". Raises ScorerError if it is not read."""
+    if (suffix := _longest(path.name, READ)) is None:
+        hint = HINTS.get(_longest(path.name, tuple(HINTS)) or "", "convert it to one of these, with Polars for example")
+        raise ScorerError(f"{path}: unknown kind of file: {hint}; scorer reads {KNOWN}")
+    return suffix
+
+
+def written_suffix(path: Path) -> str:
+    """The suffix that says what kind of file an output is to be. Raises ScorerError if it is not written."""
+    if (suffix := _longest(path.name, WRITTEN)) is None:
+        raise ScorerError(f"{path}: unknown kind of file to write; let its name end in one of {', '.join(WRITTEN)}")
+    return suffix
+
+
+def is_input_name(name: str) -> bool:
+    """Whether a file of this name is of a kind that is read."""
+    return _longest(name, READ) is not None
+
+
+def plain(suffix: str) -> str:
+    """A suffix without its compression."""
+    return suffix.removesuffix(".gz").removesuffix(".zst")
 
 
 def is_array(suffix: str) -> bool:
     """Whether a file of this suffix is to hold one JSON array, compressed or not."""
-    return suffix.removeprefix(".json") in COMPRESSIONS
+    return plain(suffix) == ".json"
+
+
+def check_signature(path: Path, suffix: str, start: bytes) -> None:
+    """Raise ScorerError where the first bytes of a file are those of another kind than its suffix says."""
+    expected = next((kind for end, kind in EXPECTED.items() if suffix.endswith(end)), None)
+    for signature, (kind, advice) in SIGNATURES.items():
+        if start.startswith(signature) and kind != expected:
+            raise ScorerError(f"{path}: its content is {kind}, whatever its name says; {advice}")
 
 
 def first_line(error: Exception) -> str:
     """The first line of the error's text."""
     return str(error).partition("\n")[0]
+
+
+def _longest(name: str, suffixes: tuple[str, ...]) -> str | None:
+    return max((suffix for suffix in suffixes if name.lower().endswith(suffix)), key=len, default=None)

@@ -1,82 +1,79 @@
-"""Data that is in memory: a list of rows, a Hugging Face dataset, a pandas or Polars frame, an Arrow table -> a file.
+"""Data in memory (a list of rows, a Hugging Face dataset, a pandas or Polars frame, an Arrow table) -> a file of it.
 
-Scoring reads it as any other file, so a run of it is resumed and selected from like one.
+Scoring reads it as any other file, so its run is resumed and selected from like one.
 """
 
 from __future__ import annotations
 
-import itertools
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from scorer.types import ScorerError
 
-BATCH_ROWS = 10_000  # the same content gives the same file, however it was in batches before
+BATCH_ROWS = 10_000  # of the file, however the data is in batches: the same content gives the same bytes
 
 
 def is_in_memory(data: Any) -> bool:
-    """Whether data is rows or a table, and not paths."""
-    if isinstance(data, str | Path) or data is None:
-        return False
+    """Whether data is rows or a table, and not the paths of files."""
     if isinstance(data, list | tuple):
-        return bool(data) and not all(isinstance(item, str | Path) for item in data)
-    return _is_table(data) or isinstance(data, Iterable)
+        return not all(isinstance(item, str | Path) for item in data)
+    return not isinstance(data, str | Path) and isinstance(data, Iterable)
 
 
 def suffix_of(data: Any) -> str:
-    """The suffix of the file that `write` makes of data in memory."""
+    """The suffix of the kind of file that `write` makes of data in memory."""
     return ".arrow" if _is_table(data) else ".jsonl"
 
 
-def write(data: Any, path: Path) -> None:
+def write(data: Any, file: BinaryIO) -> None:
     """Write data in memory to a file. Raises ScorerError where a row can't be written, naming it."""
     if _is_table(data):
-        _write_arrow(data, path)
+        _write_table(data, file)
         return
-    from scorer.data.writer import RecordWriter
-
-    with RecordWriter(path) as writer:
-        for number, row in enumerate(data):
-            if not isinstance(row, dict | list):
-                raise ScorerError(f"data: row {number} is {type(row).__name__} and not a dict; give a list of dicts")
-            writer.write(row, source=f"row {number} of the data")
+    for number, row in enumerate(data):
+        if not isinstance(row, dict | list):
+            raise ScorerError(f"data: row {number} is a {type(row).__name__} and not a dict; give a list of dicts")
+        try:
+            line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ScorerError(f"data: row {number} can't be JSON ({error}); give values that can") from error
+        file.write(line.encode("utf-8", "backslashreplace"))  # only lone surrogates can't be encoded
 
 
 def _is_table(data: Any) -> bool:
     return hasattr(data, "__arrow_c_stream__") or (hasattr(data, "with_format") and hasattr(data, "num_rows"))
 
 
-def _write_arrow(data: Any, path: Path) -> None:
+def _write_table(data: Any, file: BinaryIO) -> None:
     import pyarrow as pa
 
-    if isinstance(getattr(data, "num_rows", 0), dict):
-        raise ScorerError(f"data: choose one of its splits, {', '.join(data)}")
+    if isinstance(getattr(data, "num_rows", None), dict):
+        raise ScorerError(f"data: choose one of its splits: {', '.join(data)}")
     try:
-        batches = _batches(data)
-        first = next(batches, None)
-        if first is None:
-            raise ScorerError("data: holds no rows; give at least one")
-        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, first.schema) as writer:
-            for batch in itertools.chain([first], batches):
-                writer.write_table(batch)
+        tables = _tables(data)
+        first = next(tables)
+        with pa.ipc.new_stream(file, first.schema) as writer:
+            writer.write_table(first)
+            for table in tables:
+                writer.write_table(table)
     except (pa.ArrowException, TypeError) as error:
         raise ScorerError(f"data: can't be written as Arrow ({error}); give a list of dicts") from error
 
 
-def _batches(data: Any) -> Iterator[Any]:
-    """Tables of BATCH_ROWS rows, the last of fewer."""
+def _tables(data: Any) -> Iterator[Any]:
+    """Arrow tables of BATCH_ROWS rows, the last of fewer; one at least."""
     import pyarrow as pa
 
-    if hasattr(data, "with_format"):  # a dataset, whose rows may be chosen and reordered by indices
+    if hasattr(data, "with_format"):  # a dataset of Hugging Face, which reads what its indices choose
         yield from data.with_format("arrow").iter(batch_size=BATCH_ROWS)
         return
-    held = None
-    for batch in pa.RecordBatchReader.from_stream(data):
-        table = pa.table(batch)
-        held = table if held is None else pa.concat_tables([held, table])
-        while held.num_rows >= BATCH_ROWS:
+    reader = pa.RecordBatchReader.from_stream(data)
+    held = reader.schema.empty_table()
+    for batch in reader:
+        held = pa.concat_tables([held, pa.table(batch)])
+        while held.num_rows > BATCH_ROWS:
             yield held.slice(0, BATCH_ROWS).combine_chunks()
             held = held.slice(BATCH_ROWS)
-    if held is not None and held.num_rows:
-        yield held.combine_chunks()
+    yield held.combine_chunks()

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, Self, cast
 import polars as pl
 import zstandard
 
-from scorer.data.formats import first_line, is_array, known_suffix
+from scorer.data.formats import first_line, is_array, written_suffix
 from scorer.storage.atomic import check_writable, replacing
 from scorer.storage.paths import to_path
 from scorer.types import ScorerError
@@ -31,7 +31,7 @@ class RecordWriter:
 
     def __init__(self, path: str | Path) -> None:
         self.path = to_path(path)
-        self._suffix = known_suffix(self.path)
+        self._suffix = written_suffix(self.path)
         check_writable(self.path)
         self._files = contextlib.ExitStack()
         self._encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=_json_value).encode

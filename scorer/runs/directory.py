@@ -3,6 +3,7 @@
     RUN/manifest.json                see scorer.runs.manifest
     RUN/scores/part-00000.parquet    the score table of the first `shard_rows` records, and so on
     RUN/stdin.jsonl                  what was read from standard input, if it was an input
+    RUN/data.jsonl, data.arrow       the data, if it was in memory
 
 A run directory is a folder, or the objects under an s3:// URL. A shard is whole or absent in either, so the absent ones
 are left to do. The next writer removes what a killed process left half written on a disk.
@@ -32,6 +33,7 @@ MANIFEST = "manifest.json"
 LOCK = ".lock"
 SHARD = re.compile(r"part-\d+\.parquet")
 STDIN = "stdin.jsonl"
+COPIES = (STDIN, "data.jsonl", "data.arrow")  # of what was no file
 CLUSTERS, FLAGS, EMBEDDINGS = "clusters.parquet", "flags.parquet", "embeddings"  # made by `scorer cluster`
 
 
@@ -174,7 +176,7 @@ class Run:
                 self._check = held.enter_context(locked(lock))  # before all else: it is the mark of a run directory
                 if not is_remote(self.path):
                     (self.path / "scores").mkdir(exist_ok=True)
-                for name in (MANIFEST, STDIN, "scores/part-*.parquet"):
+                for name in (MANIFEST, *COPIES, "scores/part-*.parquet"):
                     remove_temporaries(self.path / name)
             except OSError as error:
                 raise storage_error(self.path, error) from error

@@ -8,10 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-import shutil
-import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -20,8 +18,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from scorer.config import SERVERS, Cluster, ScoreConfig
-from scorer.data.dataset import Dataset, inspect_input
+from scorer.config import SERVERS, Cluster, Part, ScoreConfig
+from scorer.data.dataset import Dataset
 from scorer.data.encode import Encoder
 from scorer.engines.choose import (
     check_engine,
@@ -36,15 +34,15 @@ from scorer.models.find import ModelFiles, find_model
 from scorer.models.load import choose_device
 from scorer.protocols import PROTOCOLS
 from scorer.requirements import require
-from scorer.runs.directory import STDIN, Run
+from scorer.runs.directory import Run
 from scorer.runs.local import score_locally
 from scorer.runs.manifest import Manifest, differences
 from scorer.runs.progress import Progress, Silent
 from scorer.runs.shards import Executor, Job, check_scored, open_encoder, statuses
+from scorer.runs.sources import RUNS, open_dataset
 from scorer.scores.measures import LABELS
 from scorer.scores.summary import count_rows
-from scorer.storage.atomic import replacing
-from scorer.storage.paths import exists, expand, local_copy, to_path
+from scorer.storage.paths import to_path
 from scorer.types import ScorerError
 
 MANIFEST_SECONDS = 1.0  # between two writings: a store takes longer for one than a GPU for a shard
@@ -56,7 +54,7 @@ RESUMABLE_FIELDS = ("batch_tokens", "model", "limit", "tensor_parallel_size", "g
 
 
 def score(
-    data: str | Path | Sequence[str | Path] | Dataset,
+    data: Any,
     output: str | Path | None = None,
     *,
     fresh: bool = False,
@@ -67,21 +65,25 @@ def score(
 ) -> Run:
     """Score every record of `data` and return its run directory; the same call again resumes an unfinished one.
 
-    data: JSON, JSON Lines or Parquet files, or s3:// URLs of them; "-" is standard input; or the Dataset of another
+    data: a path or several, of files, folders, patterns, s3:// URLs or datasets on the hub, as
+    `scorer.data.inputs.input_files` takes them; "-" is standard input. Or data in memory: a list of dicts, a Hugging
+    Face dataset, a pandas or Polars frame, an Arrow table; a copy of it is kept with the run. Or the Dataset of another
     run, which is not hashed and counted again. output: the run directory, or an s3:// URL; None chooses one under
-    `scorer-runs`, by the first file's name and what is computed. fresh: discard what an earlier run left there. strict:
-    the first record that can't be scored raises. cluster: score on Ray, and not in this process. options: the fields of
-    ScoreConfig.
+    `scorer-runs`, by the first file's name and what is computed.
+    fresh: discard what an earlier run left there. strict: the first record that can't be scored raises. cluster: score
+    on Ray, and not in this process. options: the fields of ScoreConfig
+    and of Part.
 
     Raises ScorerError for input, options or a directory that the user has to mend, EngineError where the machine
     failed; the shards scored until then stay.
     """
     progress = progress or Silent()
+    part = {name: options.pop(name) for name in ("split", "subset") if name in options}
     config = ScoreConfig.from_dict(options)
     if cluster is not None:
         require("--ray")
     check_engine(config)
-    with _open_dataset(data, output, config, fresh) as dataset:
+    with open_dataset(data, output, config, Part(**part), fresh=fresh) as dataset:
         if output is not None:
             Run(output).check_usable()
         _inspect(dataset, config, None if output is None or fresh else Run(output))
@@ -91,7 +93,7 @@ def score(
         bound = identity | {"config": {k: v for k, v in identity["config"].items() if k not in free}}
         fingerprint = hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()
         if output is None:
-            output = Path("scorer-runs") / f"{to_path(dataset.paths[0]).name.split('.')[0]}-{fingerprint[:12]}"
+            output = RUNS / f"{to_path(dataset.paths[0]).name.split('.')[0]}-{fingerprint[:12]}"
         run = Run(output)
         with run.locked():
             if fresh:
@@ -115,21 +117,6 @@ def score(
                 executor = partial(score_on_ray, cluster=cluster)
             execute(job, manifest, executor, progress)
     return run
-
-
-def _open_dataset(
-    data: str | Path | Sequence[str | Path] | Dataset, output: str | Path | None, config: ScoreConfig, fresh: bool
-) -> Dataset:
-    if isinstance(data, Dataset):
-        if (data.reading, data.limit) != (config.reading, config.limit):
-            raise ScorerError(
-                "columns, reasoning, limit and others: a Dataset has its own; give the same, or its files"
-            )
-        return data
-    paths = [name for path in ([data] if isinstance(data, str | Path) else data) for name in expand(str(path))]
-    if not paths:
-        raise ScorerError("no data: name at least one file, or - for standard input")
-    return Dataset(spool(paths, output, fresh=fresh), reading=config.reading, limit=config.limit)
 
 
 def _inspect(data: Dataset, config: ScoreConfig, run: Run | None) -> None:
@@ -306,39 +293,3 @@ def execute(job: Job, manifest: Manifest, executor: Executor, progress: Progress
 
 def _counted(shards_by: Mapping[str, int], by: str, count: int) -> dict[str, int]:
     return {**shards_by, by: shards_by.get(by, 0) + count}
-
-
-def spool(paths: Sequence[str], output: str | Path | None, *, fresh: bool) -> list[str]:
-    """The paths, with standard input's copy in the run directory `output` in the place of "-".
-
-    Raises ScorerError where standard input can't be read, or the directory can't hold it.
-    """
-    if "-" in paths:
-        if output is None:
-            raise ScorerError("data from standard input needs an output directory, which keeps a copy of it")
-        if paths.count("-") > 1:
-            raise ScorerError("-: standard input can be read once only; name it once")
-        if sys.stdin is None:
-            raise ScorerError("-: standard input is closed")
-    return [_spool(Run(output), fresh) if output is not None and path == "-" else path for path in paths]
-
-
-def _spool(run: Run, fresh: bool) -> str:
-    """Keep standard input in the run directory, where resuming and selecting find it again.
-
-    Raises ScorerError where the directory holds a run of other input, whose copy stays as it is.
-    """
-    path = run.path / STDIN
-    with run.locked():
-        kept = None
-        if run.shards() and exists(path) and not fresh:
-            with local_copy(path) as copy:
-                kept = inspect_input(copy).sha256
-        with replacing(path) as temporary, temporary.open("w+b") as file:
-            shutil.copyfileobj(sys.stdin.buffer, file)
-            file.seek(0)
-            if kept not in (None, hashlib.file_digest(file, "sha256").hexdigest()):
-                raise ScorerError(
-                    f"{run.path} holds a run of other standard input: give the same again, or use --fresh or another -o"
-                )
-    return str(path)

@@ -14,7 +14,7 @@ from scorer.background import Feed
 from scorer.config import ScoreConfig
 from scorer.data.dataset import Dataset
 from scorer.data.encode import Encoder
-from scorer.data.reader import RawRecord
+from scorer.data.raw import RawRecord
 from scorer.data.records import to_record
 from scorer.data.tokenizer import BulkTokenizer
 from scorer.engines import Engine

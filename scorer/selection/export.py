@@ -15,7 +15,7 @@ from typing import Any
 import polars as pl
 
 from scorer.data.dataset import Dataset
-from scorer.data.reader import RawRecord
+from scorer.data.raw import RawRecord
 from scorer.data.writer import RecordWriter
 from scorer.options import from_options
 from scorer.protocols import PROTOCOLS
@@ -29,7 +29,7 @@ from scorer.selection.diversity import facility_location
 from scorer.selection.flags import FLAGS, SCORE_FLAGS, STORED, TEXT_FLAGS
 from scorer.selection.inputs import column_groups, flags
 from scorer.selection.ranking import Selection, select_records
-from scorer.storage.paths import expand, is_remote, to_path
+from scorer.storage.paths import is_remote, to_path
 from scorer.types import ScorerError, one_of
 
 SCORES_KEY = "scorer"  # the key of a record's scores and reason
@@ -100,7 +100,7 @@ def check_options(
     targets = [str(path) for path in (output, config.rejected) if path is not None]
     for target in targets:
         RecordWriter(target)
-    _check_not_overwriting(targets, paths if scored else [name for path in paths for name in expand(path)])
+    _check_not_overwriting(targets, paths)
     if config.diverse is not None:
         require("--diverse")
     for name in config.drop_flagged:

@@ -12,7 +12,6 @@ from scorer.data.dataset import Dataset
 from scorer.runs.directory import FLAGS, Run
 from scorer.runs.extras import read_extra
 from scorer.selection.flags import SCORE_FLAGS, TEXT_FLAGS, score_flags, text_flags
-from scorer.storage.paths import expand
 from scorer.types import ScorerError
 
 
@@ -35,7 +34,7 @@ def column_groups(data: Dataset, column: str) -> pl.DataFrame:
 def check_column(paths: Sequence[str], column: str | None, limit: int | None) -> None:
     """Raise ScorerError where no record of the files `paths` has a value of `column`. Stops reading at the first."""
     if column is not None:
-        with Dataset([name for path in paths for name in expand(path)], limit=limit) as data:
+        with Dataset(paths, limit=limit) as data:
             if all(value is None for _, value in _column(data, column)):
                 raise _no_value(data, column)
 

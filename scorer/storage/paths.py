@@ -54,7 +54,7 @@ def absolute(path: str | Path) -> str:
 
 
 def expand(path: str) -> list[str]:
-    """The URLs that match a URL with a `*`, sorted; anything else as it is, since the shell expands local patterns.
+    """The URLs that match a URL with a `*`, sorted; anything else as it is.
 
     Raises ScorerError if nothing matches.
     """

@@ -9,7 +9,7 @@ import pytest
 
 from scorer.config import Reading
 from scorer.data.encode import Encoder
-from scorer.data.reader import RawRecord
+from scorer.data.raw import RawRecord
 from scorer.data.records import to_record
 from scorer.data.tokenizer import BulkTokenizer
 from scorer.protocols import PROTOCOLS

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+import pyarrow as pa
 import pytest
 import zstandard
 
 from scorer.data.dataset import Dataset, InputFile, inspect_input
-from scorer.data.reader import InputReader, RawRecord
+from scorer.data.raw import RawRecord
+from scorer.data.reader import InputReader
 from scorer.data.writer import RecordWriter
 from scorer.types import RowStatus, ScorerError
 
@@ -40,7 +42,7 @@ def read_raw(
 
 
 def count_records(path: Path) -> int:
-    return InputReader(path).scan(lambda raw: True, None, keep=False).rows
+    return InputReader(path).scan().rows
 
 
 def values(*paths: Path, start: int = 0, limit: int | None = None) -> list[Any]:
@@ -76,7 +78,7 @@ def test_start_and_limit_count_over_all_files(tmp_path: Path, name: str) -> None
 def test_skipped_rows_of_parquet_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "d.parquet"
     pl.DataFrame({"n": range(1000)}).write_parquet(path, row_group_size=300)
-    monkeypatch.setattr("scorer.data.reader.PARQUET_BATCH_ROWS", 70)
+    monkeypatch.setattr("scorer.data.tables.BATCH_ROWS", 70)
     assert [row["n"] for row in values(path, start=137, limit=913)] == list(range(137, 913))
 
 
@@ -108,13 +110,10 @@ def test_content_tells_arrays_from_lines(tmp_path: Path, suffix: str, text: str)
         assert values(path) == [{"a": 1}, {"a": 2}]
 
 
-def test_json_object_where_an_array_is_expected(tmp_path: Path) -> None:
+def test_text_where_an_array_is_expected(tmp_path: Path) -> None:
     path = tmp_path / "d.json"
-    for text in ('{"data": [1, 2]}', '{\n "data": [1, 2]\n}'):
-        path.write_text(text)
-        assert "a JSON object where an array is expected" in refusal(path)
-    path.write_text("hello")
-    assert "where an array is expected" in refusal(path)
+    path.write_text("instruction,output\nSay 1.,1\n")
+    assert "is not JSON: it starts with 'instruction,output'" in refusal(path)
 
 
 def test_invalid_array_names_line_and_column(tmp_path: Path) -> None:
@@ -172,9 +171,6 @@ def test_paths_that_are_no_data(tmp_path: Path) -> None:
     assert "no such file" in refusal(tmp_path / "missing.json")
     assert "is a folder" in refusal(tmp_path)
     assert "File name too long" in refusal(tmp_path / f"{'long' * 80}.json")
-    other = tmp_path / "data.csv"
-    other.write_text("a,b")
-    assert ".jsonl.zst" in refusal(other)
     os.mkfifo(tmp_path / "pipe.jsonl")
     assert "not a regular file" in refusal(tmp_path / "pipe.jsonl")
     with pytest.raises(ScorerError, match="no such file"):
@@ -250,12 +246,14 @@ def test_inspect_input_describes_the_bytes_on_disk(tmp_path: Path) -> None:
 
 
 PEAK = """
-import resource, sys
+import sys
+from pathlib import Path
 from scorer.data.dataset import Dataset
 data = Dataset([sys.argv[1]])
 data.inspect()
 rows = sum(len(record.turns) for record in data.records())
-print(rows, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
+status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+print(rows, int(status["VmHWM"].split()[0]) >> 10)  # not ru_maxrss: that of the process which started this one counts
 """
 
 
@@ -265,6 +263,7 @@ def peak(path: Path) -> tuple[int, int]:
     return rows, mib
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     number = pl.int_range(60_000)
     rows = pl.select(
@@ -273,12 +272,19 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     )  # 120 MB of text
     rows.write_parquet(tmp_path / "d.parquet", row_group_size=60_000)
     rows.write_ndjson(tmp_path / "d.jsonl")
+    rows.write_csv(tmp_path / "d.csv")
+    table = rows.to_arrow()
+    for name, size in (("one.arrow", 60_000), ("many.arrow", 1000)):
+        with pa.ipc.new_stream(tmp_path / name, table.schema) as writer:
+            writer.write_table(table.combine_chunks(), max_chunksize=size)
     rows.head(2000).write_parquet(tmp_path / "small.parquet")
     _, small = peak(tmp_path / "small.parquet")
-    for name in ("d.parquet", "d.jsonl"):
+    # Parquet: a column chunk as it is on disk, and some rows. Arrow: the whole file, mapped; the system may free it.
+    allowed = {"d.parquet": 160, "d.jsonl": 40, "d.csv": 40, "one.arrow": 200, "many.arrow": 200}
+    for name, most in allowed.items():
         count, mib = peak(tmp_path / name)
         assert count == 60_000
-        assert mib - small < 80, (name, small, mib)
+        assert mib - small < most, (name, small, mib)
 
 
 def test_a_file_whose_rows_are_all_skipped_is_not_opened(write_jsonl: Callable[..., Path]) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from scorer.config import Reading, ScoreConfig
 from scorer.data.dataset import Dataset
-from scorer.data.reader import RawRecord
+from scorer.data.raw import RawRecord
 from scorer.data.records import to_record
 from scorer.types import Message, Record, RowStatus, ScorerError, Turn
 

@@ -11,7 +11,7 @@ import pytest
 
 import scorer
 from scorer.config import Reading
-from scorer.data.reader import RawRecord
+from scorer.data.raw import RawRecord
 from scorer.data.records import to_record
 from scorer.models.find import ModelFiles
 from scorer.types import Record, Turn

@@ -347,9 +347,9 @@ from scorer.data import dataset
 opened = []
 
 class Counted(dataset.InputReader):
-    def __init__(self, path):
+    def __init__(self, path, **options):
         opened.append(path)
-        super().__init__(path)
+        super().__init__(path, **options)
 
 dataset.InputReader = Counted
 for free in (1 << 40, 0):

@@ -1,0 +1,199 @@
+"""JSON Lines, read line by line, and JSON documents, parsed whole: an array, an object around one, or objects in a row.
+
+The content decides which of them a file is, whatever its suffix.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
+from typing import Any, BinaryIO
+
+import orjson
+
+from scorer.data.formats import check_signature, first_line, is_array
+from scorer.data.raw import FileRows, Found, RawRecord, Rows, count_and_look, first_fit
+from scorer.data.streams import decompressed
+from scorer.types import RowStatus, ScorerError
+
+BOM = b"\xef\xbb\xbf"
+FILLED = re.compile(r"[^ \t\n\r]")  # the others may stand between values
+
+_Parsed = tuple[Any, RowStatus, bytes | None]  # value, status and line of a RawRecord
+
+
+class JsonRows(FileRows):
+    """The lines of a JSON Lines file that are not blank, or the records of a JSON document."""
+
+    takes_records_at = True
+    _values: list[Any] | None = None  # of a scanned document, until they are read
+
+    def scan(self, file: BinaryIO, limit: int | None, *, keep: bool) -> Found:
+        """Count the records. Lines are parsed until one fits, then counted only."""
+        is_lines, head, stream = self._sniff(file)
+        if not is_lines:
+            values = self._document(head, stream)
+            self._values = values if keep else None
+            return Found(len(values), *first_fit(self._value_rows(values, 0, 0, limit), self.source.fits))
+
+        def parsed(record_id: int, numbered: tuple[int, bytes]) -> RawRecord:
+            return RawRecord(record_id, f"{self.source.path}:{numbered[0]}", *_parse_fast(numbered[1]))
+
+        return count_and_look(_numbered(chain(head, stream)), parsed, limit, self.source.fits)
+
+    def rows(self, first_id: int, start: int, stop: int | None, *, exact: bool) -> Rows:
+        """The records. Unless `exact`, lines are parsed faster."""
+        if (values := self._values) is None:
+            self.source.file.seek(0)
+            is_lines, head, stream = self._sniff(self.source.file)
+            if is_lines:
+                parse = _parse if exact else _parse_fast
+                return self._line_rows(chain(head, stream), first_id, start, stop, parse)
+            values = self._document(head, stream)
+        self._values = None
+        return self._value_rows(values, first_id, start, stop)
+
+    def _sniff(self, file: BinaryIO) -> tuple[bool, list[bytes], Iterator[bytes]]:
+        """Whether the file has one record a line, the lines that were read to tell, and the rest, decompressed."""
+        suffix = self.source.suffix
+        stream = decompressed(file, suffix)
+        head: list[bytes] = []
+        filled: list[bytes] = []
+        for line in stream:
+            if not head:
+                check_signature(self.source.path, "", line)
+            head.append(line if head else line.removeprefix(BOM))
+            if not (text := head[-1].strip()):
+                continue
+            filled.append(text)
+            if self.source.records_at is not None:
+                break
+            # An object that is alone on its line is not opened there: `{` by itself begins a document.
+            if not is_array(suffix) and not filled[0].startswith(b"[") and filled[0] != b"{":
+                return True, head, stream
+            if len(filled) == 2:
+                return _parse_fast(filled[0])[1] is RowStatus.OK, head, stream
+        return False, head, stream
+
+    def _line_rows(
+        self, lines: Iterable[bytes], first_id: int, start: int, stop: int | None, parse: Callable[[bytes], _Parsed]
+    ) -> Rows:
+        next_id, name = first_id, str(self.source.path)
+        for number, line in _numbered(lines):
+            if stop is not None and next_id >= stop:
+                break
+            if next_id >= start:
+                yield RawRecord(next_id, f"{name}:{number}", *parse(line))
+            next_id += 1
+        return next_id
+
+    def _value_rows(self, values: list[Any], first_id: int, start: int, stop: int | None) -> Rows:
+        end = len(values) if stop is None else min(len(values), stop - first_id)
+        for row in range(max(0, start - first_id), end):
+            yield RawRecord(first_id + row, f"{self.source.path}[{row}]", values[row])
+        return first_id + end
+
+    def _document(self, head: list[bytes], stream: Iterator[bytes]) -> list[Any]:
+        """The records of a document, which is parsed whole."""
+        path = self.source.path
+        data = b"".join((*head, *stream))
+        if not data.strip():
+            return []
+        if not data.lstrip().startswith((b"[", b"{")):
+            line = data.lstrip().partition(b"\n")[0][:60].decode("utf-8", "replace").strip()
+            raise ScorerError(
+                f"{path}: is not JSON: it starts with {line!r}; write [record, ...] or one record a line, "
+                "or name it .csv if it is CSV"
+            )
+        try:
+            return self._records(_values_of(data.decode("utf-8")))
+        except UnicodeDecodeError as error:
+            number = data.count(b"\n", 0, error.start) + 1
+            raise ScorerError(f"{path}: is not UTF-8 at line {number}; save it as UTF-8") from error
+        except json.JSONDecodeError as error:
+            problem, advice = f"line {error.lineno}, column {error.colno} ({error.msg})", "mend it, or write"
+            raise ScorerError(f"{path}: invalid JSON at {problem}; {advice} one record a line") from error
+        except (ValueError, RecursionError) as error:
+            problem = first_line(error)
+            raise ScorerError(f"{path}: JSON that cannot be read ({problem}); write one record a line") from error
+
+    def _records(self, values: list[Any]) -> list[Any]:
+        """The records in the values of a document, of which there is one at least."""
+        path, at = self.source.path, self.source.records_at
+        if len(values) > 1 or not isinstance(values[0], dict):
+            if at is not None:
+                what = "several JSON values" if len(values) > 1 else "an array, not an object around one"
+                raise ScorerError(f"{path}: holds {what}: leave out --records-at {at}")
+            if len(values) > 1 and not all(isinstance(value, dict) for value in values):
+                raise ScorerError(f"{path}: holds several JSON values that are not all objects; write one array")
+            return values[0] if isinstance(values[0], list) else values
+        return self._records_in(values[0]) if at is None else self._records_at(values[0], at)
+
+    def _records_in(self, document: dict[str, Any]) -> list[Any]:
+        """The records in an object: itself if it is a sample, or those of the one key that holds a list of objects."""
+        path = self.source.path
+        found = dict(_lists(document))
+        top = [name for name in found if name in document]
+        if self.source.fits(RawRecord(0, f"{path}[0]", document)):
+            return [document]
+        if not found:
+            if any(isinstance(value, str) for value in document.values()):
+                return [document]  # of a format that is not known, unless the user names its columns
+            raise ScorerError(f"{path}: an object without records: no list of objects is in it; write [record, ...]")
+        if len(top) != 1:
+            where, one = ", ".join(found), next(iter(found))
+            raise ScorerError(f"{path}: an object with lists of records at {where}: choose one, --records-at {one}")
+        return found[top[0]]
+
+    def _records_at(self, document: dict[str, Any], key: str) -> list[Any]:
+        """The list that the object holds at a key, or at the keys "a.b" inside one another."""
+        found: Any = document
+        for part in (key,) if key in document else key.split("."):
+            found = found.get(part) if isinstance(found, dict) else None
+        if not isinstance(found, list):
+            known = ", ".join(dict(_lists(document))) or "nowhere"
+            raise ScorerError(
+                f"{self.source.path}: --records-at {key}: no list is there; lists of objects are at: {known}"
+            )
+        return found
+
+
+def _lists(document: dict[str, Any], before: str = "") -> Iterator[tuple[str, list[Any]]]:
+    """The lists of objects in an object and in the objects inside it, by their dotted keys; no empty ones."""
+    for key, value in document.items():
+        if isinstance(value, dict):
+            yield from _lists(value, f"{before}{key}.")
+        elif isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
+            yield before + key, value
+
+
+def _values_of(text: str) -> list[Any]:
+    """The JSON values that follow one another in a text."""
+    decoder, values, position = json.JSONDecoder(), [], 0
+    while found := FILLED.search(text, position):
+        value, position = decoder.raw_decode(text, found.start())
+        values.append(value)
+    return values
+
+
+def _numbered(lines: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+    """The lines that are not blank, with their 1-based numbers."""
+    return ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+
+
+def _parse(line: bytes) -> _Parsed:
+    line = line.rstrip(b"\r\n")
+    try:
+        return json.loads(line.decode("utf-8")), RowStatus.OK, line
+    except (ValueError, RecursionError):  # ValueError: not UTF-8, not JSON, an integer of too many digits
+        return line.decode("utf-8", "backslashreplace"), RowStatus.BAD_JSON, None
+
+
+def _parse_fast(line: bytes) -> _Parsed:
+    """The same, but an integer of more than 64 bits becomes a float."""
+    try:
+        return orjson.loads(line), RowStatus.OK, line.rstrip(b"\r\n")
+    except ValueError:  # json takes more: NaN, infinity, lone surrogates
+        return _parse(line)
