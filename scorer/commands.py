@@ -240,15 +240,14 @@ def lp(data: tuple[str, ...], output: str, runs: bool, fresh: bool, **options: A
     if runs:
         _check_not_given(options, "--runs computes nothing")
     training = Training(**_take(Training, options))
-    from scorer.console import ConsoleProgress, show_run
+    from scorer.console import show_run
     from scorer.learning.join import join_runs
     from scorer.learning.learn import learn
 
-    with ConsoleProgress() as progress:
-        if runs:
-            run = join_runs(data, output, fresh=fresh, progress=progress)
-        else:
-            run = learn(data, output, training=training, fresh=fresh, progress=progress, **options)
+    if runs:
+        run = join_runs(data, output, fresh=fresh, progress=True)
+    else:
+        run = learn(data, output, training=training, fresh=fresh, progress=True, **options)
     show_run(run)
 
 
@@ -266,10 +265,8 @@ def cluster(run: str, **options: Any) -> None:
     if not options["flags"]:
         _check_not_given(["far_below", "duplicate_above"], "without --flags nothing is flagged")
     from scorer.clusters.cluster import cluster as cluster_records
-    from scorer.console import ConsoleProgress
 
-    with ConsoleProgress() as progress:
-        cluster_records(run, progress=progress, **options)
+    cluster_records(run, progress=True, **options)
 
 
 @cli.command()
@@ -368,12 +365,11 @@ def _score(data: Sequence[str], output: str, options: dict[str, Any]) -> None:
     on = _take(Cluster, options)
     if on["address"] is None:
         _check_not_given(on, "without --ray no workers are started")
-    from scorer.console import ConsoleProgress, show_run
+    from scorer.console import show_run
     from scorer.runs.run import score as score_data
 
-    with ConsoleProgress() as progress:
-        cluster = None if on["address"] is None else Cluster(**on)
-        run = score_data(data, output, cluster=cluster, progress=progress, **options)
+    cluster = None if on["address"] is None else Cluster(**on)
+    run = score_data(data, output, cluster=cluster, progress=True, **options)
     show_run(run)
 
 

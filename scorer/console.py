@@ -7,81 +7,25 @@ Knows rich; computes nothing.
 from __future__ import annotations
 
 import sys
-import time
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any
 
 from rich.box import HEAVY_HEAD, Box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as RichProgress
 from rich.table import Column, Table
 
 from scorer.agreement.compare import Contents, Pair
 from scorer.agreement.statistics import Estimate
 from scorer.models.find import ModelRow
 from scorer.runs.directory import Run
+from scorer.runs.progress import PLAIN, console
 from scorer.scores.summary import COLUMNS, QUANTILES, summarise
 from scorer.selection.ranking import Selection
 from scorer.types import ScorerError
 
-PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}  # paths may hold [brackets] and :colons:
-console = Console(stderr=True, **PLAIN)
 line = partial(console.print, soft_wrap=True)  # prints a line that stays one, however long
 PIPE_WIDTH = 10_000  # columns
-PLAIN_SECONDS = 10.0  # between two lines of progress where there is no terminal
-
-
-class ConsoleProgress(AbstractContextManager["ConsoleProgress"]):
-    """`scorer.runs.progress.Progress` as a bar on a terminal, and elsewhere as a line every PLAIN_SECONDS."""
-
-    def __init__(self) -> None:
-        self.bar = RichProgress(
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("records  {task.fields[rates]}"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-            transient=True,
-        )
-        self.task: TaskID | None = None
-        self.records = self.done = self.tokens = self.scored = 0
-        self.began = self.printed = time.monotonic()
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
-
-    def say(self, message: str) -> None:
-        """One line."""
-        line(message)
-
-    def begin(self, records: int, done: int) -> None:
-        """Start the bar at `done` of `records`."""
-        if done:
-            self.say(f"resuming after {done:,} of {records:,} records")
-        self.records, self.done = records, done
-        self.began = self.printed = time.monotonic()
-        self.task = self.bar.add_task("", total=records, completed=done, rates="")
-        self.bar.start()
-
-    def advance(self, records: int, tokens: int) -> None:
-        """Count more finished records, and their tokens."""
-        self.done += records
-        self.scored += records
-        self.tokens += tokens
-        now = time.monotonic()
-        seconds = max(now - self.began, 1e-6)
-        rates = f"{self.scored / seconds:,.1f} records/s  {self.tokens / seconds:,.0f} tokens/s"
-        if self.task is not None:
-            self.bar.update(self.task, completed=self.done, rates=rates)
-        if not console.is_terminal and now - self.printed >= PLAIN_SECONDS:
-            self.printed = now
-            left = (self.records - self.done) * seconds / max(self.scored, 1)
-            self.say(f"{self.done:,} of {self.records:,} records  {rates}  {left:,.0f} s left")
 
 
 def _standard_output() -> Console:

@@ -24,7 +24,7 @@ from scorer.models.load import choose_device
 from scorer.options import from_options
 from scorer.requirements import require
 from scorer.runs.directory import CLUSTERS, EMBEDDINGS, FLAGS, Run, write_table
-from scorer.runs.progress import Progress, Silent
+from scorer.runs.progress import Progress, shown
 from scorer.types import ScorerError
 
 SAMPLE = 256  # maximum rows per cluster that k-means is trained on; all rows are then assigned
@@ -32,7 +32,7 @@ BLOCK_ROWS = 4096
 
 
 def cluster(
-    run: Run | str | Path, *, fresh: bool = False, progress: Progress | None = None, **options: Any
+    run: Run | str | Path, *, fresh: bool = False, progress: Progress | bool | None = None, **options: Any
 ) -> pl.DataFrame:
     """Embed the records of a run, cluster them, and return what is written to RUN/clusters.parquet.
 
@@ -43,7 +43,7 @@ def cluster(
     """
     require("cluster")
     config = from_options(ClusterConfig, options)
-    run, progress = run if isinstance(run, Run) else Run(run), progress or Silent()
+    run = run if isinstance(run, Run) else Run(run)
     run.require_disk("clustering")
     data = run.data
     data.check_unchanged()
@@ -51,14 +51,14 @@ def cluster(
     if config.clusters is not None and config.clusters > records:
         raise ScorerError(f"{records:,} records can't make {config.clusters:,} clusters: give fewer --clusters")
     choose_device(config.device)
-    with run.locked(), data:
+    with shown(progress) as receiver, run.locked(), data:
         if fresh:
             shutil.rmtree(run.path / EMBEDDINGS, ignore_errors=True)
-        parts = embed(run, data, "part", config, progress)
+        parts = embed(run, data, "part", config, receiver)
         filled = np.concatenate([np.asarray(part).any(axis=1) for part in parts])
         records = int(filled.sum())
         k = config.clusters or max(1, records // config.min_mean_size)
-        progress.say(f"k-means: {records:,} records into {k:,} clusters")
+        receiver.say(f"k-means: {records:,} records into {k:,} clusters")
         labels, distances = kmeans(parts, filled, k, iterations=config.iterations, seed=config.seed)
         schema = {"record_id": pl.Int64, "cluster": pl.Int64, "distance": pl.Float32}
         assigned = pl.DataFrame([np.flatnonzero(filled), labels, distances], schema=schema)
@@ -66,7 +66,7 @@ def cluster(
         table = ids.join(assigned, on="record_id", how="left", maintain_order="left")
         write_table(run.path / CLUSTERS, table)
         if config.flags:
-            _write_flags(run, data, parts, config, progress)
+            _write_flags(run, data, parts, config, receiver)
     return table
 
 

@@ -6,7 +6,7 @@ Scoring reads it as any other file, so its run is resumed and selected from like
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,7 +19,7 @@ def is_in_memory(data: Any) -> bool:
     """Whether data is rows or a table, and not the paths of files."""
     if isinstance(data, list | tuple):
         return not all(isinstance(item, str | Path) for item in data)
-    return not isinstance(data, str | Path) and isinstance(data, Iterable)
+    return not isinstance(data, str | Path)
 
 
 def suffix_of(data: Any) -> str:
@@ -32,6 +32,8 @@ def write(data: Any, file: BinaryIO) -> None:
     if _is_table(data):
         _write_table(data, file)
         return
+    if isinstance(data, Mapping) or not isinstance(data, Iterable):
+        raise ScorerError(f"data: {type(data).__name__} is no rows; give paths, a list of dicts, a frame or a dataset")
     for number, row in enumerate(data):
         if not isinstance(row, dict | list):
             raise ScorerError(f"data: row {number} is a {type(row).__name__} and not a dict; give a list of dicts")

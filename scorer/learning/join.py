@@ -18,7 +18,7 @@ from scorer.data.reader import read_table
 from scorer.learning.learn import PROTOCOL, check_run_kind, discard, finish, is_done, learning_manifest
 from scorer.runs.directory import Run
 from scorer.runs.manifest import Manifest, differences
-from scorer.runs.progress import Progress, Silent
+from scorer.runs.progress import Progress, shown
 from scorer.scores.aggregate import check_ids, check_same_ids
 from scorer.scores.measures import SCHEMA
 from scorer.storage.paths import absolute, is_folder, local_copy, to_path
@@ -30,7 +30,7 @@ COMMON_OPTIONS = ("protocol", "max_length", "limit", "columns")  # equal in the 
 
 
 def join_runs(
-    sources: Sequence[str | Path], output: str | Path, *, fresh: bool = False, progress: Progress | None = None
+    sources: Sequence[str | Path], output: str | Path, *, fresh: bool = False, progress: Progress | bool | None = None
 ) -> Run:
     """Make the run directory of LP from existing scores: before training, and after each epoch, in this order.
 
@@ -38,7 +38,6 @@ def join_runs(
     (other columns of the score table are taken too). The data is that of the run directories; with none of them the
     run has scores only. Raises ScorerError where the rows are not the same, saying how many.
     """
-    progress = progress or Silent()
     if len(sources) < 2:
         raise ScorerError("--runs needs the scores before training and after each epoch: two at least")
     manifests = [Run(path).manifest for path in sources if is_folder(to_path(path))]
@@ -52,12 +51,12 @@ def join_runs(
     base = manifests[0] if manifests else _table_manifest(sources, tables[0])
     run = Run(output)
     run.require_disk("joining")
-    with run.locked():
+    with shown(progress) as receiver, run.locked():
         if fresh:
             discard(run)
         check_run_kind(run)
         manifest = learning_manifest(base, {"tables": digests}, len(tables) - 1)
-        if is_done(run, manifest, progress):
+        if is_done(run, manifest, receiver):
             return run
         run.write_manifest(manifest)
         finish(run, manifest, tables, manifests)

@@ -27,7 +27,7 @@ from scorer.models.load import choose_device
 from scorer.requirements import require
 from scorer.runs.directory import Run
 from scorer.runs.manifest import Manifest
-from scorer.runs.progress import Progress, Silent
+from scorer.runs.progress import Progress, Silent, shown
 from scorer.runs.run import check_same_run, score
 from scorer.runs.shards import open_encoder
 from scorer.scores.measures import learning_table
@@ -50,7 +50,7 @@ def learn(
     training: Training | None = None,
     keep_checkpoints: bool = False,
     fresh: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     **options: Any,
 ) -> Run:
     """Score every record of `data`, fine-tune the model on it, score again after each epoch; the run directory of LP.
@@ -59,32 +59,32 @@ def learn(
     scored. options: `strict` and the fields of ScoreConfig except `protocol`, which is small2large; a `dtype` of auto
     is float32 on a CPU, since LP is a small difference of perplexities. See `scorer.runs.run.score` for the rest.
     """
-    training, progress = training or Training(), progress or Silent()
+    training = training or Training()
     require("lp")
     strict = options.pop("strict", False)
     plan = _plan(training, _resolve(options), options)
     run = Run(output)
     run.require_disk("training")
-    with run.locked():
+    with shown(progress) as receiver, run.locked():
         if fresh:
             discard(run)
         check_run_kind(run)
         before = Run(run.path / "epoch-0")
-        quiet = Silent() if _is_complete(before) else progress  # a complete one is only checked against the options
+        quiet = Silent() if _is_complete(before) else receiver  # a complete one is only checked against the options
         runs = [score(data, before.path, strict=strict, progress=quiet, protocol=PROTOCOL, **options)]
         settings = {k: v for k, v in (asdict(plan) | {"epochs": training.epochs}).items() if k not in NOT_IDENTITY}
         manifest = learning_manifest(runs[0].manifest, {"learning": settings}, training.epochs)
         with runs[0].data as records:
             trainer = _Trainer(run.path / "checkpoints", records, manifest.config, plan, training.epochs)
-            if not is_done(run, manifest, progress):
+            if not is_done(run, manifest, receiver):
                 run.write_manifest(manifest)
                 trainer.folder.mkdir(exist_ok=True)
                 for epoch in range(1, training.epochs + 1):
                     runs.append(Run(run.path / f"epoch-{epoch}"))
                     if not _is_complete(runs[-1]):
-                        model = trainer.train(epoch, progress)
+                        model = trainer.train(epoch, receiver)
                         again = trainer.config.to_dict() | {"model": str(model), "revision": None}
-                        runs[-1] = score(records, runs[-1].path, strict=strict, progress=progress, **again)
+                        runs[-1] = score(records, runs[-1].path, strict=strict, progress=receiver, **again)
                         if not keep_checkpoints:
                             shutil.rmtree(model)
                 finish(run, manifest, [r.scores() for r in runs], [r.manifest for r in runs])

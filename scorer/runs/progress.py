@@ -1,8 +1,18 @@
-"""How long work reports its progress."""
+"""How long work reports its progress: to a terminal or notebook, as lines, or not at all."""
 
 from __future__ import annotations
 
-from typing import Protocol
+import time
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}  # paths may hold [brackets] and :colons:
+PLAIN_SECONDS = 10.0  # between two lines of progress where there is no terminal
+console = Console(stderr=True, **PLAIN)
 
 
 class Progress(Protocol):
@@ -24,3 +34,64 @@ class Silent:
 
     def advance(self, records: int, tokens: int) -> None:
         pass
+
+
+def shown(progress: Progress | bool | None) -> AbstractContextManager[Progress]:
+    """What receives progress while the block runs: `progress` itself; for True the console, for False nothing.
+
+    None is True in a terminal or a notebook.
+    """
+    if progress is None:
+        progress = console.is_terminal or console.is_jupyter
+    if isinstance(progress, bool):
+        return ConsoleProgress() if progress else nullcontext(Silent())
+    return nullcontext(progress)
+
+
+class ConsoleProgress(AbstractContextManager["ConsoleProgress"]):
+    """Progress as a bar on a terminal, and elsewhere as a line every PLAIN_SECONDS."""
+
+    def __init__(self) -> None:
+        self.bar = RichProgress(
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("records  {task.fields[rates]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self.task: TaskID | None = None
+        self.records = self.done = self.tokens = self.scored = 0
+        self.began = self.printed = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def say(self, message: str) -> None:
+        """One line."""
+        console.print(message, soft_wrap=True)
+
+    def begin(self, records: int, done: int) -> None:
+        """Start the bar at `done` of `records`."""
+        if done:
+            self.say(f"resuming after {done:,} of {records:,} records")
+        self.records, self.done = records, done
+        self.began = self.printed = time.monotonic()
+        self.task = self.bar.add_task("", total=records, completed=done, rates="")
+        self.bar.start()
+
+    def advance(self, records: int, tokens: int) -> None:
+        """Count more finished records, and their tokens."""
+        self.done += records
+        self.scored += records
+        self.tokens += tokens
+        now = time.monotonic()
+        seconds = max(now - self.began, 1e-6)
+        rates = f"{self.scored / seconds:,.1f} records/s  {self.tokens / seconds:,.0f} tokens/s"
+        if self.task is not None:
+            self.bar.update(self.task, completed=self.done, rates=rates)
+        if not console.is_terminal and now - self.printed >= PLAIN_SECONDS:
+            self.printed = now
+            left = (self.records - self.done) * seconds / max(self.scored, 1)
+            self.say(f"{self.done:,} of {self.records:,} records  {rates}  {left:,.0f} s left")

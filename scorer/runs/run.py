@@ -37,7 +37,7 @@ from scorer.requirements import require
 from scorer.runs.directory import Run
 from scorer.runs.local import score_locally
 from scorer.runs.manifest import Manifest, differences
-from scorer.runs.progress import Progress, Silent
+from scorer.runs.progress import Progress, shown
 from scorer.runs.shards import Executor, Job, check_scored, open_encoder, statuses
 from scorer.runs.sources import RUNS, open_dataset
 from scorer.scores.measures import LABELS
@@ -60,7 +60,7 @@ def score(
     fresh: bool = False,
     strict: bool = False,
     cluster: Cluster | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     **options: Any,
 ) -> Run:
     """Score every record of `data` and return its run directory; the same call again resumes an unfinished one.
@@ -71,23 +71,26 @@ def score(
     run, which is not hashed and counted again. output: the run directory, or an s3:// URL; None chooses one under
     `scorer-runs`, by the first file's name and what is computed.
     fresh: discard what an earlier run left there. strict: the first record that can't be scored raises. cluster: score
-    on Ray, and not in this process. options: the fields of ScoreConfig
+    on Ray, and not in this process. progress: True shows it on standard error, False does not, None does in a terminal
+    or a notebook. options: the fields of ScoreConfig
     and of Part.
 
     Raises ScorerError for input, options or a directory that the user has to mend, EngineError where the machine
     failed; the shards scored until then stay.
     """
-    progress = progress or Silent()
     part = {name: options.pop(name) for name in ("split", "subset") if name in options}
     config = ScoreConfig.from_dict(options)
     if cluster is not None:
         require("--ray")
     check_engine(config)
-    with open_dataset(data, output, config, Part(**part), fresh=fresh) as dataset:
+    with (
+        shown(progress) as receiver,
+        open_dataset(data, output, config, Part(**part), fresh=fresh) as dataset,
+    ):
         if output is not None:
             Run(output).check_usable()
         _inspect(dataset, config, None if output is None or fresh else Run(output))
-        model = resolve(config, elsewhere=cluster is not None, progress=progress)
+        model = resolve(config, elsewhere=cluster is not None, progress=receiver)
         identity = _identity(model, dataset)
         free = set(RESUMABLE_FIELDS) - {"limit"}
         bound = identity | {"config": {k: v for k, v in identity["config"].items() if k not in free}}
@@ -102,12 +105,12 @@ def score(
                 if strict:
                     check_scored(dataset.rows(), statuses(run.scores(["record_id", "status"])))
                 if resumed.state == "complete":
-                    progress.say(f"{run.path} is complete already; --fresh would start over")
+                    receiver.say(f"{run.path} is complete already; --fresh would start over")
                     return run
             manifest = replace(resumed or _new_manifest(model, dataset, identity), fingerprint=fingerprint)
             model.encoder.set_date(manifest.began)
             run.write_manifest(manifest)
-            progress.say(f"loading {model.files.name} ({model.description}; {manifest.device})")
+            receiver.say(f"loading {model.files.name} ({model.description}; {manifest.device})")
             job = Job(run, dataset, model.config, model.files, model.encoder, strict)
             executor: Executor = score_locally
             if cluster is not None:
@@ -115,7 +118,7 @@ def score(
 
                 dataset.close()  # workers read the files themselves
                 executor = partial(score_on_ray, cluster=cluster)
-            execute(job, manifest, executor, progress)
+            execute(job, manifest, executor, receiver)
     return run
 
 

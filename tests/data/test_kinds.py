@@ -7,6 +7,7 @@ import decimal
 import gzip
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ OTHER = {"instruction": "Count.", "output": "One."}
 CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
 PACK: dict[str, Callable[[bytes], bytes]] = {
     "": bytes,
-    ".gz": gzip.compress,
+    ".gz": partial(gzip.compress, mtime=0),
     ".zst": zstandard.ZstdCompressor().compress,
 }
 
@@ -90,7 +91,7 @@ def test_csv_that_cannot_be_read(tmp_path: Path, text: str | bytes, told: str) -
 def test_a_table_of_csv_has_numbers(tmp_path: Path) -> None:
     for name, mark in (("a.csv", ","), ("a.tsv.gz", "\t")):
         text = f"record_id{mark}ppl\n0{mark}1.5\n".encode()
-        (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
+        (tmp_path / name).write_bytes(gzip.compress(text, mtime=0) if name.endswith(".gz") else text)
         assert read_table(tmp_path / name).rows() == [(0, 1.5)]
 
 
@@ -164,7 +165,7 @@ def test_objects_around_records_and_objects_that_are_one(
 ) -> None:
     text = json.dumps(content, indent=indent).encode()
     path = tmp_path / f"data{suffix}"
-    path.write_bytes(gzip.compress(text) if suffix.endswith(".gz") else text)
+    path.write_bytes(gzip.compress(text, mtime=0) if suffix.endswith(".gz") else text)
     assert read(path, **options) == (rows or [content])
 
 
@@ -228,11 +229,11 @@ def test_kinds_that_are_not_read(tmp_path: Path, name: str, told: str) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "told"),
     [
-        ("data.jsonl", gzip.compress(b"{}"), "is gzip, whatever its name says; add .gz"),
+        ("data.jsonl", gzip.compress(b"{}", mtime=0), "is gzip, whatever its name says; add .gz"),
         ("data.csv", zstandard.compress(b"a"), "is Zstandard"),
         ("data.jsonl.gz", zstandard.compress(b"a"), "is Zstandard"),
         ("data.json", b"PAR1\x15\x04PAR1", "is Parquet, whatever its name says; name it .parquet"),
-        ("data.jsonl.gz", gzip.compress(b"PAR1\x15\x04PAR1"), "is Parquet"),
+        ("data.jsonl.gz", gzip.compress(b"PAR1\x15\x04PAR1", mtime=0), "is Parquet"),
         ("data.parquet", b"ARROW1\x00\x00", "is Arrow"),
         ("data.csv", b"PK\x03\x04", "an Excel workbook"),
         ("data.parquet", b"version https://git-lfs.github.com/spec/v1\n", "run git lfs pull"),
