@@ -122,12 +122,16 @@ def show_run(run: Run) -> None:
 def show_selection(selection: Selection, output: str) -> None:
     """How many were kept, and why the others were not."""
     kept = selection.kept.height
-    line(f"kept {kept:,} of {selection.total:,} records: {output}")
+    if selection.drawn_from is None:
+        line(f"kept {kept:,} of {selection.total:,} records: {output}")
+    else:
+        line(f"drew {kept:,} at random from {selection.drawn_from:,} of {selection.total:,} records: {output}")
     reasons = Counter(selection.rejected["reason"].to_list())
     if reasons:
         line("dropped: " + ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common()))
     if kept < selection.requested:
-        line(f"{selection.requested:,} were asked for; no more could be ranked")
+        chosen = "ranked" if selection.drawn_from is None else "drawn"
+        line(f"{selection.requested:,} were asked for; no more could be {chosen}")
 
 
 def show_comparison(rows: Sequence[Pair] | Sequence[Contents]) -> None:

@@ -47,15 +47,16 @@ def select(run: Run | str | Path, output: str | Path | None = None, **options: A
     manifest = run.manifest
     if not run.complete:
         raise ScorerError(f"{run.path} is unfinished: run the same `scorer score` command again to finish it")
-    config = _ranked_as(from_options(SelectConfig, options), manifest.ranking)
+    config = from_options(SelectConfig, options)
     check_options(manifest.paths, output, config, scored=True)
+    config = _ranked_as(config, manifest.ranking)
     writes = output is not None or config.rejected is not None
     reads_text = config.per is not None or set(config.drop_flagged) & set(TEXT_FLAGS)
     with run.data if writes or reads_text else nullcontext() as data, run.snapshot() as scores:
         selection = _choose(scores, run, data, config)
         if data is not None and writes:
             data.check_unchanged()
-            _write_all(data, selection, output, config)
+            _write_all(data, scores, selection, output, config)
     return selection
 
 
@@ -85,9 +86,14 @@ def _choose(shards: ScoreTable, run: Run, data: Dataset | None, config: SelectCo
 
     selection = select_records(scores, config, groups=groups, flags=flagged, diversify=diversify)
     kept = selection.kept.select("record_id", "rank")
-    rows = shards.collect(lambda table: table.join(kept.lazy(), on="record_id", how="semi"))
-    whole = per_record(rows, config.aggregate).drop("reason")
-    return replace(selection, kept=kept.join(whole, on="record_id", how="left", maintain_order="left"))
+    return replace(selection, kept=_with_scores(kept, shards, config.aggregate))
+
+
+def _with_scores(table: pl.DataFrame, shards: ScoreTable, aggregate: str) -> pl.DataFrame:
+    """A table of records, and every measure of each."""
+    ids = table.lazy().select("record_id")
+    rows = shards.collect(lambda scores: scores.join(ids, on="record_id", how="semi"))
+    return table.join(per_record(rows, aggregate).drop("reason"), on="record_id", how="left", maintain_order="left")
 
 
 def check_options(
@@ -101,6 +107,8 @@ def check_options(
     for target in targets:
         RecordWriter(target)
     _check_not_overwriting(targets, paths if scored else [name for path in paths for name in expand(path)])
+    if config.random and config.bucket is None and (config.by is not None or config.lowest is not None):
+        raise ScorerError("random: records are drawn from all, whatever their scores; leave out --by and --lowest")
     if config.diverse is not None:
         require("--diverse")
     for name in config.drop_flagged:
@@ -119,12 +127,17 @@ def check_measure(by: str | None, protocol: str) -> None:
         raise ScorerError(f"by: the protocol {protocol} does not score the response alone, and so gives no {by}")
 
 
-def _write_all(data: Dataset, selection: Selection, output: str | Path | None, config: SelectConfig) -> None:
+def _write_all(
+    data: Dataset, shards: ScoreTable, selection: Selection, output: str | Path | None, config: SelectConfig
+) -> None:
     """Write the files that are asked for: both or neither, since both are complete before either is renamed."""
+    rejected = selection.rejected
+    if config.rejected is not None and config.with_scores:
+        rejected = _with_scores(rejected, shards, config.aggregate)
     with ExitStack() as stack:
         for path, table, with_notes in (
             (output, selection.kept, config.with_scores),
-            (config.rejected, selection.rejected, True),
+            (config.rejected, rejected, True),
         ):
             if path is not None:
                 _write(stack.enter_context(RecordWriter(path)), data.rows(), table, with_notes=with_notes)

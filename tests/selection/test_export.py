@@ -90,6 +90,19 @@ def test_by_lowest_and_rank(command: Commands, scored: Path, tmp_path: Path) -> 
     assert [row["n"] for row in read_jsonl(tmp_path / "a.jsonl")] == ranking(scored / "run", "response_tokens")[:5]
 
 
+def test_random_draws_from_all_records(command: Commands, scored: Path, tmp_path: Path) -> None:
+    shown = command("select", scored / "run", "-o", "all.jsonl", "--random", "--keep", "100%").done()
+    assert "drew 54 at random from 54 of 55 records: all.jsonl" in shown  # a broken line is no record
+    assert "dropped: 1 bad_json" in shown
+    assert read_jsonl(tmp_path / "all.jsonl") == ROWS
+    shown = command("select", scored / "run", "-o", "a.jsonl", "--random", "--max-ifd", 1, "--keep", "1.0").done()
+    below = Run(scored / "run").scores().filter(pl.col("ifd") < 1).height
+    assert f"drew {below} at random from {below} of 55 records" in shown
+    assert "55 were asked for; no more could be drawn" in shown
+    line = command("select", scored / "run", "-o", "a.jsonl", "--random", "--by", "ifd").line()
+    assert "leave out --by" in line
+
+
 def test_random_is_of_the_seed(command: Commands, scored: Path, tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         command("select", scored / "run", "-o", f"{name}.jsonl", "--random", "--seed", seed, "--keep", 10).done()
@@ -131,9 +144,14 @@ def test_rejected_and_scores(command: Commands, scored: Path, tmp_path: Path) ->
     ids = [row["scorer"]["record_id"] for row in rest]
     assert ids == [i for i in range(55) if i not in [row["n"] for row in kept]]
     for row in rest[:-5]:
-        reason = row.pop("scorer")["reason"]
-        assert reason == ("ifd_too_high" if scores[row["n"]]["ifd"] >= 1 else "below_cut")
+        note = row.pop("scorer")
+        assert note["reason"] == ("ifd_too_high" if scores[row["n"]]["ifd"] >= 1 else "below_cut")
+        assert note["ifd"] == scores[row["n"]]["ifd"]
         assert row == ROWS[row["n"]]
+    command("select", scored / "run", "-o", "best.jsonl", "--rejected", "rest.jsonl", "--keep", 5).done()
+    assert read_jsonl(tmp_path / "best.jsonl") == kept
+    rest = read_jsonl(tmp_path / "rest.jsonl")
+    assert {*rest[0]["scorer"]} == {"record_id", "reason"}
     assert rest[-5:] == [
         {**ROWS[50], "scorer": {"record_id": 50, "reason": "empty_response"}},
         {**ROWS[51], "scorer": {"record_id": 51, "reason": "not_text"}},
