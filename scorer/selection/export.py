@@ -5,18 +5,22 @@ Knows run directories, raw records and files; scorer.selection.ranking decides w
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import polars as pl
+import pyarrow as pa
+from polars import selectors
 
 from scorer.data.dataset import Dataset
 from scorer.data.reader import RawRecord
-from scorer.data.writer import RecordWriter
+from scorer.data.subset import Subset
+from scorer.data.writer import FLAT, RecordWriter
 from scorer.options import from_options
 from scorer.protocols import PROTOCOLS
 from scorer.requirements import require
@@ -134,38 +138,61 @@ def _write_all(
     rejected = selection.rejected
     if config.rejected is not None and config.with_scores:
         rejected = _with_scores(rejected, shards, config.aggregate)
-    with ExitStack() as stack:
+    with ExitStack() as files:
         for path, table, with_notes in (
             (output, selection.kept, config.with_scores),
             (config.rejected, rejected, True),
         ):
             if path is not None:
-                _write(stack.enter_context(RecordWriter(path)), data.rows(), table, with_notes=with_notes)
+                writer = files.enter_context(RecordWriter(path))
+                _write(writer, Subset(data, table["record_id"].to_list()), table if with_notes else None)
 
 
-def _write(writer: RecordWriter, records: Iterable[RawRecord], table: pl.DataFrame, *, with_notes: bool) -> None:
-    """Write the records of `table`, in its order, each with its row as a note if `with_notes`."""
-    ids = table["record_id"].to_list()
-    notes = {row["record_id"]: row for row in table.iter_rows(named=True)} if with_notes else {}
-    wanted = set(ids)
-    chosen = (raw for raw in records if raw.record_id in wanted)
-    if ids != sorted(ids):
-        held = {raw.record_id: raw for raw in chosen}  # in the order of rank, which is not the file's
-        chosen = (held[i] for i in ids)
-    for raw in chosen:
-        if with_notes:
-            writer.write(_noted(raw, notes[raw.record_id]), source=raw.source)
-        else:
+def _write(writer: RecordWriter, rows: Subset, notes: pl.DataFrame | None) -> None:
+    """Write rows, each with its row of `notes` under SCORES_KEY."""
+    if writer.is_table:
+        table = rows.table(str(writer.path), wrapped=notes is not None)
+        writer.write_table(table if notes is None else _noted_table(table, notes, flat=writer.kind in FLAT))
+    elif notes is None:
+        for raw in rows.records():
             writer.write(raw.value, text=raw.text, source=raw.source)
+    else:
+        finite = notes.with_columns(pl.when(selectors.float().is_finite()).then(selectors.float()))  # as JSON needs
+        for raw, note in zip(rows.records(), finite.iter_rows(named=True), strict=True):
+            value, text = _noted(raw, note)
+            writer.write(value, text=text, source=raw.source)
     writer.finish()
 
 
-def _noted(raw: RawRecord, note: dict[str, Any]) -> dict[str, Any]:
-    if not isinstance(raw.value, dict):  # a line that is no JSON object: it is always rejected
-        return {"record": raw.value, SCORES_KEY: note}
+def _noted(raw: RawRecord, note: dict[str, Any]) -> tuple[Any, str | None]:
+    """A record with its note, and as text if it has one: every other key and number stays as it was written."""
+    if not isinstance(raw.value, dict):  # a line that is no JSON object
+        return {"record": raw.value, SCORES_KEY: note}, None
     if SCORES_KEY in raw.value:
-        raise ScorerError(f"{raw.source} has a field '{SCORES_KEY}' already: rename it, or write no scores")
-    return {**raw.value, SCORES_KEY: note}
+        raise _taken(raw.source)
+    value = {**raw.value, SCORES_KEY: note}
+    if raw.text is None:
+        return value, None
+    inside = raw.text.strip()[1:-1].rstrip()
+    return value, f"{{{inside}{', ' if raw.value else ''}{json.dumps(SCORES_KEY)}: {json.dumps(note)}}}"
+
+
+def _noted_table(table: pa.Table, notes: pl.DataFrame, *, flat: bool) -> pa.Table:
+    """The table with the notes as one more column, or if `flat` a column for each field of theirs."""
+    added = (
+        notes.rename(lambda name: f"{SCORES_KEY}.{name}")
+        if flat
+        else notes.select(pl.struct(pl.all()).alias(SCORES_KEY))
+    )
+    for name, column in zip(added.columns, added.to_arrow().columns, strict=True):
+        if name in table.column_names:
+            raise _taken("the data", name)
+        table = table.append_column(name, column)
+    return table
+
+
+def _taken(where: str, name: str = SCORES_KEY) -> ScorerError:
+    return ScorerError(f"{where} has a field '{name}' already: rename it, or write no scores")
 
 
 def _file(where: str) -> str:

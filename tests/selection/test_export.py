@@ -234,10 +234,38 @@ def test_lines_come_out_as_they_went_in(command: Commands, options: list[str], t
     every = ("--keep", "100%", "--no-max-ifd")
     command("select", "run", "-o", "a.jsonl", *every).done()
     assert (tmp_path / "a.jsonl").read_text() == "\n".join([*lines, ""])
-    for arguments in (("-o", "b.json"), ("-o", "b.jsonl", "--with-scores")):  # they have to be written anew
-        line = command("select", "run", *arguments, *every).line()
-        assert "d.jsonl:1 " in line
-        assert "infinite" in line
+    command("select", "run", "-o", "b.json", *every).done()
+    assert (tmp_path / "b.json").read_text() == "[\n" + ",\n".join(lines) + "\n]\n"
+    command("select", "run", "-o", "b.jsonl", "--with-scores", *every).done()
+    for line, scored in zip(lines, (tmp_path / "b.jsonl").read_text().splitlines(), strict=True):
+        assert scored.startswith(line.strip()[:-1].rstrip() + ', "scorer": {"record_id": ')
+        assert json.loads(scored)["scorer"]["response_tokens"] == 11
+
+
+def test_numbers_and_keys_of_an_array_come_out_as_they_went_in(
+    command: Commands, options: list[str], tmp_path: Path
+) -> None:
+    numbers = ["0.12345678901234567890123", "1E5", "12345678901234567890", "1e999", "-0.0"]
+    rows = [f'{{"instruction": "a b",\n  "output": "long\\nenough", "n": {n}, "n": [ {n} ]}}' for n in numbers]
+    (tmp_path / "d.json").write_text("[" + ",\r\n ".join(rows) + "]")
+    with gzip.open(tmp_path / "d2.jsonl.gz", "wt") as file:  # found to be an array by its content
+        file.write("\ufeff[\n" + ",\n".join(rows) + "\n]\n")
+    command("score", "d.json", "d2.jsonl.gz", "-o", "run", *options).done()
+    lines = [row.replace("\n  ", " ") for row in rows] * 2
+    every = ("--keep", "1.0", "--no-max-ifd")
+    command("select", "run", "-o", "a.jsonl", *every).done()
+    assert (tmp_path / "a.jsonl").read_text().splitlines() == lines
+    command("select", "run", "-o", "a.json", *every, "--order", "rank").done()
+    text = (tmp_path / "a.json").read_text()
+    assert sorted(text[2:-3].split(",\n")) == sorted(lines)
+
+
+def test_json_has_no_nan_in_an_array(command: Commands, options: list[str], tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_text('{"instruction": "NaN", "output": "long enough", "n": NaN}\n')
+    command("score", "d.jsonl", "-o", "run", *options).done()
+    line = command("select", "run", "-o", "b.json", "--keep", 1, "--no-max-ifd").line()
+    assert "d.jsonl:1 " in line
+    assert "infinite or NaN" in line
     assert not list(tmp_path.glob("b.json*"))
 
 

@@ -1,0 +1,142 @@
+"""Arrow tables: of rows of a Parquet or Arrow file, from JSON values, and back to what JSON can hold.
+
+What stays in Arrow passes through no Python value, so every type of column and the schema's metadata survive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from scorer.data.formats import first_line, known_suffix
+from scorer.requirements import require
+from scorer.storage.paths import local_copy
+from scorer.types import ScorerError
+
+
+def is_table_file(path: Path) -> bool:
+    """Whether `rows_at` can read a file."""
+    return known_suffix(path) == ".parquet"
+
+
+def rows_at(path: Path, positions: Sequence[int]) -> pa.Table:
+    """The rows of a Parquet file at `positions` (ascending, 0-based), with its schema and metadata.
+
+    Raises ScorerError where it can't be read.
+    """
+    try:
+        with local_copy(path) as copy, pq.ParquetFile(copy) as file:
+            wanted, batches, start = np.asarray(positions, dtype=np.int64), [], 0
+            for batch in file.iter_batches():
+                first, last = np.searchsorted(wanted, [start, start + batch.num_rows])
+                if first < last:
+                    batches.append(batch.take(pa.array(wanted[first:last] - start)))
+                start += batch.num_rows
+            return pa.Table.from_batches(batches, schema=file.schema_arrow)
+    except (pa.ArrowException, OSError) as error:
+        raise ScorerError(f"{path}: cannot be read as a table ({first_line(error)})") from error
+
+
+def row_count(path: Path) -> int:
+    """How many rows a Parquet file has."""
+    with local_copy(path) as copy, pq.ParquetFile(copy) as file:
+        return int(file.metadata.num_rows)
+
+
+def stacked(where: str, tables: Sequence[pa.Table]) -> pa.Table:
+    """Tables of several files as one, with the first one's metadata; a column that a table lacks is null there.
+
+    Raises ScorerError, which names `where`, for columns whose types have none in common that keeps every value.
+    """
+    if len(tables) == 1:
+        return tables[0]
+    try:
+        table = pa.concat_tables(tables, promote_options="permissive")
+        return table.replace_schema_metadata(tables[0].schema.metadata)
+    except pa.ArrowException as error:
+        why = f"{where}: the input files have different columns; write to JSON Lines (.jsonl)"
+        raise ScorerError(f"{why} ({first_line(error)})") from error
+
+
+def framed(where: str, rows: Sequence[Any]) -> pa.Table:
+    """JSON objects as a table. Keys that are absent become nulls, and numbers a column's type, if they stay equal.
+
+    Raises ScorerError, which names `where`, for rows that no table holds as they are.
+    """
+    unlike = f"{where}: these records do not fit into the columns of one table; write to JSON Lines (.jsonl)"
+    try:
+        frame = pl.from_dicts(rows, infer_schema_length=None) if rows else pl.DataFrame()
+        table = frame.to_arrow()
+    except (pl.exceptions.PolarsError, TypeError, ValueError, OverflowError) as error:  # ValueError: lone surrogates
+        raise ScorerError(f"{unlike} ({first_line(error)})") from error
+    # Polars makes text of a number in a column of texts, and rounds large integers in a column of fractions.
+    if frame.height != len(rows) or not all(map(_same, rows, frame.iter_rows(named=True))):
+        raise ScorerError(unlike)
+    return table
+
+
+def _same(value: Any, framed: Any) -> bool:
+    """Whether a table holds a value as it was, but for keys that are absent (null there) and whole fractions."""
+    if isinstance(value, dict) and isinstance(framed, dict):
+        return all(_same(value.get(key), framed[key]) for key in framed) and value.keys() <= framed.keys()
+    if isinstance(value, list) and isinstance(framed, list):
+        return len(value) == len(framed) and all(map(_same, value, framed))
+    alike = type(value) is type(framed) or {type(value), type(framed)} == {int, float}
+    return alike and (value == framed or value != value)
+
+
+def for_text(where: str, table: pa.Table) -> pa.Table:
+    """The table with columns that JSON can hold: dates, times and decimals become text, all of their digits kept.
+
+    Raises ScorerError, which names `where` and the column, for binary values.
+    """
+    columns = [
+        column.cast(_text_type(f"{where}: column '{field.name}'", field.type))
+        for field, column in zip(table.schema, table.columns, strict=True)
+    ]
+    return pa.table(columns, names=table.column_names)
+
+
+def _text_type(where: str, kind: pa.DataType) -> pa.DataType:
+    """The type of what JSON holds for values of a type; types that it holds as they are come back."""
+    types = pa.types
+    if isinstance(kind, pa.BaseExtensionType):
+        return _text_type(where, kind.storage_type)
+    if types.is_dictionary(kind):
+        return _text_type(where, kind.value_type)
+    if types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind):
+        raise ScorerError(f"{where} holds binary data, which text can't hold; leave it out, or write to .parquet")
+    if types.is_duration(kind):
+        raise ScorerError(f"{where} holds durations, which text can't hold; leave it out, or write to .parquet")
+    if types.is_temporal(kind) or types.is_decimal(kind):
+        return pa.string()
+    if types.is_struct(kind):
+        return pa.struct([(field.name, _text_type(f"{where}, {field.name}", field.type)) for field in kind])
+    if types.is_map(kind):
+        return pa.list_(pa.struct([(f.name, _text_type(where, f.type)) for f in (kind.key_field, kind.item_field)]))
+    if types.is_large_list(kind):
+        return pa.large_list(_text_type(where, kind.value_type))
+    if types.is_list(kind) or types.is_fixed_size_list(kind):
+        return pa.list_(_text_type(where, kind.value_type))
+    return kind
+
+
+def check_flat(where: str, table: pa.Table) -> None:
+    """Raise ScorerError, which names `where` and the column, for a column that holds lists or objects."""
+    for field in table.schema:
+        if pa.types.is_nested(field.type):
+            raise ScorerError(f"{where}: column '{field.name}' holds lists or objects; write to JSON Lines (.jsonl)")
+
+
+def as_dataset(table: pa.Table) -> Any:
+    """A `datasets.Dataset` of the table. Raises ScorerError where `datasets` is not installed."""
+    require("datasets")
+    import datasets
+
+    return datasets.Dataset(datasets.table.InMemoryTable(table))
