@@ -129,7 +129,7 @@ def show_selection(selection: Selection, output: str) -> None:
     reasons = Counter(selection.rejected["reason"].to_list())
     if reasons:
         line("dropped: " + ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common()))
-    if kept < selection.requested:
+    if kept + reasons["not_convertible"] < selection.requested:
         chosen = "ranked" if selection.drawn_from is None else "drawn"
         line(f"{selection.requested:,} were asked for; no more could be {chosen}")
 

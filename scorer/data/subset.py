@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate, chain, groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,11 +41,15 @@ class Subset:
     def __len__(self) -> int:
         return len(self._ids)
 
-    def values(self) -> Iterator[Any]:
-        """The values that scoring read: parsed JSON, or rows of Parquet with Python's dates and decimals."""
+    @property
+    def columns(self) -> Mapping[str, str] | None:
+        """The columns that scoring read, as for `scorer.data.records.to_record`."""
+        return self._data.columns
+
+    def raw(self) -> Iterator[RawRecord]:
+        """The rows as scoring read them: parsed JSON, or rows of Parquet with Python's dates and decimals."""
         wanted = set(self._ids)
-        rows = ((raw.record_id, raw) for raw in self._data.rows() if raw.record_id in wanted)
-        return (raw.value for raw in self._ordered(rows))
+        return self._ordered((raw.record_id, raw) for raw in self._data.rows() if raw.record_id in wanted)
 
     def records(self) -> Iterator[RawRecord]:
         """The rows with the text of each: all JSON has one. Of a table's rows, `value` is what JSON can hold.

@@ -18,6 +18,7 @@ from scorer.types import ScorerError
 BUCKETS = ("low", "mid", "high")  # thirds of the values, ascending
 ORDERS = ("input", "rank")
 AUTO = "auto"
+FORM_NAMES = ("messages", "alpaca", "prompt-completion", "sharegpt")
 Size = str | int | float | Fraction  # what parse_keep takes: "10%", 0.1, 5000
 
 
@@ -99,6 +100,17 @@ class SelectConfig:
         metavar="NAME,...",
         parse=parse_names,
     )
+    form: str | None = option(
+        OUTPUT,
+        None,
+        "Convert the kept records to this form; other columns of the data are left out.",
+        unset="as they came",
+        flags="--as",
+        choices=FORM_NAMES,
+    )
+    dataset_info: bool = option(
+        OUTPUT, False, "Describe the output, given --as, in LLaMA-Factory's dataset_info.json beside it."
+    )
     order: str = option(OUTPUT, "input", "Order of the kept records.", choices=ORDERS)
     with_scores: bool = option(OUTPUT, False, "Add each record's scores, under the key 'scorer'.")
     rejected: str | Path | None = option(
@@ -115,6 +127,8 @@ class SelectConfig:
         if self.diverse is not None and self.keep is not None:
             raise ScorerError("keep: --diverse says how many are kept, and --from of how many; leave --keep out")
         check_fields(self)
+        if self.dataset_info and self.form is None:
+            raise ScorerError("dataset_info: it describes one of the forms of --as; give --as too")
         if self.per is not None and self.per_cluster:
             raise ScorerError("per: records are grouped by a column or by cluster, not by both")
         first, _ = self.by_rank, self.size  # parses both, so that an invalid one raises here

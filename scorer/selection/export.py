@@ -29,6 +29,7 @@ from scorer.runs.extras import clusters, embedding_parts, embeddings
 from scorer.scores.aggregate import KEYS, measures_of, per_record
 from scorer.scores.measures import ALONE_COLUMNS, LEARNING, SCHEMA
 from scorer.selection.config import SelectConfig
+from scorer.selection.convert import ConvertedRows, check_dataset_info, update_dataset_info
 from scorer.selection.diversity import facility_location
 from scorer.selection.flags import FLAGS, SCORE_FLAGS, STORED, TEXT_FLAGS
 from scorer.selection.inputs import column_groups, flags
@@ -60,6 +61,8 @@ def select(run: Run | str | Path, output: str | Path | None = None, **options: A
         selection = _choose(scores, run, data, config)
         if data is not None and writes:
             data.check_unchanged()
+            if config.form is not None:
+                selection = _convertible(data, selection, config.form)
             _write_all(data, scores, selection, output, config)
     return selection
 
@@ -113,6 +116,10 @@ def check_options(
     _check_not_overwriting(targets, paths if scored else [name for path in paths for name in expand(path)])
     if config.random and config.bucket is None and (config.by is not None or config.lowest is not None):
         raise ScorerError("random: records are drawn from all, whatever their scores; leave out --by and --lowest")
+    if config.form is not None and output is None:
+        raise ScorerError("form: kept records are converted where they are written; give an output too")
+    if config.form is not None and config.dataset_info and output is not None:
+        check_dataset_info(output, config.form)
     if config.diverse is not None:
         require("--diverse")
     for name in config.drop_flagged:
@@ -138,17 +145,30 @@ def _write_all(
     rejected = selection.rejected
     if config.rejected is not None and config.with_scores:
         rejected = _with_scores(rejected, shards, config.aggregate)
+    kept = Subset(data, selection.kept["record_id"].to_list())
+    converted = None if config.form is None else ConvertedRows(kept, config.form)
+    outputs = (
+        (output, converted or kept, selection.kept if config.with_scores else None),
+        (config.rejected, Subset(data, rejected["record_id"].to_list()), rejected),
+    )
     with ExitStack() as files:
-        for path, table, with_notes in (
-            (output, selection.kept, config.with_scores),
-            (config.rejected, rejected, True),
-        ):
+        for path, rows, notes in outputs:
             if path is not None:
-                writer = files.enter_context(RecordWriter(path))
-                _write(writer, Subset(data, table["record_id"].to_list()), table if with_notes else None)
+                _write(files.enter_context(RecordWriter(path)), rows, notes)
+    if output is not None and converted is not None and config.dataset_info:
+        update_dataset_info(output, converted.form, converted.keys)
 
 
-def _write(writer: RecordWriter, rows: Subset, notes: pl.DataFrame | None) -> None:
+def _convertible(data: Dataset, selection: Selection, form: str) -> Selection:
+    """The selection without the records that the form can't hold: those are rejected."""
+    rows = ConvertedRows(Subset(data, selection.kept["record_id"].to_list()), form)
+    left_out = pl.col("record_id").is_in(rows.unconvertible())
+    more = selection.kept.filter(left_out).select("record_id", reason=pl.lit("not_convertible"))
+    rejected = pl.concat([selection.rejected, more]).sort("record_id")
+    return replace(selection, kept=selection.kept.filter(~left_out), rejected=rejected)
+
+
+def _write(writer: RecordWriter, rows: Subset | ConvertedRows, notes: pl.DataFrame | None) -> None:
     """Write rows, each with its row of `notes` under SCORES_KEY."""
     if writer.is_table:
         table = rows.table(str(writer.path), wrapped=notes is not None)

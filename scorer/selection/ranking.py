@@ -29,7 +29,8 @@ class Selection:
         aggregated over the record's scored turns; in the order asked for.
     rejected: record_id Int64, reason String, by record_id. The reason is the status of a record that has no scored
         turn; or null_score (`by`, or an ifd that has a limit, is null or not finite), the first of
-        `drop_flagged` that is set, ifd_too_high, other_bucket, below_cut, not_drawn, or not_diverse.
+        `drop_flagged` that is set, ifd_too_high, other_bucket, below_cut, not_drawn, not_diverse, or in the end
+        not_convertible, to the form that is written.
     requested: how many records were asked for; there are fewer in `kept` where fewer could be ranked.
     total: how many records the table has, failed ones included.
     drawn_from: how many records were drawn from at random; None where records were ranked.
