@@ -137,12 +137,16 @@ def _field_option(name: str, kind: Any, info: OptionInfo, default: Any) -> Decor
 
 def _take(config: type[Any], options: dict[str, Any]) -> dict[str, Any]:
     """The options that are fields of a dataclass, out of `options`."""
-    return {field.name: options.pop(field.name) for field in fields(config)}
+    return {field.name: options.pop(field.name) for field in fields(config) if field.name in options}
 
 
 data_argument = click.argument("data", nargs=-1, required=True)
 run_option = output_option("RUN", "The run directory.")
-file_option = output_option("FILE", "File for the kept records; its suffix is its format.")
+file_option = output_option(
+    "FILE",
+    "File for the kept records, its kind by its suffix: .jsonl, .json (also with .gz, .zst), .parquet, .arrow, .csv or "
+    ".tsv. A path that ends in / is a folder for datasets.load_from_disk.",
+)
 fresh_option = flag(OUTPUT, "--fresh", "Discard what an earlier run left in RUN.")
 strict_option = flag(DATA, "--strict", "Stop at the first record that can't be scored.")
 no_limit_option = flag(SELECTION, "--no-max-ifd", "Keep records of any ifd.")
@@ -184,7 +188,7 @@ def select(run: str, output: str, **options: Any) -> None:
 @options_of(ScoreConfig)
 @strict_option
 @options_of(Cluster, address=None)
-@options_of(SelectConfig)
+@options_of(SelectConfig, without=("data",))
 @no_limit_option
 @file_option
 @command_option(OUTPUT, "--run", metavar="RUN", help="Keep the scores in this run directory.", unset="FILE.run")
@@ -202,7 +206,7 @@ def filter_(data: tuple[str, ...], output: str, run: str | None, **options: Any)
     config = SelectConfig(**selection)
     check_options(data, output, config)
     check_measure(config.by, options["protocol"])
-    directory = run or f"{output}.run"
+    directory = run or f"{output.rstrip('/')}.run"
     check_apart(directory, [str(path) for path in (output, config.rejected) if path is not None])
     paths = spool(data, directory, fresh=options["fresh"])
     check_column(paths, config.per, options["limit"])

@@ -25,7 +25,7 @@ from scorer.agreement.statistics import Estimate
 from scorer.models.find import ModelRow
 from scorer.runs.directory import Run
 from scorer.scores.summary import COLUMNS, QUANTILES, summarise
-from scorer.selection.ranking import Selection
+from scorer.selection.selection import Selection
 from scorer.types import ScorerError
 
 PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}  # paths may hold [brackets] and :colons:
@@ -129,6 +129,8 @@ def show_selection(selection: Selection, output: str) -> None:
     reasons = Counter(selection.rejected["reason"].to_list())
     if reasons:
         line("dropped: " + ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common()))
+    for sentence in selection.unchecked:
+        line(f"not checked: {sentence}")
     if kept + reasons["not_convertible"] < selection.requested:
         chosen = "ranked" if selection.drawn_from is None else "drawn"
         line(f"{selection.requested:,} were asked for; no more could be {chosen}")

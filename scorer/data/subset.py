@@ -32,7 +32,7 @@ class _Part(NamedTuple):
 
 
 class Subset:
-    """The rows `ids` of a dataset, in that order. Files without any of them are not opened."""
+    """The rows `ids` of a dataset, in that order. Files without any of them are not opened to write them."""
 
     def __init__(self, data: Dataset, ids: Sequence[int]):
         self._data, self._ids = data, list(ids)

@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pyarrow as pa
 from polars import selectors
 
 from scorer.data.dataset import Dataset
+from scorer.data.moved import unchecked
 from scorer.data.reader import RawRecord
 from scorer.data.subset import Subset
 from scorer.data.writer import FLAT, RecordWriter
@@ -33,7 +35,8 @@ from scorer.selection.convert import ConvertedRows, check_dataset_info, update_d
 from scorer.selection.diversity import facility_location
 from scorer.selection.flags import FLAGS, SCORE_FLAGS, STORED, TEXT_FLAGS
 from scorer.selection.inputs import column_groups, flags
-from scorer.selection.ranking import Selection, select_records
+from scorer.selection.ranking import select_records
+from scorer.selection.selection import Selection
 from scorer.storage.paths import expand, is_remote, to_path
 from scorer.types import ScorerError, one_of
 
@@ -53,12 +56,15 @@ def select(run: Run | str | Path, output: str | Path | None = None, **options: A
     if not run.complete:
         raise ScorerError(f"{run.path} is unfinished: run the same `scorer score` command again to finish it")
     config = from_options(SelectConfig, options)
-    check_options(manifest.paths, output, config, scored=True)
+    check_options(config.data or manifest.paths, output, config, scored=True)
     config = _ranked_as(config, manifest.ranking)
     writes = output is not None or config.rejected is not None
     reads_text = config.per is not None or set(config.drop_flagged) & set(TEXT_FLAGS)
-    with run.data if writes or reads_text else nullcontext() as data, run.snapshot() as scores:
-        selection = _choose(scores, run, data, config)
+    needs_data = writes or reads_text or config.data
+    with run.data_at(config.data) if needs_data else nullcontext() as data, run.snapshot() as scores:
+        selection = replace(_choose(scores, run, data, config), _open=partial(run.data_at, config.data))
+        if data is not None and config.data:
+            selection = replace(selection, unchecked=unchecked(manifest.inputs, data.inputs))
         if data is not None and writes:
             data.check_unchanged()
             if config.form is not None:

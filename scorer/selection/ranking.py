@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from random import Random
 
@@ -18,30 +17,8 @@ import polars as pl
 from scorer.scores.aggregate import measures_of, per_record
 from scorer.scores.shares import exact_quotas, largest_remainder, paper_quotas, split_bounds
 from scorer.selection.config import BUCKETS, SelectConfig
+from scorer.selection.selection import Selection
 from scorer.types import RowStatus, ScorerError, one_of
-
-
-@dataclass(frozen=True, slots=True)
-class Selection:
-    """The records that are kept and those that are not: each record of the table is in one of the two frames, once.
-
-    kept: record_id Int64, rank Int64 (1 is best, or drawn first, or most diverse), and every measure of the table,
-        aggregated over the record's scored turns; in the order asked for.
-    rejected: record_id Int64, reason String, by record_id. The reason is the status of a record that has no scored
-        turn; or null_score (`by`, or an ifd that has a limit, is null or not finite), the first of
-        `drop_flagged` that is set, ifd_too_high, other_bucket, below_cut, not_drawn, not_diverse, or in the end
-        not_convertible, to the form that is written.
-    requested: how many records were asked for; there are fewer in `kept` where fewer could be ranked.
-    total: how many records the table has, failed ones included.
-    drawn_from: how many records were drawn from at random; None where records were ranked.
-    """
-
-    kept: pl.DataFrame
-    rejected: pl.DataFrame
-    requested: int
-    total: int
-    drawn_from: int | None = None
-
 
 REASONS = ("below_cut", "other_bucket", "not_diverse", "not_drawn", "kept")  # of the records that can be chosen
 Diversify = Callable[[pl.Series, int], Sequence[int]]

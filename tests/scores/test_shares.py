@@ -16,7 +16,8 @@ from polars.testing import assert_frame_equal
 
 from scorer.scores.shares import exact_quotas, largest_remainder, paper_quotas, split_bounds
 from scorer.selection.config import BUCKETS, SelectConfig
-from scorer.selection.ranking import Selection, select_records
+from scorer.selection.ranking import select_records
+from scorer.selection.selection import Selection
 from scorer.types import ScorerError
 
 TENTH = Fraction(1, 10)

@@ -163,5 +163,5 @@ def test_trl_prepares_it(tiny: Callable[[str], ModelFiles], run: Run, tmp_path: 
     prepared = trainer.train_dataset
     assert [tokenizer.decode(ids) for ids in prepared["input_ids"]] == texts
     if form == "prompt-completion":
-        [mask] = [row["completion_mask"] for row in prepared.select([1])]
-        assert sum(mask) == len("Hello</assistant>")
+        trained = [token for token in prepared[1]["labels"] if token != -100]
+        assert tokenizer.decode(trained) == "Hello</assistant>"

@@ -17,7 +17,8 @@ from scorer.config import AGGREGATES
 from scorer.protocols import PROTOCOLS
 from scorer.scores.shares import parse_keep
 from scorer.selection.config import ORDERS, SelectConfig
-from scorer.selection.ranking import Selection, select_records
+from scorer.selection.ranking import select_records
+from scorer.selection.selection import Selection
 from scorer.types import RowStatus, ScorerError
 
 SCHEMA = {
