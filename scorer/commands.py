@@ -137,7 +137,7 @@ def _field_option(name: str, kind: Any, info: OptionInfo, default: Any) -> Decor
 
 def _take(config: type[Any], options: dict[str, Any]) -> dict[str, Any]:
     """The options that are fields of a dataclass, out of `options`."""
-    return {field.name: options.pop(field.name) for field in fields(config) if field.name in options}
+    return {field.name: options.pop(field.name) for field in fields(config)}
 
 
 data_argument = click.argument("data", nargs=-1, required=True)
@@ -175,12 +175,20 @@ def score(data: tuple[str, ...], output: str, **options: Any) -> None:
 
 @cli.command()
 @click.argument("run")
+@command_option(
+    DATA,
+    "--data",
+    multiple=True,
+    metavar="FILE",
+    help="Where a file that was scored lies now; once for each, in the order in which they were scored.",
+    unset="where they were",
+)
 @options_of(SelectConfig)
 @no_limit_option
 @file_option
-def select(run: str, output: str, **options: Any) -> None:
+def select(run: str, output: str, data: tuple[str, ...], **options: Any) -> None:
     """Keep the best records of the finished run RUN, as they came."""
-    _select(run, output, _selection(options))
+    _select(run, output, data=data, **_selection(options))
 
 
 @cli.command(name="filter")
@@ -188,7 +196,7 @@ def select(run: str, output: str, **options: Any) -> None:
 @options_of(ScoreConfig)
 @strict_option
 @options_of(Cluster, address=None)
-@options_of(SelectConfig, without=("data",))
+@options_of(SelectConfig)
 @no_limit_option
 @file_option
 @command_option(OUTPUT, "--run", metavar="RUN", help="Keep the scores in this run directory.", unset="FILE.run")
@@ -211,7 +219,7 @@ def filter_(data: tuple[str, ...], output: str, run: str | None, **options: Any)
     paths = spool(data, directory, fresh=options["fresh"])
     check_column(paths, config.per, options["limit"])
     _score(paths, directory, options)
-    _select(directory, output, selection)
+    _select(directory, output, **selection)
 
 
 @cli.command()
@@ -388,7 +396,7 @@ def _check_not_given(names: Iterable[str], why: str) -> None:
         raise click.UsageError(f"{why}: leave out {', '.join(flags)}")
 
 
-def _select(run: str, output: str, options: dict[str, Any]) -> None:
+def _select(run: str, output: str, **options: Any) -> None:
     from scorer.console import show_selection
     from scorer.selection.export import select as select_records
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from scorer.data.formats import first_line, known_suffix
-from scorer.requirements import require
+from scorer.requirements import DATASET, require
 from scorer.storage.paths import local_copy
 from scorer.types import ScorerError
 
@@ -136,7 +136,7 @@ def check_flat(where: str, table: pa.Table) -> None:
 
 def as_dataset(table: pa.Table) -> Any:
     """A `datasets.Dataset` of the table. Raises ScorerError where `datasets` is not installed."""
-    require("datasets")
+    require(DATASET)
     import datasets
 
     return datasets.Dataset(datasets.table.InMemoryTable(table))

@@ -19,7 +19,7 @@ import zstandard
 
 from scorer.data.formats import COMPRESSIONS, JSON_SUFFIXES, first_line, is_array
 from scorer.data.tables import as_dataset, check_flat, for_text, framed
-from scorer.requirements import require
+from scorer.requirements import DATASET, require
 from scorer.storage.atomic import check_new_folder, check_writable, replacing
 from scorer.storage.paths import to_path
 from scorer.types import ScorerError
@@ -82,7 +82,7 @@ class RecordWriter:
         self.kind = output_kind(path)
         self.path = to_path(str(path).rstrip("/") if self.kind == FOLDER else path)
         if self.kind == FOLDER:
-            require("datasets")
+            require(DATASET)
             check_new_folder(self.path)
         else:
             check_writable(self.path)

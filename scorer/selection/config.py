@@ -11,7 +11,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from scorer.config import AGGREGATES, parse_names
-from scorer.options import DATA, OUTPUT, SELECTION, check_fields, option
+from scorer.options import OUTPUT, SELECTION, check_fields, option
 from scorer.scores.shares import ROUNDINGS, parse_keep
 from scorer.types import ScorerError
 
@@ -120,15 +120,6 @@ class SelectConfig:
         unset="not written",
         metavar="FILE",
     )
-    data: tuple[str, ...] = option(
-        DATA,
-        (),
-        "Where a file that was scored lies now, if not where it was; again for each further file, in their order.",
-        unset="where it was",
-        metavar="FILE",
-        multiple=True,
-        parse=tuple,
-    )
 
     def __post_init__(self) -> None:
         if self.diverse is None and self.pool is not None:
@@ -136,8 +127,6 @@ class SelectConfig:
         if self.diverse is not None and self.keep is not None:
             raise ScorerError("keep: --diverse says how many are kept, and --from of how many; leave --keep out")
         check_fields(self)
-        if isinstance(self.data, str | Path):
-            raise ScorerError(f"data: {str(self.data)!r} is not a tuple of paths")
         if self.dataset_info and self.form is None:
             raise ScorerError("dataset_info: it describes one of the forms of --as; give --as too")
         if self.per is not None and self.per_cluster:

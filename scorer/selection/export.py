@@ -43,11 +43,14 @@ from scorer.types import ScorerError, one_of
 SCORES_KEY = "scorer"  # the key of a record's scores and reason
 
 
-def select(run: Run | str | Path, output: str | Path | None = None, **options: Any) -> Selection:
-    """Choose records of a finished run, and write them unchanged to `output`.
+def select(
+    run: Run | str | Path, output: str | Path | None = None, *, data: Sequence[str | Path] = (), **options: Any
+) -> Selection:
+    """Choose records of a finished run, and write them to `output`: unchanged, or in the form that is asked for.
 
-    options: the fields of SelectConfig; `by` and `lowest` default to the ranking of the run's protocol, and `lowest` is
-    True for LP. The suffixes of `output` and `rejected` choose their formats.
+    data: where the files that were scored lie now, in their order, if they were moved; or the data of a run that was
+    joined from tables. options: the fields of SelectConfig; `by` and `lowest` default to the ranking of the run's
+    protocol, and `lowest` is True for LP. The ends of `output` and `rejected` choose their kinds: a suffix, or a "/".
 
     Raises ScorerError where the run is unfinished, where its data changed since, and where a file can't be written.
     """
@@ -55,21 +58,23 @@ def select(run: Run | str | Path, output: str | Path | None = None, **options: A
     manifest = run.manifest
     if not run.complete:
         raise ScorerError(f"{run.path} is unfinished: run the same `scorer score` command again to finish it")
+    if isinstance(data, str | Path):
+        raise ScorerError(f"data: {str(data)!r} is not a list of paths; write [{str(data)!r}]")
     config = from_options(SelectConfig, options)
-    check_options(config.data or manifest.paths, output, config, scored=True)
+    check_options(list(map(str, data)) or manifest.paths, output, config, scored=True)
     config = _ranked_as(config, manifest.ranking)
     writes = output is not None or config.rejected is not None
     reads_text = config.per is not None or set(config.drop_flagged) & set(TEXT_FLAGS)
-    needs_data = writes or reads_text or config.data
-    with run.data_at(config.data) if needs_data else nullcontext() as data, run.snapshot() as scores:
-        selection = replace(_choose(scores, run, data, config), _open=partial(run.data_at, config.data))
-        if data is not None and config.data:
-            selection = replace(selection, unchecked=unchecked(manifest.inputs, data.inputs))
-        if data is not None and writes:
-            data.check_unchanged()
+    opened = run.data_at(data) if writes or reads_text or data else nullcontext()
+    with opened as records, run.snapshot() as scores:
+        selection = replace(_choose(scores, run, records, config), _open=partial(run.data_at, data))
+        if records is not None and data:
+            selection = replace(selection, unchecked=unchecked(manifest.inputs, records.inputs))
+        if records is not None and writes:
+            records.check_unchanged()
             if config.form is not None:
-                selection = _convertible(data, selection, config.form)
-            _write_all(data, scores, selection, output, config)
+                selection = _convertible(records, selection, config.form)
+            _write_all(records, scores, selection, output, config)
     return selection
 
 

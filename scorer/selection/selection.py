@@ -11,7 +11,7 @@ import polars as pl
 from scorer.data.dataset import Dataset
 from scorer.data.subset import Subset
 from scorer.data.tables import as_dataset
-from scorer.requirements import require
+from scorer.requirements import DATASET, require
 from scorer.types import ScorerError
 
 TABLE = "a table of the kept records"  # what an error is about
@@ -53,7 +53,7 @@ class Selection:
 
     def to_dataset(self) -> Any:
         """The same as a `datasets.Dataset`. Raises ScorerError where `datasets` is not installed."""
-        require("datasets")
+        require(DATASET)
         with self._data() as data:
             return as_dataset(self._subset(data).table(TABLE))
 
