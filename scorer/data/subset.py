@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import accumulate, chain, groupby
+from itertools import accumulate, chain, groupby, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,7 +103,7 @@ class Subset:
             return
         wanted, last = set(part.ids), part.ids[-1]
         rows = array_rows(part.path, part.start) if self._is_array(part) else self._data.rows(part.start, last + 1)
-        for raw in rows:
+        for raw in takewhile(lambda raw: raw.record_id <= last, rows):
             if raw.record_id in wanted:
                 yield raw
 

@@ -19,6 +19,8 @@ from scorer.requirements import DATASET, require
 from scorer.storage.paths import local_copy
 from scorer.types import ScorerError
 
+BINARY = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary, pa.types.is_binary_view)
+
 
 def is_table_file(path: Path) -> bool:
     """Whether `rows_at` can read a file."""
@@ -32,21 +34,18 @@ def rows_at(path: Path, positions: Sequence[int]) -> pa.Table:
     """
     try:
         with local_copy(path) as copy, pq.ParquetFile(copy) as file:
-            wanted, batches, start = np.asarray(positions, dtype=np.int64), [], 0
-            for batch in file.iter_batches():
-                first, last = np.searchsorted(wanted, [start, start + batch.num_rows])
-                if first < last:
-                    batches.append(batch.take(pa.array(wanted[first:last] - start)))
-                start += batch.num_rows
+            wanted, batches, end = np.asarray(positions, dtype=np.int64), [], 0
+            for group in range(file.num_row_groups):
+                start, end = end, end + file.metadata.row_group(group).num_rows
+                if np.diff(np.searchsorted(wanted, [start, end])).any():  # no other groups are read
+                    for batch in file.iter_batches(row_groups=[group]):
+                        first, last = np.searchsorted(wanted, [start, start + batch.num_rows])
+                        if first < last:
+                            batches.append(batch.take(pa.array(wanted[first:last] - start)))
+                        start += batch.num_rows
             return pa.Table.from_batches(batches, schema=file.schema_arrow)
     except (pa.ArrowException, OSError) as error:
         raise ScorerError(f"{path}: cannot be read as a table ({first_line(error)})") from error
-
-
-def row_count(path: Path) -> int:
-    """How many rows a Parquet file has."""
-    with local_copy(path) as copy, pq.ParquetFile(copy) as file:
-        return int(file.metadata.num_rows)
 
 
 def stacked(where: str, tables: Sequence[pa.Table]) -> pa.Table:
@@ -94,12 +93,15 @@ def _same(value: Any, framed: Any) -> bool:
 def for_text(where: str, table: pa.Table) -> pa.Table:
     """The table with columns that JSON can hold: dates, times and decimals become text, all of their digits kept.
 
-    Raises ScorerError, which names `where` and the column, for binary values.
+    Raises ScorerError, which names `where` and the column, for binary values and durations.
     """
-    columns = [
-        column.cast(_text_type(f"{where}: column '{field.name}'", field.type))
-        for field, column in zip(table.schema, table.columns, strict=True)
-    ]
+    columns = []
+    for field, column in zip(table.schema, table.columns, strict=True):
+        name = f"{where}: column '{field.name}'"
+        try:
+            columns.append(column.cast(_text_type(name, field.type)))
+        except pa.ArrowException as error:  # such as intervals
+            raise ScorerError(f"{name} holds {field.type}, which text can't hold; write to .parquet") from error
     return pa.table(columns, names=table.column_names)
 
 
@@ -110,21 +112,23 @@ def _text_type(where: str, kind: pa.DataType) -> pa.DataType:
         return _text_type(where, kind.storage_type)
     if types.is_dictionary(kind):
         return _text_type(where, kind.value_type)
-    if types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind):
-        raise ScorerError(f"{where} holds binary data, which text can't hold; leave it out, or write to .parquet")
-    if types.is_duration(kind):
-        raise ScorerError(f"{where} holds durations, which text can't hold; leave it out, or write to .parquet")
-    if types.is_temporal(kind) or types.is_decimal(kind):
-        return pa.string()
     if types.is_struct(kind):
         return pa.struct([(field.name, _text_type(f"{where}, {field.name}", field.type)) for field in kind])
     if types.is_map(kind):
         return pa.list_(pa.struct([(f.name, _text_type(where, f.type)) for f in (kind.key_field, kind.item_field)]))
-    if types.is_large_list(kind):
+    if types.is_nested(kind):  # lists of any make
         return pa.large_list(_text_type(where, kind.value_type))
-    if types.is_list(kind) or types.is_fixed_size_list(kind):
-        return pa.list_(_text_type(where, kind.value_type))
-    return kind
+    return _flat_text_type(where, kind)
+
+
+def _flat_text_type(where: str, kind: pa.DataType) -> pa.DataType:
+    refused = {"binary data": BINARY, "durations": (pa.types.is_duration,)}
+    for what, kinds in refused.items():
+        if any(is_kind(kind) for is_kind in kinds):
+            raise ScorerError(f"{where} holds {what}, which text can't hold; leave it out, or write to .parquet")
+    if pa.types.is_temporal(kind) or pa.types.is_decimal(kind):
+        return pa.string()
+    return pa.float32() if pa.types.is_float16(kind) else kind
 
 
 def check_flat(where: str, table: pa.Table) -> None:

@@ -46,7 +46,16 @@ def _write_flat(separator: str) -> Callable[[pa.Table, Path], None]:
 
 
 def _save_dataset(table: pa.Table, temporary: Path) -> None:
-    as_dataset(table).save_to_disk(str(temporary))
+    dataset = as_dataset(table)
+    import datasets
+
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()  # for what takes a moment
+    try:
+        dataset.save_to_disk(str(temporary))
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
 
 
 TABLES: Mapping[str, Callable[[pa.Table, Path], None]] = {

@@ -170,6 +170,33 @@ def test_files_of_two_kinds_in_one(tmp_path: Path) -> None:
     assert lines == ['{"n": 1, "output": "b"}', '{"n": 1099511627777, "day": "x"}']
 
 
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.csv", "a.json", "a.jsonl", "folder/"])
+def test_nothing_is_kept(tmp_path: Path, name: str) -> None:
+    if name == "folder/":
+        pytest.importorskip("datasets")
+    run = make_run(tmp_path / "run", FLAT, ifd=IFD)
+    selection = scorer.select(run, f"{tmp_path}/{name}", keep=2, max_ifd=0.05)
+    assert selection.kept.is_empty()
+    assert (tmp_path / name).exists()
+
+
+def test_what_text_can_not_hold_is_named(tmp_path: Path) -> None:
+    columns = {
+        "gap": pa.array([5], pa.duration("s")),
+        "in": pa.array([{"b": b"x"}]),
+        "f16": pa.array([0.5], pa.float16()),
+    }
+    for name, column in columns.items():
+        pq.write_table(pa.table({"instruction": ["a"], "output": ["b"], name: column}), tmp_path / f"{name}.parquet")
+        run = run_of(tmp_path / name, [tmp_path / f"{name}.parquet"], [1], ifd=[0.5])
+        if name == "f16":
+            scorer.select(run, tmp_path / "a.jsonl", keep=1)
+            assert json.loads((tmp_path / "a.jsonl").read_text())["f16"] == 0.5
+        else:
+            with pytest.raises(ScorerError, match=f"column '{name}'.* holds (durations|binary)"):
+                scorer.select(run, tmp_path / "a.jsonl", keep=1)
+
+
 def test_dates_from_python(tmp_path: Path) -> None:
     table = pa.table({"instruction": ["a"], "output": ["b"], "day": [datetime.date(2024, 2, 29)]})
     pq.write_table(table, tmp_path / "d.parquet")
