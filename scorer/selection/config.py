@@ -39,6 +39,7 @@ class SelectConfig:
     rounding: exact gives each group its share of `keep` by largest remainder, and passes on what a group can't fill;
         paper gives each ceil(its size / round(1 / share)), numpy.array_split's first part (arXiv 2402.10430).
     bucket: per group (arXiv 2402.10430); the first of uneven thirds is the larger.
+    form: records that it can't hold are rejected as not_convertible; see scorer.selection.convert.
     diverse: keep `pool` records by rank first, and so many of those by diversity (Superfiltering.D, arXiv 2402.00530).
     """
 
