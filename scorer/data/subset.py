@@ -18,6 +18,8 @@ from scorer.data.tables import for_text, framed, is_table_file, rows_at, stacked
 from scorer.storage.paths import to_path
 from scorer.types import RowStatus, ScorerError
 
+BATCH_ROWS = 10_000  # of a table, that are Python values at a time
+
 
 class _Part(NamedTuple):
     """The rows of a subset in one file: `ids` ascending; the file's first row has the id `start`."""
@@ -97,9 +99,10 @@ class Subset:
 
     def _records(self, part: _Part) -> Iterator[RawRecord]:
         if is_table_file(part.path):
-            rows = for_text(str(part.path), rows_at(part.path, part.positions)).to_pylist()
-            for i, position, row in zip(part.ids, part.positions, rows, strict=True):
-                yield RawRecord(i, f"{part.path}[{position}]", row)
+            table = for_text(str(part.path), rows_at(part.path, part.positions))
+            values = chain.from_iterable(batch.to_pylist() for batch in table.to_batches(max_chunksize=BATCH_ROWS))
+            for i, position, value in zip(part.ids, part.positions, values, strict=True):
+                yield RawRecord(i, f"{part.path}[{position}]", value)
             return
         wanted, last = set(part.ids), part.ids[-1]
         rows = array_rows(part.path, part.start) if self._is_array(part) else self._data.rows(part.start, last + 1)
