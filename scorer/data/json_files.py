@@ -5,21 +5,21 @@ The content decides which of them a file is, whatever its suffix.
 
 from __future__ import annotations
 
+import contextlib
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import orjson
 
+from scorer.data import json_texts
 from scorer.data.formats import check_signature, first_line, is_array
 from scorer.data.raw import FileRows, Found, RawRecord, Rows, count_and_look, first_fit
 from scorer.data.streams import decompressed
 from scorer.types import RowStatus, ScorerError
 
 BOM = b"\xef\xbb\xbf"
-FILLED = re.compile(r"[^ \t\n\r]")  # the others may stand between values
 
 _Parsed = tuple[Any, RowStatus, bytes | None]  # value, status and line of a RawRecord
 
@@ -44,15 +44,17 @@ class JsonRows(FileRows):
         return count_and_look(_numbered(chain(head, stream)), parsed, limit, self.source.fits)
 
     def rows(self, first_id: int, start: int, stop: int | None, *, exact: bool) -> Rows:
-        """The records. Unless `exact`, lines are parsed faster."""
-        if (values := self._values) is None:
+        """The records, with `line` if `exact`; unless so, lines are parsed faster."""
+        values, self._values = self._values, None
+        if values is None or exact:
             self.source.file.seek(0)
             is_lines, head, stream = self._sniff(self.source.file)
             if is_lines:
                 parse = _parse if exact else _parse_fast
                 return self._line_rows(chain(head, stream), first_id, start, stop, parse)
+            if exact:
+                return self._text_rows(self._text(head, stream), first_id, start, stop)
             values = self._document(head, stream)
-        self._values = None
         return self._value_rows(values, first_id, start, stop)
 
     def _sniff(self, file: BinaryIO) -> tuple[bool, list[bytes], Iterator[bytes]]:
@@ -95,12 +97,44 @@ class JsonRows(FileRows):
             yield RawRecord(first_id + row, f"{self.source.path}[{row}]", values[row])
         return first_id + end
 
+    def _text_rows(self, text: str, first_id: int, start: int, stop: int | None) -> Rows:
+        next_id = first_id
+        with self._errors():
+            for value, line in self._elements(text):
+                if stop is not None and next_id >= stop:
+                    break
+                if next_id >= start:
+                    source = f"{self.source.path}[{next_id - first_id}]"
+                    yield RawRecord(next_id, source, value, RowStatus.OK, line.encode())
+                next_id += 1
+        return next_id
+
+    def _elements(self, text: str) -> Iterable[json_texts.Element]:
+        if not text:
+            return ()
+        if text.lstrip().startswith("[") and self.source.records_at is None:
+            return json_texts.elements(text)
+        keys = self._keys([value for value, _ in json_texts.values(text)])
+        return json_texts.values(text) if keys is None else json_texts.elements(text, keys)
+
     def _document(self, head: list[bytes], stream: Iterator[bytes]) -> list[Any]:
         """The records of a document, which is parsed whole."""
+        text = self._text(head, stream)
+        if not text:
+            return []
+        with self._errors():
+            values = [value for value, _ in json_texts.values(text)]
+        found: Any = values if (keys := self._keys(values)) is None else values[0]
+        for key in keys or ():
+            found = found[key]
+        return cast(list[Any], found)
+
+    def _text(self, head: list[bytes], stream: Iterator[bytes]) -> str:
+        """The text of a document; "" where it is blank."""
         path = self.source.path
         data = b"".join((*head, *stream))
         if not data.strip():
-            return []
+            return ""
         if not data.lstrip().startswith((b"[", b"{")):
             line = data.lstrip().partition(b"\n")[0][:60].decode("utf-8", "replace").strip()
             raise ScorerError(
@@ -108,10 +142,16 @@ class JsonRows(FileRows):
                 "or name it .csv if it is CSV"
             )
         try:
-            return self._records(_values_of(data.decode("utf-8")))
+            return data.decode("utf-8")
         except UnicodeDecodeError as error:
             number = data.count(b"\n", 0, error.start) + 1
             raise ScorerError(f"{path}: is not UTF-8 at line {number}; save it as UTF-8") from error
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        path = self.source.path
+        try:
+            yield
         except json.JSONDecodeError as error:
             problem, advice = f"line {error.lineno}, column {error.colno} ({error.msg})", "mend it, or write"
             raise ScorerError(f"{path}: invalid JSON at {problem}; {advice} one record a line") from error
@@ -119,8 +159,11 @@ class JsonRows(FileRows):
             problem = first_line(error)
             raise ScorerError(f"{path}: JSON that cannot be read ({problem}); write one record a line") from error
 
-    def _records(self, values: list[Any]) -> list[Any]:
-        """The records in the values of a document, of which there is one at least."""
+    def _keys(self, values: list[Any]) -> tuple[str, ...] | None:
+        """The keys at which the first value of a document holds the records: none where it is the array itself.
+
+        None where the values, one at least, are the records.
+        """
         path, at = self.source.path, self.source.records_at
         if len(values) > 1 or not isinstance(values[0], dict):
             if at is not None:
@@ -128,36 +171,43 @@ class JsonRows(FileRows):
                 raise ScorerError(f"{path}: holds {what}: leave out --records-at {at}")
             if len(values) > 1 and not all(isinstance(value, dict) for value in values):
                 raise ScorerError(f"{path}: holds several JSON values that are not all objects; write one array")
-            return values[0] if isinstance(values[0], list) else values
-        return self._records_in(values[0]) if at is None else self._records_at(values[0], at)
+            return () if isinstance(values[0], list) else None
+        return self._keys_in(values[0]) if at is None else self._keys_at(values[0], at)
 
-    def _records_in(self, document: dict[str, Any]) -> list[Any]:
-        """The records in an object: itself if it is a sample, or those of the one key that holds a list of objects."""
-        path = self.source.path
-        found = dict(_lists(document))
+    def _keys_in(self, document: dict[str, Any]) -> tuple[str, ...] | None:
+        """The one key of an object that holds a list of objects; None where the object itself is a sample."""
+        path, found = self.source.path, dict(_lists(document))
+
+        def fits(row: dict[str, Any]) -> bool:
+            return self.source.fits(RawRecord(0, "", row))
+
         top = [name for name in found if name in document]
-        if self.source.fits(RawRecord(0, f"{path}[0]", document)):
-            return [document]
+        if len(top) == 1 and any(map(fits, found[top[0]])):
+            # The list holds samples. So the object is one only if it is even without the list.
+            return None if fits({key: value for key, value in document.items() if key != top[0]}) else (top[0],)
+        if fits(document):
+            return None
         if not found:
             if any(isinstance(value, str) for value in document.values()):
-                return [document]  # of a format that is not known, unless the user names its columns
+                return None  # of a format that is not known, unless the user names its columns
             raise ScorerError(f"{path}: an object without records: no list of objects is in it; write [record, ...]")
         if len(top) != 1:
             where, one = ", ".join(found), next(iter(found))
             raise ScorerError(f"{path}: an object with lists of records at {where}: choose one, --records-at {one}")
-        return found[top[0]]
+        return (top[0],)
 
-    def _records_at(self, document: dict[str, Any], key: str) -> list[Any]:
-        """The list that the object holds at a key, or at the keys "a.b" inside one another."""
+    def _keys_at(self, document: dict[str, Any], key: str) -> tuple[str, ...]:
+        """The keys of a list in an object: `key`, or the parts of "a.b" inside one another."""
+        keys = (key,) if key in document else tuple(key.split("."))
         found: Any = document
-        for part in (key,) if key in document else key.split("."):
+        for part in keys:
             found = found.get(part) if isinstance(found, dict) else None
         if not isinstance(found, list):
             known = ", ".join(dict(_lists(document))) or "nowhere"
             raise ScorerError(
                 f"{self.source.path}: --records-at {key}: no list is there; lists of objects are at: {known}"
             )
-        return found
+        return keys
 
 
 def _lists(document: dict[str, Any], before: str = "") -> Iterator[tuple[str, list[Any]]]:
@@ -167,15 +217,6 @@ def _lists(document: dict[str, Any], before: str = "") -> Iterator[tuple[str, li
             yield from _lists(value, f"{before}{key}.")
         elif isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
             yield before + key, value
-
-
-def _values_of(text: str) -> list[Any]:
-    """The JSON values that follow one another in a text."""
-    decoder, values, position = json.JSONDecoder(), [], 0
-    while found := FILLED.search(text, position):
-        value, position = decoder.raw_decode(text, found.start())
-        values.append(value)
-    return values
 
 
 def _numbered(lines: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:

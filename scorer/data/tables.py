@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import polars as pl
@@ -54,16 +55,16 @@ class ArrowRows(FileRows):
 
     def scan(self, file: BinaryIO, limit: int | None, *, keep: bool) -> Found:
         """Count the rows by the headers of the batches."""
-        with self._errors():
-            count = sum(batch.num_rows for batch in self._batches())
+        with self._errors(), ipc_batches(self.source.local) as (_, batches):
+            count = sum(batch.num_rows for batch in batches)
         return Found(count, *first_fit(self.rows(0, 0, limit, exact=True), self.source.fits))
 
     def rows(self, first_id: int, start: int, stop: int | None, *, exact: bool) -> Rows:
         """The rows; those that are skipped are not made Python values."""
         offset, skip = 0, max(0, start - first_id)
         last = None if stop is None else stop - first_id
-        with self._errors():
-            for batch in self._batches():
+        with self._errors(), ipc_batches(self.source.local) as (_, batches):
+            for batch in batches:
                 end = batch.num_rows if last is None else min(batch.num_rows, last - offset)
                 for row in range(max(0, skip - offset), end, BATCH_ROWS):
                     part = batch.slice(row, min(BATCH_ROWS, end - row))
@@ -74,18 +75,6 @@ class ArrowRows(FileRows):
                 if last is not None and offset >= last:
                     break
         return first_id + offset
-
-    def _batches(self) -> Iterator[Any]:
-        """The record batches, mapped from the disk."""
-        import pyarrow as pa
-
-        with pa.memory_map(str(self.source.local)) as mapped:
-            if mapped.read(6) == b"ARROW1":
-                file = pa.ipc.open_file(mapped)
-                yield from (file.get_batch(number) for number in range(file.num_record_batches))
-            else:
-                mapped.seek(0)
-                yield from pa.ipc.open_stream(mapped)
 
     def _frame(self, batch: Any) -> pl.DataFrame:
         try:
@@ -103,3 +92,18 @@ class ArrowRows(FileRows):
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             problem = f"cannot be read as Arrow ({first_line(error)})"
             raise ScorerError(f"{self.source.path}: {problem}; {DAMAGED}") from error
+
+
+@contextlib.contextmanager
+def ipc_batches(path: Path) -> Iterator[tuple[Any, Iterator[Any]]]:
+    """The schema and the record batches of an Arrow IPC file or stream, mapped from the disk while the block runs."""
+    import pyarrow as pa
+
+    with pa.memory_map(str(path)) as mapped:
+        if mapped.read(6) == b"ARROW1":
+            file = pa.ipc.open_file(mapped)
+            yield file.schema, (file.get_batch(number) for number in range(file.num_record_batches))
+        else:
+            mapped.seek(0)
+            stream = pa.ipc.open_stream(mapped)
+            yield stream.schema, iter(stream)

@@ -1,4 +1,4 @@
-"""Raw values -> a file: a JSON array, JSON Lines or Parquet, by its suffix; whole or absent."""
+"""Raw values or tables -> a file or a folder, its kind by its suffix; whole or absent."""
 
 from __future__ import annotations
 
@@ -6,86 +6,170 @@ import contextlib
 import datetime
 import decimal
 import gzip
-import io
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self, cast
 
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 import zstandard
 
-from scorer.data.formats import first_line, is_array, written_suffix
-from scorer.storage.atomic import check_writable, replacing
+from scorer.data.arrow import as_dataset, check_flat, for_text, framed
+from scorer.data.formats import COMPRESSIONS, JSON_SUFFIXES, first_line, is_array
+from scorer.requirements import DATASET, require
+from scorer.storage.atomic import check_new_folder, check_writable, replacing
 from scorer.storage.paths import to_path
 from scorer.types import ScorerError
 
+FOLDER = "/"  # how a path ends that is a folder for `datasets.load_from_disk`
+
+
+def _write_parquet(table: pa.Table, temporary: Path) -> None:
+    with temporary.open("wb") as stream:  # Arrow's own files do not say that a disk is full
+        pq.write_table(table, stream, compression="zstd")
+
+
+def _write_arrow(table: pa.Table, temporary: Path) -> None:
+    with temporary.open("wb") as stream, pa.ipc.new_file(stream, table.schema) as writer:
+        writer.write_table(table.unify_dictionaries())
+
+
+def _write_flat(separator: str) -> Callable[[pa.Table, Path], None]:
+    def write(table: pa.Table, temporary: Path) -> None:
+        with temporary.open("wb") as stream:
+            cast(pl.DataFrame, pl.from_arrow(table)).write_csv(stream, separator=separator)
+
+    return write
+
+
+def _save_dataset(table: pa.Table, temporary: Path) -> None:
+    dataset = as_dataset(table)
+    import datasets
+
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()  # for what takes a moment
+    try:
+        dataset.save_to_disk(str(temporary))
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+TABLES: Mapping[str, Callable[[pa.Table, Path], None]] = {
+    ".parquet": _write_parquet,
+    ".arrow": _write_arrow,
+    ".csv": _write_flat(","),
+    ".tsv": _write_flat("\t"),
+    FOLDER: _save_dataset,
+}
+FLAT = (".csv", ".tsv")  # their columns hold text and numbers
+OUTPUTS = (*(name + packed for packed in COMPRESSIONS for name in JSON_SUFFIXES), *TABLES)
+
+
+def output_kind(path: str | Path) -> str:
+    """Which of OUTPUTS a path ends in. Raises ScorerError where it is none."""
+    known = [suffix for suffix in OUTPUTS if str(path).lower().endswith(suffix)]
+    if not known:
+        raise ScorerError(
+            f"{path}: unknown kind of file; let it end in one of {', '.join(OUTPUTS)} (a folder for load_from_disk)"
+        )
+    return max(known, key=len)
+
 
 class RecordWriter:
-    """Writes raw values to a file, its format by its suffix; the file appears whole when the block ends without error.
+    """Writes JSON values or a table to a path of any of OUTPUTS; it appears whole when the block ends without error.
 
-    Strings that hold lone surrogates are written as JSON escapes. JSON and JSON Lines are streamed; for Parquet all
-    rows are held in memory and framed at the end. Raises ScorerError for a suffix that is not known, a path that
-    cannot be written and a value that the format cannot hold; EngineError where the disk is full.
+    Strings that hold lone surrogates are written as JSON escapes. JSON and JSON Lines are streamed; for other kinds all
+    rows are held in memory and framed at the end. Raises ScorerError for a kind that is not known, a path that
+    cannot be written and a value that the kind cannot hold; EngineError where the disk is full.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = to_path(path)
-        self._suffix = written_suffix(self.path)
-        check_writable(self.path)
+        self.kind = output_kind(path)
+        self.path = to_path(str(path).rstrip("/") if self.kind == FOLDER else path)
+        if self.kind == FOLDER:
+            require(DATASET)
+            check_new_folder(self.path)
+        else:
+            check_writable(self.path)
         self._files = contextlib.ExitStack()
         self._encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=_json_value).encode
-        self._rows: list[Any] = []  # for Parquet
+        self._table: pa.Table | None = None
+        self._rows: list[Any] = []  # for a table
         self._written = 0
         self._finished = False
 
+    @property
+    def is_table(self) -> bool:
+        """Whether the kind of file has columns, so that `write_table` keeps their types."""
+        return self.kind in TABLES
+
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as files:
-            temporary = files.enter_context(replacing(self.path))
-            self._stream: BinaryIO = files.enter_context(temporary.open("wb"))
-            if self._suffix.endswith(".gz"):  # no time and no name inside: the same records give the same bytes
+            self._temporary = files.enter_context(replacing(self.path))
+            if not self.is_table:
+                self._stream: BinaryIO = files.enter_context(self._temporary.open("wb"))
+            if self.kind.endswith(".gz"):  # no time and no name inside: the same records give the same bytes
                 packed: Any = gzip.GzipFile(filename="", mode="wb", compresslevel=6, fileobj=self._stream, mtime=0)
                 self._stream = cast(BinaryIO, files.enter_context(packed))
-            elif self._suffix.endswith(".zst"):
+            elif self.kind.endswith(".zst"):
                 packed = zstandard.ZstdCompressor(write_checksum=True).stream_writer(self._stream, closefd=False)
                 self._stream = cast(BinaryIO, files.enter_context(packed))
             self._files = files.pop_all()
         return self
 
     def write(self, value: Any, *, text: str | None = None, source: str | None = None) -> None:
-        """Write one record: a JSON value, or a Parquet row. Called inside the `with` block.
+        """Write one record, a JSON value. Called inside the `with` block.
 
-        text: the value as a line of JSON, which JSON Lines take as it is: a value has neither the digits that a float
-        has no room for, nor keys that stand twice. source: where the record is from, to name it in an error.
+        text: the value as a line of JSON, which JSON and JSON Lines take as it is: a value has neither the digits that
+        a float has no room for, nor keys that stand twice. source: where the record is from, to name it in an error.
         """
         record = f"{self.path}: record {self._written if source is None else source}"
-        if self._suffix == ".parquet":
+        if self.is_table:
             if not isinstance(value, dict):
                 raise ScorerError(f"{record} is no object; write to JSON Lines (.jsonl)")
             self._rows.append(value)
-        elif text is not None and not is_array(self._suffix):
-            self._stream.write(f"{text}\n".encode())
+            return
+        try:
+            if text is None:
+                text = self._encode(value)
+            elif is_array(self.kind):
+                _check_strict(text)
+        except (TypeError, RecursionError) as error:
+            raise ScorerError(f"{record} cannot be JSON ({first_line(error)})") from error
+        except ValueError as error:
+            why = "it holds a number that is infinite or NaN; mend it there, or write to .parquet"
+            raise ScorerError(f"{record} cannot be JSON ({why})") from error
+        if is_array(self.kind):
+            text = (",\n" if self._written else "[\n") + text
         else:
-            before = (",\n" if self._written else "[\n") if is_array(self._suffix) else ""
-            after = "" if is_array(self._suffix) else "\n"
-            try:
-                encoded = before + self._encode(value) + after
-            except (TypeError, RecursionError) as error:
-                raise ScorerError(f"{record} cannot be JSON ({first_line(error)})") from error
-            except ValueError as error:
-                why = "it holds a number that is infinite or NaN; mend it there, or write to .parquet"
-                raise ScorerError(f"{record} cannot be JSON ({why})") from error
-            self._stream.write(encoded.encode("utf-8", "backslashreplace"))  # only lone surrogates cannot be encoded
+            text += "\n"
+        self._stream.write(text.encode("utf-8", "backslashreplace"))  # only lone surrogates cannot be encoded
         self._written += 1
+
+    def write_table(self, table: pa.Table) -> None:
+        """Write all records, as a table. Called inside the `with` block, once, where `is_table`."""
+        self._table = table
 
     def finish(self) -> None:
         """Write what ends the file: what can't be framed shows here. Leaving the block does it too."""
         if self._finished:
             return
         self._finished = True
-        if self._suffix == ".parquet":
-            self._stream.write(_parquet_bytes(self.path, self._rows))
-        elif is_array(self._suffix):
+        if self.is_table:
+            table = framed(str(self.path), self._rows) if self._table is None else self._table
+            if self.kind in FLAT:
+                check_flat(str(self.path), table)
+                table = for_text(str(self.path), table)
+            try:
+                TABLES[self.kind](table, self._temporary)
+            except pa.ArrowException as error:  # such as an object without keys, in Parquet
+                why = f"{self.path}: can't hold these records; write to JSON Lines (.jsonl)"
+                raise ScorerError(f"{why} ({first_line(error)})") from error
+        elif is_array(self.kind):
             self._stream.write(b"\n]\n" if self._written else b"[]\n")
 
     def __exit__(
@@ -98,6 +182,16 @@ class RecordWriter:
         return None
 
 
+def _check_strict(text: str) -> None:
+    """Raise ValueError for a text with NaN or an infinity, which Python's json reads and JSON has not."""
+    if "NaN" in text or "Infinity" in text:
+
+        def refuse(name: str) -> None:
+            raise ValueError(name)
+
+        json.loads(text, parse_constant=refuse)
+
+
 def _json_value(value: Any) -> str:
     """What Parquet can hold and JSON cannot, where text says the same."""
     if isinstance(value, (datetime.date, datetime.time)):
@@ -105,27 +199,3 @@ def _json_value(value: Any) -> str:
     if isinstance(value, (datetime.timedelta, decimal.Decimal)):
         return str(value)
     raise TypeError(f"it holds {type(value).__name__}; leave that column out, or write to .parquet")
-
-
-def _parquet_bytes(path: Path, rows: list[Any]) -> memoryview:
-    unlike = f"{path}: these records do not fit into the columns of one table; write to JSON Lines (.jsonl)"
-    buffer = io.BytesIO()
-    try:
-        frame = pl.from_dicts(rows, infer_schema_length=None) if rows else pl.DataFrame()
-        frame.write_parquet(buffer)
-    except (pl.exceptions.PolarsError, TypeError, ValueError, OverflowError) as error:  # ValueError: lone surrogates
-        raise ScorerError(f"{unlike} ({first_line(error)})") from error
-    # Polars makes text of a number in a column of texts, and rounds large integers in a column of fractions.
-    if frame.height != len(rows) or not all(map(_same, rows, frame.iter_rows(named=True))):
-        raise ScorerError(unlike)
-    return buffer.getbuffer()
-
-
-def _same(value: Any, framed: Any) -> bool:
-    """Whether a table holds a value as it was, but for keys that are absent (null there) and whole fractions."""
-    if isinstance(value, dict) and isinstance(framed, dict):
-        return all(_same(value.get(key), framed[key]) for key in framed) and value.keys() <= framed.keys()
-    if isinstance(value, list) and isinstance(framed, list):
-        return len(value) == len(framed) and all(map(_same, value, framed))
-    alike = type(value) is type(framed) or {type(value), type(framed)} == {int, float}
-    return alike and (value == framed or value != value)

@@ -27,7 +27,7 @@ from scorer.scores.aggregate import per_record
 from scorer.scores.measures import LEARNING
 from scorer.scores.summary import QUANTILES, Summary, summarise
 from scorer.selection.export import select
-from scorer.selection.ranking import Selection
+from scorer.selection.selection import Selection
 from scorer.storage.atomic import check_folder, check_writable, replacing
 from scorer.storage.paths import absolute, is_remote, to_path
 from scorer.types import ScorerError

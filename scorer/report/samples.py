@@ -12,7 +12,7 @@ import polars as pl
 
 from scorer.data.records import to_record
 from scorer.runs.directory import Run
-from scorer.selection.ranking import Selection
+from scorer.selection.selection import Selection
 from scorer.types import Record, ScorerError
 
 GROUP_SIZE = 5  # records

@@ -18,11 +18,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
 from scorer.config import Reading
-from scorer.data.dataset import Dataset
+from scorer.data.arrow import as_dataset
+from scorer.data.dataset import Dataset, inspect_input
+from scorer.data.moved import count_rows, moved
 from scorer.runs.manifest import Manifest
 from scorer.storage.atomic import check_folder, remove_temporaries, replacing, storage_error
 from scorer.storage.lock import check_free, locked
@@ -68,12 +71,36 @@ class Run:
     @property
     def data(self) -> Dataset:
         """The records that were scored. Raises ScorerError where there are none (LP of tables), or a file is gone."""
+        return self.data_at()
+
+    def data_at(self, paths: Sequence[str | Path] = ()) -> Dataset:
+        """The records that were scored, read from `paths`, if given: where the manifest's files lie now, in its order.
+
+        Of a run that was joined from tables, the record ids are taken for row numbers of `paths`. Raises ScorerError
+        where a file is gone or is not what was scored, and where there is another number of rows than of records.
+        """
         known = self.manifest
-        if not known.inputs:
-            raise ScorerError(f"{self.path} was joined from tables and has no data: join run directories instead")
+        inputs, counts = known.inputs, known.input_records
+        if paths and inputs:
+            inputs = moved(inputs, paths)
+        elif paths:
+            inputs, counts = tuple(map(inspect_input, paths)), tuple(map(count_rows, paths))
+            ids = self.scores(["record_id"])["record_id"]
+            if (ids.min(), ids.max()) != (0, known.records - 1):
+                raise ScorerError(f"{self.path}: its record ids are not row numbers, 0 to {known.records - 1:,}")
+            if sum(counts) != known.records:
+                raise ScorerError(
+                    f"{', '.join(map(str, paths))}: holds {sum(counts):,} rows, but {self.path} has {known.records:,} "
+                    "records, whose ids are row numbers: give the data that was scored"
+                )
+        elif not inputs:
+            raise ScorerError(
+                f"{self.path} was joined from tables and has no data: name it with `scorer select --data`, or join run "
+                "directories instead"
+            )
         reading = Reading(**{f.name: known.config[f.name] for f in fields(Reading) if f.name in known.config})
         limit = known.config["limit"]
-        return Dataset(known.paths, reading=reading, limit=limit, inputs=known.inputs, counts=known.input_records)
+        return Dataset([e.path for e in inputs], reading=reading, limit=limit, inputs=inputs, counts=counts)
 
     @property
     def begun(self) -> bool:
@@ -101,6 +128,14 @@ class Run:
         """The score table, one row a turn, in input order: all columns of scorer.scores.measures.SCHEMA, or some."""
         with self.snapshot() as table:
             return table.scores(columns)
+
+    def to_polars(self) -> pl.DataFrame:
+        """The score table as a Polars frame: all of `scores`."""
+        return self.scores()
+
+    def to_dataset(self) -> Any:
+        """The score table as a `datasets.Dataset`. Raises ScorerError where `datasets` is not installed."""
+        return as_dataset(self.scores().to_arrow())
 
     def shards(self) -> list[Path]:
         """The whole shards, in order. An unfinished run may lack any of them, wherever several workers score."""

@@ -1,6 +1,6 @@
 """A score table with a row for each turn -> a table with a row for each record.
 
-Knows the key columns; all other numeric columns are measures, whatever they mean.
+Knows the key columns and the counts of tokens; all other numeric columns are measures, whatever they mean.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import polars as pl
 from scorer.types import SCORED, ScorerError
 
 KEYS = ("record_id", "turn", "status")
+COUNTS = ("prompt_tokens", "response_tokens", "alone_tokens")  # of a record: the sums over its scored turns
 NOT_MEASURES = (*KEYS, "rank", "reason")  # the last two name columns of a Selection
 
 
@@ -22,7 +23,7 @@ def measures_of(schema: Mapping[str, pl.DataType]) -> tuple[str, ...]:
 
 def per_record(scores: pl.DataFrame, aggregate: str = "mean") -> pl.DataFrame:
     """One row for each record of a score table, by record_id: record_id, reason (null where a turn is scored, else the
-    status of the first turn), and the measures over the scored turns by one of scorer.config.AGGREGATES.
+    status of the first turn), COUNTS, and the other measures over the scored turns by one of scorer.config.AGGREGATES.
     """
     if missing := [name for name in KEYS if name not in scores.columns]:
         raise ScorerError(f"not a score table: it has no column {', '.join(missing)}")
@@ -41,18 +42,23 @@ def per_record(scores: pl.DataFrame, aggregate: str = "mean") -> pl.DataFrame:
     reason = pl.when(scored).then(None).otherwise("status").alias("reason")
     floats = [name for name in measures if scores.schema[name].is_float()]
     if not table.select(same.any()).item():  # grouping 10 million rows would take most of the time
-        whole = [name for name in measures if name not in floats] if aggregate == "mean" else []
+        whole = [name for name in measures if name not in (*floats, *COUNTS)] if aggregate == "mean" else []
         one_turn = table.select("record_id", reason, *measures)
         return one_turn.with_columns(pl.col(floats).fill_nan(None), pl.col(whole).cast(pl.Float64))
     # Always marked as sorted: Polars would sum slices and gathered rows in different orders.
     turns = table.filter(scored).with_columns(pl.col(floats).fill_nan(None)).set_sorted("record_id")
     records = turns.group_by("record_id", maintain_order=True).agg(
-        getattr(pl.col(name), aggregate)() for name in measures
+        _total(name) if name in COUNTS else getattr(pl.col(name), aggregate)() for name in measures
     )
     first = table.select("record_id", "status").unique("record_id", keep="first", maintain_order=True)
     found = records.with_columns(found=True)
     joined = first.join(found, on="record_id", how="left", maintain_order="left")
     return joined.select("record_id", pl.when("found").then(None).otherwise("status").alias("reason"), *measures)
+
+
+def _total(name: str) -> pl.Expr:
+    """The sum of a column; null where it has no value at all, of which Polars would make 0."""
+    return pl.when(pl.col(name).count() > 0).then(pl.col(name).sum())
 
 
 def check_ids(name: str, table: pl.DataFrame, keys: Sequence[str]) -> None:

@@ -73,21 +73,19 @@ NUMBER = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,18})?|\.[0-9]{1,18})(%?)")
 def parse_keep(value: str | int | float | Fraction) -> int | Fraction:
     """A share of the records as an exact Fraction (0 < share <= 1), or a number of records as an int (>= 1).
 
-    "10%", "0.1", 0.1 and Fraction(1, 10) are one share; "5000" and 5000 one number. A decimal without "%" lies below 1,
-    since 1.0 might mean one record or all of them. Anything else raises ScorerError.
+    "10%", "0.1", 0.1 and Fraction(1, 10) are one share; "5000" and 5000 one number. A decimal point or a "%" makes a
+    share: "100%", "1.0" and 1.0 are all records, "1" and 1 one record. Anything else raises ScorerError.
     """
     keep: object = value
-    decimal = isinstance(value, float)
     if isinstance(value, str) and (match := NUMBER.fullmatch(value.strip())):
         number, percent = match.groups()
-        decimal = "." in number and not percent
-        keep = Fraction(number) / 100 if percent else Fraction(number) if decimal else int(number)
+        keep = Fraction(number) / 100 if percent else Fraction(number) if "." in number else int(number)
     elif isinstance(value, float) and math.isfinite(value):
         # The shortest decimal that reads back as this float is what was written; numpy's own repr is not a number.
         keep = Fraction(float.__repr__(value))
     if isinstance(keep, int) and not isinstance(keep, bool) and keep >= 1:
         return keep
-    if isinstance(keep, Fraction) and 0 < keep <= 1 and not (decimal and keep == 1):
+    if isinstance(keep, Fraction) and 0 < keep <= 1:
         return keep
     raise ScorerError(
         f"keep: {str(value)!r} is neither a share such as 10% (above 0%, at most 100%) nor a number of "

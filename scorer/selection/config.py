@@ -17,7 +17,14 @@ from scorer.types import ScorerError
 
 BUCKETS = ("low", "mid", "high")  # thirds of the values, ascending
 ORDERS = ("input", "rank")
+AUTO = "auto"
+FORM_NAMES = ("messages", "alpaca", "prompt-completion", "sharegpt")
 Size = str | int | float | Fraction  # what parse_keep takes: "10%", 0.1, 5000
+
+
+def parse_limit(text: str) -> float | str:
+    """`0.9` as a number, `auto` as it is. Raises ValueError."""
+    return text if text == AUTO else float(text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,16 +32,24 @@ class SelectConfig:
     """Which records to keep, and how they are written.
 
     by: a numeric column of the score table; None is ifd, or in `select` the protocol's.
-    max_ifd: has no effect on a table without ifd (from a protocol with no alone view); the limit of 1 is from
-        Superfiltering (arXiv 2402.00530).
-    random: draw from the records that can be ranked by `by`.
+    max_ifd: has no effect on a table without ifd (from a protocol with no alone view). "auto" is the limit of
+        Superfiltering (arXiv 2402.00530), 1, where records are ranked by ifd, and no limit elsewhere; None is no limit.
+    random: draw from all records that are JSON, scored or not, as the papers' baselines do; with `max_ifd` or
+        `drop_flagged` from those that pass, with `bucket` from those that can be ranked.
     rounding: exact gives each group its share of `keep` by largest remainder, and passes on what a group can't fill;
         paper gives each ceil(its size / round(1 / share)), numpy.array_split's first part (arXiv 2402.10430).
     bucket: per group (arXiv 2402.10430); the first of uneven thirds is the larger.
+    form: records that it can't hold are rejected as not_convertible; see scorer.selection.convert.
     diverse: keep `pool` records by rank first, and so many of those by diversity (Superfiltering.D, arXiv 2402.00530).
     """
 
-    keep: Size | None = option(SELECTION, None, "Share, or number, of records to keep.", unset="10%", metavar="SIZE")
+    keep: Size | None = option(
+        SELECTION,
+        None,
+        "Share (10%, 0.1; 100% or 1.0 is all) or number (5000) of records to keep.",
+        unset="10%",
+        metavar="SIZE",
+    )
     by: str | None = option(SELECTION, None, "Column to rank by.", unset="the protocol's, mostly ifd", metavar="COLUMN")
     lowest: bool | None = option(
         SELECTION,
@@ -43,8 +58,14 @@ class SelectConfig:
         unset="lowest for LP, else highest",
         flags="--lowest/--highest",
     )
-    max_ifd: float | None = option(SELECTION, 1.0, "Drop records whose ifd is not below this.")
-    random: bool = option(SELECTION, False, "Draw at random instead of ranking.")
+    max_ifd: float | str | None = option(
+        SELECTION,
+        AUTO,
+        "Drop records whose ifd is not below this; auto is 1 where they are ranked by ifd, else no limit.",
+        metavar="NUMBER",
+        parse=parse_limit,
+    )
+    random: bool = option(SELECTION, False, "Draw from all records at random, instead of ranking.")
     seed: int = option(SELECTION, 42, "Seed for --random.", minimum=0)
     aggregate: str = option(SELECTION, "mean", "How the turns of a conversation become one value.", choices=AGGREGATES)
     per: str | None = option(
@@ -80,10 +101,25 @@ class SelectConfig:
         metavar="NAME,...",
         parse=parse_names,
     )
+    form: str | None = option(
+        OUTPUT,
+        None,
+        "Convert the kept records to this form; other columns of the data are left out.",
+        unset="as they came",
+        flags="--as",
+        choices=FORM_NAMES,
+    )
+    dataset_info: bool = option(
+        OUTPUT, False, "Describe the output, given --as, in LLaMA-Factory's dataset_info.json beside it."
+    )
     order: str = option(OUTPUT, "input", "Order of the kept records.", choices=ORDERS)
-    with_scores: bool = option(OUTPUT, False, "Add each record's scores under the key 'scorer'.")
+    with_scores: bool = option(OUTPUT, False, "Add each record's scores, under the key 'scorer'.")
     rejected: str | Path | None = option(
-        OUTPUT, None, "Write all other records to FILE, with the reason.", unset="not written", metavar="FILE"
+        OUTPUT,
+        None,
+        "Write all other records to FILE, with the reason under the key 'scorer'.",
+        unset="not written",
+        metavar="FILE",
     )
 
     def __post_init__(self) -> None:
@@ -92,6 +128,8 @@ class SelectConfig:
         if self.diverse is not None and self.keep is not None:
             raise ScorerError("keep: --diverse says how many are kept, and --from of how many; leave --keep out")
         check_fields(self)
+        if self.dataset_info and self.form is None:
+            raise ScorerError("dataset_info: it describes one of the forms of --as; give --as too")
         if self.per is not None and self.per_cluster:
             raise ScorerError("per: records are grouped by a column or by cluster, not by both")
         first, _ = self.by_rank, self.size  # parses both, so that an invalid one raises here
@@ -100,7 +138,7 @@ class SelectConfig:
         if isinstance(self.drop_flagged, str):
             raise ScorerError(f"drop_flagged: {self.drop_flagged!r} is not a tuple of names")
         limit = self.max_ifd
-        if limit is not None and (
+        if limit not in (None, AUTO) and (
             not isinstance(limit, int | float) or isinstance(limit, bool) or not 0 < limit < math.inf
         ):
             raise ScorerError(f"max_ifd: {limit!r} is not a number above 0 (or None, for no limit)")
@@ -109,6 +147,13 @@ class SelectConfig:
     def column(self) -> str:
         """The column to rank by."""
         return self.by or "ifd"
+
+    @property
+    def limit(self) -> float | None:
+        """The ifd that a record has to lie below; None for no limit."""
+        if isinstance(self.max_ifd, str):
+            return 1.0 if self.column == "ifd" and not self.random else None
+        return self.max_ifd
 
     @property
     def size(self) -> int | Fraction:

@@ -5,18 +5,24 @@ Knows run directories, raw records and files; scorer.selection.ranking decides w
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import polars as pl
+import pyarrow as pa
+from polars import selectors
 
 from scorer.data.dataset import Dataset
+from scorer.data.moved import unchecked
 from scorer.data.raw import RawRecord
-from scorer.data.writer import RecordWriter
+from scorer.data.subset import Subset
+from scorer.data.writer import FLAT, RecordWriter
 from scorer.options import from_options
 from scorer.protocols import PROTOCOLS
 from scorer.requirements import require
@@ -25,21 +31,26 @@ from scorer.runs.extras import clusters, embedding_parts, embeddings
 from scorer.scores.aggregate import KEYS, measures_of, per_record
 from scorer.scores.measures import ALONE_COLUMNS, LEARNING, SCHEMA
 from scorer.selection.config import SelectConfig
+from scorer.selection.convert import ConvertedRows, check_dataset_info, update_dataset_info
 from scorer.selection.diversity import facility_location
 from scorer.selection.flags import FLAGS, SCORE_FLAGS, STORED, TEXT_FLAGS
 from scorer.selection.inputs import column_groups, flags
-from scorer.selection.ranking import Selection, select_records
+from scorer.selection.ranking import select_records
+from scorer.selection.selection import Selection
 from scorer.storage.paths import is_remote, to_path
 from scorer.types import ScorerError, one_of
 
 SCORES_KEY = "scorer"  # the key of a record's scores and reason
 
 
-def select(run: Run | str | Path, output: str | Path | None = None, **options: Any) -> Selection:
-    """Choose records of a finished run, and write them unchanged to `output`.
+def select(
+    run: Run | str | Path, output: str | Path | None = None, *, data: Sequence[str | Path] = (), **options: Any
+) -> Selection:
+    """Choose records of a finished run, and write them to `output`: unchanged, or in the form that is asked for.
 
-    options: the fields of SelectConfig; `by` and `lowest` default to the ranking of the run's protocol, and `lowest` is
-    True for LP. The suffixes of `output` and `rejected` choose their formats.
+    data: where the files that were scored lie now, in their order, if they were moved; or the data of a run that was
+    joined from tables. options: the fields of SelectConfig; `by` and `lowest` default to the ranking of the run's
+    protocol, and `lowest` is True for LP. The ends of `output` and `rejected` choose their kinds: a suffix, or a "/".
 
     Raises ScorerError where the run is unfinished, where its data changed since, and where a file can't be written.
     """
@@ -47,15 +58,23 @@ def select(run: Run | str | Path, output: str | Path | None = None, **options: A
     manifest = run.manifest
     if not run.complete:
         raise ScorerError(f"{run.path} is unfinished: run the same `scorer score` command again to finish it")
-    config = _ranked_as(from_options(SelectConfig, options), manifest.ranking)
-    check_options(manifest.paths, output, config, scored=True)
+    if isinstance(data, str | Path):
+        raise ScorerError(f"data: {str(data)!r} is not a list of paths; write [{str(data)!r}]")
+    config = from_options(SelectConfig, options)
+    check_options(list(map(str, data)) or manifest.paths, output, config, scored=True)
+    config = _ranked_as(config, manifest.ranking)
     writes = output is not None or config.rejected is not None
     reads_text = config.per is not None or set(config.drop_flagged) & set(TEXT_FLAGS)
-    with run.data if writes or reads_text else nullcontext() as data, run.snapshot() as scores:
-        selection = _choose(scores, run, data, config)
-        if data is not None and writes:
-            data.check_unchanged()
-            _write_all(data, selection, output, config)
+    opened = run.data_at(data) if writes or reads_text or data else nullcontext()
+    with opened as records, run.snapshot() as scores:
+        selection = replace(_choose(scores, run, records, config), _open=partial(run.data_at, data))
+        if records is not None and data:
+            selection = replace(selection, unchecked=unchecked(manifest.inputs, records.inputs))
+        if records is not None and writes:
+            records.check_unchanged()
+            if config.form is not None:
+                selection = _convertible(records, selection, config.form)
+            _write_all(records, scores, selection, output, config)
     return selection
 
 
@@ -85,9 +104,14 @@ def _choose(shards: ScoreTable, run: Run, data: Dataset | None, config: SelectCo
 
     selection = select_records(scores, config, groups=groups, flags=flagged, diversify=diversify)
     kept = selection.kept.select("record_id", "rank")
-    rows = shards.collect(lambda table: table.join(kept.lazy(), on="record_id", how="semi"))
-    whole = per_record(rows, config.aggregate).drop("reason")
-    return replace(selection, kept=kept.join(whole, on="record_id", how="left", maintain_order="left"))
+    return replace(selection, kept=_with_scores(kept, shards, config.aggregate))
+
+
+def _with_scores(table: pl.DataFrame, shards: ScoreTable, aggregate: str) -> pl.DataFrame:
+    """A table of records, and every measure of each."""
+    ids = table.lazy().select("record_id")
+    rows = shards.collect(lambda scores: scores.join(ids, on="record_id", how="semi"))
+    return table.join(per_record(rows, aggregate).drop("reason"), on="record_id", how="left", maintain_order="left")
 
 
 def check_options(
@@ -101,6 +125,12 @@ def check_options(
     for target in targets:
         RecordWriter(target)
     _check_not_overwriting(targets, paths)
+    if config.random and config.bucket is None and (config.by is not None or config.lowest is not None):
+        raise ScorerError("random: records are drawn from all, whatever their scores; leave out --by and --lowest")
+    if config.form is not None and output is None:
+        raise ScorerError("form: kept records are converted where they are written; give an output too")
+    if config.form is not None and config.dataset_info and output is not None:
+        check_dataset_info(output, config.form)
     if config.diverse is not None:
         require("--diverse")
     for name in config.drop_flagged:
@@ -119,40 +149,81 @@ def check_measure(by: str | None, protocol: str) -> None:
         raise ScorerError(f"by: the protocol {protocol} does not score the response alone, and so gives no {by}")
 
 
-def _write_all(data: Dataset, selection: Selection, output: str | Path | None, config: SelectConfig) -> None:
+def _write_all(
+    data: Dataset, shards: ScoreTable, selection: Selection, output: str | Path | None, config: SelectConfig
+) -> None:
     """Write the files that are asked for: both or neither, since both are complete before either is renamed."""
-    with ExitStack() as stack:
-        for path, table, with_notes in (
-            (output, selection.kept, config.with_scores),
-            (config.rejected, selection.rejected, True),
-        ):
+    rejected = selection.rejected
+    if config.rejected is not None and config.with_scores:
+        rejected = _with_scores(rejected, shards, config.aggregate)
+    kept = Subset(data, selection.kept["record_id"].to_list())
+    converted = None if config.form is None else ConvertedRows(kept, config.form)
+    outputs = (
+        (output, converted or kept, selection.kept if config.with_scores else None),
+        (config.rejected, Subset(data, rejected["record_id"].to_list()), rejected),
+    )
+    with ExitStack() as files:
+        for path, rows, notes in outputs:
             if path is not None:
-                _write(stack.enter_context(RecordWriter(path)), data.rows(), table, with_notes=with_notes)
+                _write(files.enter_context(RecordWriter(path)), rows, notes)
+    if output is not None and converted is not None and config.dataset_info:
+        update_dataset_info(output, converted.form, converted.keys)
 
 
-def _write(writer: RecordWriter, records: Iterable[RawRecord], table: pl.DataFrame, *, with_notes: bool) -> None:
-    """Write the records of `table`, in its order, each with its row as a note if `with_notes`."""
-    ids = table["record_id"].to_list()
-    notes = {row["record_id"]: row for row in table.iter_rows(named=True)} if with_notes else {}
-    wanted = set(ids)
-    chosen = (raw for raw in records if raw.record_id in wanted)
-    if ids != sorted(ids):
-        held = {raw.record_id: raw for raw in chosen}  # in the order of rank, which is not the file's
-        chosen = (held[i] for i in ids)
-    for raw in chosen:
-        if with_notes:
-            writer.write(_noted(raw, notes[raw.record_id]), source=raw.source)
-        else:
+def _convertible(data: Dataset, selection: Selection, form: str) -> Selection:
+    """The selection without the records that the form can't hold: those are rejected."""
+    rows = ConvertedRows(Subset(data, selection.kept["record_id"].to_list()), form)
+    left_out = pl.col("record_id").is_in(rows.unconvertible())
+    more = selection.kept.filter(left_out).select("record_id", reason=pl.lit("not_convertible"))
+    rejected = pl.concat([selection.rejected, more]).sort("record_id")
+    return replace(selection, kept=selection.kept.filter(~left_out), rejected=rejected)
+
+
+def _write(writer: RecordWriter, rows: Subset | ConvertedRows, notes: pl.DataFrame | None) -> None:
+    """Write rows, each with its row of `notes` under SCORES_KEY."""
+    if writer.is_table:
+        table = rows.table(str(writer.path), wrapped=notes is not None)
+        writer.write_table(table if notes is None else _noted_table(table, notes, flat=writer.kind in FLAT))
+    elif notes is None:
+        for raw in rows.records():
             writer.write(raw.value, text=raw.text, source=raw.source)
+    else:
+        finite = notes.with_columns(pl.when(selectors.float().is_finite()).then(selectors.float()))  # as JSON needs
+        for raw, note in zip(rows.records(), finite.iter_rows(named=True), strict=True):
+            value, text = _noted(raw, note)
+            writer.write(value, text=text, source=raw.source)
     writer.finish()
 
 
-def _noted(raw: RawRecord, note: dict[str, Any]) -> dict[str, Any]:
-    if not isinstance(raw.value, dict):  # a line that is no JSON object: it is always rejected
-        return {"record": raw.value, SCORES_KEY: note}
+def _noted(raw: RawRecord, note: dict[str, Any]) -> tuple[Any, str | None]:
+    """A record with its note, and as text if it has one: every other key and number stays as it was written."""
+    if not isinstance(raw.value, dict):  # a line that is no JSON object
+        return {"record": raw.value, SCORES_KEY: note}, None
     if SCORES_KEY in raw.value:
-        raise ScorerError(f"{raw.source} has a field '{SCORES_KEY}' already: rename it, or write no scores")
-    return {**raw.value, SCORES_KEY: note}
+        raise _taken(raw.source)
+    value = {**raw.value, SCORES_KEY: note}
+    if raw.text is None:
+        return value, None
+    inside = raw.text.strip()[1:-1].rstrip()
+    return value, f"{{{inside}{', ' if raw.value else ''}{json.dumps(SCORES_KEY)}: {json.dumps(note)}}}"
+
+
+def _noted_table(table: pa.Table, notes: pl.DataFrame, *, flat: bool) -> pa.Table:
+    """The table with the notes as one more column, or if `flat` a column for each field of theirs."""
+    added = (
+        notes.rename(lambda name: f"{SCORES_KEY}.{name}")
+        if flat
+        else notes.select(pl.struct(pl.all()).alias(SCORES_KEY))
+    )
+    for name, column in zip(added.columns, added.to_arrow().columns, strict=True):
+        if name in table.column_names:
+            raise _taken("the data", name)
+        table = table.append_column(name, column)
+    return table
+
+
+def _taken(where: str, name: str = SCORES_KEY) -> ScorerError:
+    return ScorerError(f"{where} has a field '{name}' already: rename it, or write no scores")
 
 
 def _file(where: str) -> str:

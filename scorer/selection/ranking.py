@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from random import Random
 
@@ -18,29 +17,10 @@ import polars as pl
 from scorer.scores.aggregate import measures_of, per_record
 from scorer.scores.shares import exact_quotas, largest_remainder, paper_quotas, split_bounds
 from scorer.selection.config import BUCKETS, SelectConfig
-from scorer.types import ScorerError, one_of
+from scorer.selection.selection import Selection
+from scorer.types import RowStatus, ScorerError, one_of
 
-
-@dataclass(frozen=True, slots=True)
-class Selection:
-    """The records that are kept and those that are not: each record of the table is in one of the two frames, once.
-
-    kept: record_id Int64, rank Int64 (1 is best, or drawn first, or most diverse), and every measure of the table,
-        aggregated over the record's scored turns; in the order asked for.
-    rejected: record_id Int64, reason String, by record_id. The reason is the status of a record that has no scored
-        turn; or null_score (`by`, or an ifd that has a limit, is null or not finite), the first of
-        `drop_flagged` that is set, ifd_too_high, other_bucket, below_cut, or not_diverse.
-    requested: how many records were asked for; there are fewer in `kept` where fewer could be ranked.
-    total: how many records the table has, failed ones included.
-    """
-
-    kept: pl.DataFrame
-    rejected: pl.DataFrame
-    requested: int
-    total: int
-
-
-REASONS = ("below_cut", "other_bucket", "not_diverse", "kept")  # of the records that can be ranked
+REASONS = ("below_cut", "other_bucket", "not_diverse", "not_drawn", "kept")  # of the records that can be chosen
 Diversify = Callable[[pl.Series, int], Sequence[int]]
 
 
@@ -55,8 +35,9 @@ def select_records(
     """Select from a score table: record_id Int64, turn Int32, status String (RowStatus values), and numeric measures.
 
     One row is one turn; a record that failed as a whole has one row. A record can be kept if any of its turns is
-    scored. A null or NaN is left out of a record's mean, min and max. A share of the records is rounded to the nearest
-    number, halves up; equal values rank by record_id. The order of the rows does not matter.
+    scored, and drawn at random if it is JSON. A null or NaN is left out of a record's mean, min and max. A share of
+    the records is rounded to the nearest number, halves up; equal values rank by record_id. The order of the rows does
+    not matter.
 
     groups: record_id and `group`, any sortable dtype; records that it lacks are in the group null. Needed for `per` and
         `per_cluster`. The size of a group counts all its records, failed ones included.
@@ -69,18 +50,19 @@ def select_records(
     one_of("by", config.column, measures_of(scores.schema))
     records = per_record(scores, config.aggregate)
     measures = measures_of(records.schema)
-    limited = config.max_ifd is not None and "ifd" in measures and records["ifd"].count() > 0
+    limited = config.limit is not None and "ifd" in measures and records["ifd"].count() > 0
     reason = _reasons(records, config, limited, flags)
     total = records.height
     group, sizes = _grouped(records["record_id"], groups if config.per or config.per_cluster else None)
     pool = pl.DataFrame({"position": pl.int_range(total, dtype=pl.UInt32, eager=True), "group": group})
     pool = pool.with_columns(value=records[config.column]).filter(reason.is_null())
 
-    outcome = pl.zeros(total, pl.UInt8, eager=True)  # for records in the pool, an index into REASONS
+    passed_over = REASONS.index("not_drawn" if config.random else "below_cut")
+    outcome = pl.repeat(passed_over, total, dtype=pl.UInt8, eager=True)  # for records in the pool, of REASONS
     if config.bucket is not None:
         outcome = outcome.scatter(pool["position"], REASONS.index("other_bucket"))
         pool = _bucket(pool, config.bucket, _counts(pool["group"], len(sizes)))
-        outcome = outcome.scatter(pool["position"], REASONS.index("below_cut"))
+        outcome = outcome.scatter(pool["position"], passed_over)
     asked = _quotas(config, total, sizes)
     room = _counts(pool["group"], len(sizes))
     quotas = exact_quotas(sum(asked), sizes, room) if config.rounding == "exact" else list(map(min, asked, room))
@@ -103,15 +85,21 @@ def select_records(
     kept = kept.select("record_id", pl.col("rank").cast(pl.Int64), *measures)
     rest = records.select("record_id", reason=reason.fill_null(pl.Series(REASONS).gather(outcome)))
     rejected = rest.filter(reason.is_not_null() | (outcome != REASONS.index("kept")))
-    return Selection(kept.sort("record_id") if config.order == "input" else kept, rejected, requested, total)
+    ordered = kept.sort("record_id") if config.order == "input" else kept
+    return Selection(ordered, rejected, requested, total, pool.height if config.random else None)
 
 
 def _reasons(records: pl.DataFrame, config: SelectConfig, limited: bool, flags: pl.DataFrame | None) -> pl.Series:
-    """Why a record can't be ranked; null where it can."""
-    unusable = pl.col(config.column).is_null() | pl.col(config.column).is_infinite()
-    if limited:
-        unusable |= pl.col("ifd").is_null()
-    reasons = ["reason", pl.when(unusable).then(pl.lit("null_score"))]
+    """Why a record can't be ranked, or drawn; null where it can."""
+    any_record = config.random and config.bucket is None
+    needed = [*([] if any_record else [config.column]), *(["ifd"] if limited else [])]
+    status = pl.col("reason")
+    reasons = [pl.when(status == RowStatus.BAD_JSON).then(status) if any_record and not limited else status]
+    if needed:
+        # A ranking by ifd takes no infinite value; of a limited ifd, infinity is too high.
+        missing = [pl.col(name).is_null() for name in needed]
+        infinite = [] if any_record else [pl.col(config.column).is_infinite()]
+        reasons.append(pl.when(pl.any_horizontal(*missing, *infinite)).then(pl.lit("null_score")))
     measures = (config.column, "ifd") if limited else (config.column,)
     table = records.select("record_id", "reason", *dict.fromkeys(measures))
     if config.drop_flagged:
@@ -123,7 +111,7 @@ def _reasons(records: pl.DataFrame, config: SelectConfig, limited: bool, flags: 
         table = table.join(columns, on="record_id", how="left", maintain_order="left")
         reasons += [pl.when(f"flag {name}").then(pl.lit(name)) for name in config.drop_flagged]
     if limited:
-        reasons.append(pl.when(pl.col("ifd") >= config.max_ifd).then(pl.lit("ifd_too_high")))
+        reasons.append(pl.when(pl.col("ifd") >= config.limit).then(pl.lit("ifd_too_high")))
     return table.select(pl.coalesce(reasons)).to_series()
 
 

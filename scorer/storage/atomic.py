@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,9 +19,10 @@ SUFFIX = ".tmp"
 def replacing(path: Path) -> Iterator[Path]:
     """Yield the path of a temporary file for the block to write, then rename the file to `path`.
 
-    Makes missing parent folders. If `path` is a symbolic link, its target is replaced; if it is an object, the file is
-    uploaded. If the block raises, `path` stays as it was. Raises EngineError if the disk is full, ScorerError if `path`
-    can't be written.
+    The block may make a folder instead, if there is nothing at `path`, or an empty folder. Makes missing parent
+    folders. If `path` is a symbolic link, its target is replaced; if it is an object, the file is uploaded. If the
+    block raises, `path` stays as it was. Raises EngineError if the disk is full, ScorerError if `path` can't be
+    written.
     """
     if is_remote(path):
         with _uploading(path) as temporary:
@@ -31,6 +33,8 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        for made in temporary.rglob("*"):
+            sync(made)
         sync(temporary)
         temporary.replace(target)
         sync(target.parent)
@@ -38,7 +42,7 @@ def replacing(path: Path) -> Iterator[Path]:
         raise storage_error(path, error) from error
     finally:
         with suppress(OSError):  # keep the exception of the block
-            temporary.unlink()
+            shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()
 
 
 def check_writable(path: Path) -> None:
@@ -47,6 +51,15 @@ def check_writable(path: Path) -> None:
         if is_folder(path):
             raise ScorerError(f"{path}: is a folder; name a file")
         check_folder(path.parent)
+
+
+def check_new_folder(path: Path) -> None:
+    """Raise ScorerError unless a folder can be made at `path`, where nothing or an empty folder may be."""
+    if is_remote(path):
+        raise ScorerError(f"{path}: a folder can't be written to object storage whole; write to .parquet")
+    if exists(path) and (not is_folder(path) or any(path.iterdir())):
+        raise ScorerError(f"{path}: is there already; remove it, or name another folder")
+    check_folder(path.parent)
 
 
 def check_folder(path: Path) -> None:

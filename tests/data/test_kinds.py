@@ -16,6 +16,7 @@ import pyarrow as pa
 import pytest
 import zstandard
 
+from scorer.config import Reading
 from scorer.data import tables
 from scorer.data.dataset import Dataset
 from scorer.data.reader import read_table
@@ -33,11 +34,11 @@ PACK: dict[str, Callable[[bytes], bytes]] = {
 
 def read(path: Path, **options: Any) -> list[Any]:
     """The values of a file's rows, twice: after the file was inspected, and without."""
-    with Dataset([path], **options) as data:
+    with Dataset([path], reading=Reading(**options)) as data:
         data.inspect()
         found = list(data.rows())
         assert [raw.record_id for raw in found] == list(range(data.counts[0]))
-    with Dataset([path], **options) as data:
+    with Dataset([path], reading=Reading(**options)) as data:
         assert list(data.rows()) == found
     return [raw.value for raw in found]
 
@@ -79,7 +80,7 @@ def test_cells_are_the_texts_that_they_are(tmp_path: Path, suffix: str, mark: st
         ("instruction;output\na;b\n", "separated by ';', not ','"),
         ("instruction,output,output\na,b,c\n", "names the column 'output' twice"),
         (json.dumps([SAMPLE]), "starts with [, as JSON does"),
-        ("question,answer\na,b\n", "its first row holds question, answer"),
+        ("subject,body\na,b\n", "its first row holds subject, body"),
         ("instruction,output\n", "there are no records"),
         ("", "there are no records"),
     ],
@@ -184,7 +185,7 @@ def test_objects_one_after_another(tmp_path: Path) -> None:
         ({"train": [SAMPLE]}, "rows", "--records-at rows: no list is there; lists of objects are at: train"),
         ({"train": {"a": 1}}, "train", "no list is there; lists of objects are at: nowhere"),
         ([SAMPLE], "train", "holds an array, not an object around one: leave out --records-at train"),
-        ({"question": "a", "notes": []}, None, "its first row holds question, notes"),
+        ({"subject": "a", "notes": []}, None, "its first row holds subject, notes"),
         ({"data": [1, 2]}, None, "no list of objects is in it"),
         ({"data": []}, None, "no list of objects is in it"),
         ({}, None, "no list of objects is in it"),

@@ -163,7 +163,7 @@ def test_outputs_that_cannot_be_written(tmp_path: Path) -> None:
     for path, text in (
         (tmp_path / "file" / "d.json", "file is a file, not a folder"),
         (tmp_path / "file" / "none" / "d.json", "file is a file, not a folder"),
-        (tmp_path / "d.csv", ".jsonl.zst"),
+        (tmp_path / "d.txt", ".jsonl.zst"),
         (Path("/proc/d.json"), "/proc/d.json"),
     ):
         with pytest.raises(ScorerError, match=text):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,17 @@ def make_run(path: Path, rows: list[dict[str, Any]], **columns: list[Any]) -> Ru
     """
     data = path.with_suffix(".jsonl")
     data.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    given = {"record_id": range(len(rows)), "turn": [0] * len(rows), "status": ["ok"] * len(rows)} | columns
+    return run_of(path, [data], [len(rows)], **columns)
+
+
+def run_of(path: Path, data: Sequence[Path], counts: Sequence[int], **columns: list[Any]) -> Run:
+    """The run `path` of the files `data`, which hold `counts` records, one turn each; as `make_run`."""
+    total = sum(counts)
+    given = {"record_id": range(total), "turn": [0] * total, "status": ["ok"] * total} | columns
     schema = SCHEMA | {name: pl.Float64 for name in columns if name not in SCHEMA}
-    empty = [None] * len(rows)
+    empty = [None] * total
     table = pl.DataFrame({name: given.get(name, empty) for name in schema}, schema=schema)
-    entry = inspect_input(data)
+    entries = tuple(map(inspect_input, data))
     run = Run(path)
     with run.locked():
         run.write_shard(0, table)
@@ -33,12 +40,13 @@ def make_run(path: Path, rows: list[dict[str, Any]], **columns: list[Any]) -> Ru
             Manifest(
                 state="complete",
                 identity={
-                    "config": {"limit": None, "columns": None, "shard_rows": max(1, len(rows))},
-                    "inputs": [entry.identity],
+                    "config": {"limit": None, "columns": None, "shard_rows": max(1, total)},
+                    "inputs": [entry.identity for entry in entries],
                 },
-                inputs=(entry,),
+                inputs=entries,
+                input_records=tuple(counts),
                 ranking={"by": "ifd", "lowest": False},
-                records=len(rows),
+                records=total,
             )
         )
     return run

@@ -90,6 +90,19 @@ def test_by_lowest_and_rank(command: Commands, scored: Path, tmp_path: Path) -> 
     assert [row["n"] for row in read_jsonl(tmp_path / "a.jsonl")] == ranking(scored / "run", "response_tokens")[:5]
 
 
+def test_random_draws_from_all_records(command: Commands, scored: Path, tmp_path: Path) -> None:
+    shown = command("select", scored / "run", "-o", "all.jsonl", "--random", "--keep", "100%").done()
+    assert "drew 54 at random from 54 of 55 records: all.jsonl" in shown  # a broken line is no record
+    assert "dropped: 1 bad_json" in shown
+    assert read_jsonl(tmp_path / "all.jsonl") == ROWS
+    shown = command("select", scored / "run", "-o", "a.jsonl", "--random", "--max-ifd", 1, "--keep", "1.0").done()
+    below = Run(scored / "run").scores().filter(pl.col("ifd") < 1).height
+    assert f"drew {below} at random from {below} of 55 records" in shown
+    assert "55 were asked for; no more could be drawn" in shown
+    line = command("select", scored / "run", "-o", "a.jsonl", "--random", "--by", "ifd").line()
+    assert "leave out --by" in line
+
+
 def test_random_is_of_the_seed(command: Commands, scored: Path, tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         command("select", scored / "run", "-o", f"{name}.jsonl", "--random", "--seed", seed, "--keep", 10).done()
@@ -131,9 +144,14 @@ def test_rejected_and_scores(command: Commands, scored: Path, tmp_path: Path) ->
     ids = [row["scorer"]["record_id"] for row in rest]
     assert ids == [i for i in range(55) if i not in [row["n"] for row in kept]]
     for row in rest[:-5]:
-        reason = row.pop("scorer")["reason"]
-        assert reason == ("ifd_too_high" if scores[row["n"]]["ifd"] >= 1 else "below_cut")
+        note = row.pop("scorer")
+        assert note["reason"] == ("ifd_too_high" if scores[row["n"]]["ifd"] >= 1 else "below_cut")
+        assert note["ifd"] == scores[row["n"]]["ifd"]
         assert row == ROWS[row["n"]]
+    command("select", scored / "run", "-o", "best.jsonl", "--rejected", "rest.jsonl", "--keep", 5).done()
+    assert read_jsonl(tmp_path / "best.jsonl") == kept
+    rest = read_jsonl(tmp_path / "rest.jsonl")
+    assert {*rest[0]["scorer"]} == {"record_id", "reason"}
     assert rest[-5:] == [
         {**ROWS[50], "scorer": {"record_id": 50, "reason": "empty_response"}},
         {**ROWS[51], "scorer": {"record_id": 51, "reason": "not_text"}},
@@ -216,10 +234,38 @@ def test_lines_come_out_as_they_went_in(command: Commands, options: list[str], t
     every = ("--keep", "100%", "--no-max-ifd")
     command("select", "run", "-o", "a.jsonl", *every).done()
     assert (tmp_path / "a.jsonl").read_text() == "\n".join([*lines, ""])
-    for arguments in (("-o", "b.json"), ("-o", "b.jsonl", "--with-scores")):  # they have to be written anew
-        line = command("select", "run", *arguments, *every).line()
-        assert "d.jsonl:1 " in line
-        assert "infinite" in line
+    command("select", "run", "-o", "b.json", *every).done()
+    assert (tmp_path / "b.json").read_text() == "[\n" + ",\n".join(lines) + "\n]\n"
+    command("select", "run", "-o", "b.jsonl", "--with-scores", *every).done()
+    for line, scored in zip(lines, (tmp_path / "b.jsonl").read_text().splitlines(), strict=True):
+        assert scored.startswith(line.strip()[:-1].rstrip() + ', "scorer": {"record_id": ')
+        assert json.loads(scored)["scorer"]["response_tokens"] == 11
+
+
+def test_numbers_and_keys_of_an_array_come_out_as_they_went_in(
+    command: Commands, options: list[str], tmp_path: Path
+) -> None:
+    numbers = ["0.12345678901234567890123", "1E5", "12345678901234567890", "1e999", "-0.0"]
+    rows = [f'{{"instruction": "a b",\n  "output": "long\\nenough", "n": {n}, "n": [ {n} ]}}' for n in numbers]
+    (tmp_path / "d.json").write_text("[" + ",\r\n ".join(rows) + "]")
+    with gzip.open(tmp_path / "d2.jsonl.gz", "wt") as file:  # found to be an array by its content
+        file.write("\ufeff[\n" + ",\n".join(rows) + "\n]\n")
+    command("score", "d.json", "d2.jsonl.gz", "-o", "run", *options).done()
+    lines = [row.replace("\n  ", " ") for row in rows] * 2
+    every = ("--keep", "1.0", "--no-max-ifd")
+    command("select", "run", "-o", "a.jsonl", *every).done()
+    assert (tmp_path / "a.jsonl").read_text().splitlines() == lines
+    command("select", "run", "-o", "a.json", *every, "--order", "rank").done()
+    text = (tmp_path / "a.json").read_text()
+    assert sorted(text[2:-3].split(",\n")) == sorted(lines)
+
+
+def test_json_has_no_nan_in_an_array(command: Commands, options: list[str], tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_text('{"instruction": "NaN", "output": "long enough", "n": NaN}\n')
+    command("score", "d.jsonl", "-o", "run", *options).done()
+    line = command("select", "run", "-o", "b.json", "--keep", 1, "--no-max-ifd").line()
+    assert "d.jsonl:1 " in line
+    assert "infinite or NaN" in line
     assert not list(tmp_path.glob("b.json*"))
 
 

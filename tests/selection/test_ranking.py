@@ -17,7 +17,8 @@ from scorer.config import AGGREGATES
 from scorer.protocols import PROTOCOLS
 from scorer.scores.shares import parse_keep
 from scorer.selection.config import ORDERS, SelectConfig
-from scorer.selection.ranking import Selection, select_records
+from scorer.selection.ranking import select_records
+from scorer.selection.selection import Selection
 from scorer.types import RowStatus, ScorerError
 
 SCHEMA = {
@@ -59,6 +60,8 @@ def reasons(selection: Selection) -> dict[int, str]:
         ("10%", Fraction(1, 10)),
         (" 12.5% ", Fraction(1, 8)),
         ("100%", Fraction(1)),
+        ("1.0", Fraction(1)),
+        (1.0, Fraction(1)),
         (".1", Fraction(1, 10)),
         (0.1, Fraction(1, 10)),
         (1e-05, Fraction(1, 100_000)),
@@ -73,8 +76,8 @@ def test_parse_keep(text: Any, keep: int | Fraction) -> None:
     assert type(parse_keep(text)) is type(keep)
 
 
-NOT_TEXTS = ("0%", "0", "0.0", "-5", "-5%", "abc", "", "%", "1.5", "1.0", "100.1%", "1e3", "1e999999999", "1_000", "٥")
-NOT_KEEPS = (0, -1, 0.0, 1.0, 1.5, -0.1, math.nan, math.inf, True, None, Fraction(0), Fraction(4, 3))
+NOT_TEXTS = ("0%", "0", "0.0", "-5", "-5%", "abc", "", "%", "1.5", "100.1%", "1e3", "1e999999999", "1_000", "٥")
+NOT_KEEPS = (0, -1, 0.0, 1.5, -0.1, math.nan, math.inf, True, None, Fraction(0), Fraction(4, 3))
 
 
 @pytest.mark.parametrize("text", [*NOT_TEXTS, "9" * 5000, *NOT_KEEPS])
@@ -170,7 +173,8 @@ def test_max_ifd_limits_a_ranking_by_something_else() -> None:
             {"record_id": 3, "ifd": None, "ppl_alone": 40.0},  # not known to lie below the limit
         ]
     )
-    limited = select_records(scores, SelectConfig(1, by="ppl_alone"))
+    assert kept(select_records(scores, SelectConfig(2, by="ppl_alone", order="rank"))) == [3, 0]  # unless it is given
+    limited = select_records(scores, SelectConfig(1, by="ppl_alone", max_ifd=1))
     assert kept(limited) == [1]
     assert reasons(limited) == {0: "ifd_too_high", 2: "below_cut", 3: "null_score"}
     assert kept(select_records(scores, SelectConfig(2, by="ppl_alone", max_ifd=0.85))) == [2]
@@ -191,7 +195,7 @@ def test_fewer_than_asked_for_keeps_all_that_can_be_ranked() -> None:
     empty = select_records(by_ifd([]), SelectConfig(Fraction(1, 2)))
     assert (empty.total, empty.requested, empty.kept.height, empty.rejected.height) == (0, 0, 0, 0)
     failed = select_records(table([{"record_id": 0, "status": "bad_json"}]), SelectConfig(1, random=True))
-    assert reasons(failed) == {0: "bad_json"}
+    assert (reasons(failed), failed.drawn_from) == ({0: "bad_json"}, 0)
 
 
 TURNS: list[dict[str, Any]] = [
@@ -205,12 +209,14 @@ TURNS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize(
     ("aggregate", "ifd", "tokens", "best"),
-    [("mean", 0.5, 15, 0), ("min", 0.25, 10, 1), ("max", 0.75, 20, 0), ("last", 0.25, 20, 1)],
+    [("mean", 0.5, 30, 0), ("min", 0.25, 30, 1), ("max", 0.75, 30, 0), ("last", 0.25, 30, 1)],
 )
-def test_aggregates_over_the_scored_turns(aggregate: str, ifd: float, tokens: float, best: int) -> None:
+def test_aggregates_over_the_scored_turns(aggregate: str, ifd: float, tokens: int, best: int) -> None:
     selection = select_records(table(TURNS[::-1]), SelectConfig(2, aggregate=aggregate))
     rows = selection.kept.select("record_id", "ifd", "response_tokens").rows()
-    assert rows == [(0, ifd, tokens), (1, 0.375, 7)]
+    assert rows == [(0, ifd, tokens), (1, 0.375, 7)]  # counts are sums
+    assert selection.kept.schema["response_tokens"] == pl.Int64
+    assert selection.kept["alone_tokens"].to_list() == [None, None]  # no turn has one
     assert kept(select_records(table(TURNS), SelectConfig(1, aggregate=aggregate))) == [best]
 
 
@@ -231,16 +237,29 @@ def test_a_turn_without_a_value_is_left_out() -> None:
 
 def test_random_is_the_same_for_a_seed_and_only_then() -> None:
     scores = by_ifd([0.5] * 98 + [1.5, None])
-    config = SelectConfig(10, random=True, order="rank")
+    config = SelectConfig(10, random=True, order="rank", max_ifd=1.0)
     drawn = select_records(scores, config)
     # random.Random(42).sample(range(98), 10)
     assert kept(drawn) == [81, 14, 3, 94, 35, 31, 28, 17, 13, 86]
     assert drawn.kept["rank"].to_list() == list(range(1, 11))
     assert_frame_equal(select_records(scores.reverse(), config).kept, drawn.kept)
-    assert set(kept(select_records(scores, SelectConfig(10, random=True, seed=43)))) != set(kept(drawn))
-    everything = select_records(scores, SelectConfig(100, random=True))
-    assert kept(everything) == list(range(98))  # of the same pool as a ranking
-    assert reasons(everything) == {98: "ifd_too_high", 99: "null_score"}
+    other = select_records(scores, SelectConfig(10, random=True, seed=43, max_ifd=1.0))
+    assert set(kept(other)) != set(kept(drawn))
+    limited = select_records(scores, SelectConfig(100, random=True, max_ifd=1.0))
+    assert (kept(limited), limited.drawn_from) == (list(range(98)), 98)
+    assert reasons(limited) == {98: "ifd_too_high", 99: "null_score"}
+
+
+def test_random_draws_what_has_no_score() -> None:
+    statuses = ["ok", "ok", "empty_response", "bad_json", "not_text", "ok"]
+    rows = [{"record_id": i, "status": s, "ifd": 0.5 + i if s == "ok" else None} for i, s in enumerate(statuses)]
+    everything = select_records(table(rows), SelectConfig("100%", random=True))
+    assert (kept(everything), everything.drawn_from) == ([0, 1, 2, 4, 5], 5)
+    assert reasons(everything) == {3: "bad_json"}
+    [only] = kept(one := select_records(table(rows), SelectConfig(1, random=True)))
+    assert reasons(one) == {i: "bad_json" if i == 3 else "not_drawn" for i in range(6) if i != only}
+    third = select_records(table(rows), SelectConfig("100%", random=True, bucket="low"))
+    assert (kept(third), third.drawn_from) == ([0], 1)  # thirds of what can be ranked
 
 
 @pytest.mark.parametrize(
@@ -252,6 +271,7 @@ def test_random_is_the_same_for_a_seed_and_only_then() -> None:
         ({"order": "best"}, "order: 'best' is not one of input, rank"),
         ({"max_ifd": 0}, "max_ifd: 0"),
         ({"max_ifd": math.nan}, "max_ifd: nan"),
+        ({"max_ifd": "no"}, "max_ifd: 'no'"),
         ({"seed": -1}, "seed: -1"),
         ({"random": 7}, "random: 7"),
     ],
@@ -287,7 +307,7 @@ CONFIGS = st.builds(
     keep=st.one_of(st.integers(1, 30), st.fractions(Fraction(1, 50), 1, max_denominator=50)),
     by=st.sampled_from(["ifd", "ppl_conditioned"]),
     lowest=st.booleans(),
-    max_ifd=st.sampled_from([None, 1.0, 0.5]),
+    max_ifd=st.sampled_from(["auto", None, 1.0, 0.5]),
     random=st.booleans(),
     seed=st.integers(0, 3),
     aggregate=st.sampled_from(list(AGGREGATES)),
@@ -319,8 +339,8 @@ def test_what_holds_for_every_table(
     assert selection.total == len(records)
 
     counts = selection.rejected["reason"].value_counts()
-    below_cut = dict(counts.iter_rows()).get("below_cut", 0)
-    assert len(chosen) == min(selection.requested, len(chosen) + below_cut)
+    passed_over = dict(counts.iter_rows()).get("not_drawn" if config.random else "below_cut", 0)
+    assert len(chosen) == min(selection.requested, len(chosen) + passed_over)
     if isinstance(config.keep, Fraction):
         assert -Fraction(1, 2) < selection.requested - config.keep * len(records) <= Fraction(1, 2)
 
@@ -328,14 +348,15 @@ def test_what_holds_for_every_table(
     assert ranked["rank"].to_list() == list(range(1, len(chosen) + 1))
     expected = ranked if config.order == "rank" else ranked.sort("record_id")
     assert_frame_equal(selection.kept, expected)
-    values = [float(v) for v in ranked[config.column]]
-    assert all(map(math.isfinite, values))
     if not config.random:
+        values = [float(v) for v in ranked[config.column]]
+        assert all(map(math.isfinite, values))
         pairs = [(v if config.lowest else -v, i) for v, i in zip(values, ranked["record_id"], strict=True)]
         assert pairs == sorted(pairs)
     for i, reason in selection.rejected.iter_rows():
         failed = not any(status.scored for status, _, _ in records[i])
-        assert (reason == records[i][0][0]) == failed
+        if not config.random:
+            assert (reason == records[i][0][0]) == failed
 
     shuffled = select_records(table(data.draw(st.permutations(rows))), config)
     assert_frame_equal(shuffled.kept, selection.kept, check_exact=True)

@@ -1,0 +1,115 @@
+"""Some rows of a dataset, as they came: as raw records with their text, or as one Arrow table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, chain, groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from scorer.config import Reading
+from scorer.data.arrow import for_text, framed, is_table_file, rows_at, stacked
+from scorer.data.dataset import Dataset
+from scorer.data.raw import RawRecord
+from scorer.storage.paths import to_path
+from scorer.types import ScorerError
+
+BATCH_ROWS = 10_000  # of a table, that are Python values at a time
+
+
+class _Part(NamedTuple):
+    """The rows of a subset in one file: `ids` ascending; the file's first row has the id `start`."""
+
+    path: Path
+    start: int
+    ids: list[int]
+
+    @property
+    def positions(self) -> list[int]:
+        return [i - self.start for i in self.ids]
+
+
+class Subset:
+    """The rows `ids` of a dataset, in that order. Files without any of them are not opened to write them."""
+
+    def __init__(self, data: Dataset, ids: Sequence[int]):
+        self._data, self._ids = data, list(ids)
+        self._sorted = sorted(self._ids)
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    @property
+    def reading(self) -> Reading:
+        """How scoring read the rows."""
+        return self._data.reading
+
+    def raw(self) -> Iterator[RawRecord]:
+        """The rows as scoring read them: parsed JSON, or rows of Parquet with Python's dates and decimals."""
+        wanted = set(self._ids)
+        return self._ordered((raw.record_id, raw) for raw in self._data.rows() if raw.record_id in wanted)
+
+    def records(self) -> Iterator[RawRecord]:
+        """The rows with the text of each: all JSON has one. Of a table's rows, `value` is what JSON can hold.
+
+        Raises ScorerError, which names the column, for binary values.
+        """
+        return self._ordered((raw.record_id, raw) for part in self._parts() for raw in self._records(part))
+
+    def table(self, where: str, *, wrapped: bool = False) -> pa.Table:
+        """The rows as a table; those of Parquet files are filtered in Arrow.
+
+        wrapped: a row that is no JSON object becomes one with the key `record`. Raises ScorerError, which names
+        `where`, for rows that no table holds as they are.
+        """
+        tables: list[pa.Table] = []
+        for in_table, group in groupby(self._parts(), key=lambda part: is_table_file(part.path)):
+            parts = list(group)
+            if in_table:
+                tables += [rows_at(part.path, part.positions) for part in parts]
+            else:
+                records = chain.from_iterable(map(self._records, parts))
+                tables.append(framed(where, [_object(raw, wrapped) for raw in records]))
+        if not tables:  # of no rows, the columns
+            paths = [path for path in map(to_path, self._data.paths) if is_table_file(path)]
+            return rows_at(paths[0], []) if paths else pa.table({})
+        table = stacked(where, tables)
+        if self._ids == self._sorted:
+            return table
+        return table.take(pa.array(np.searchsorted(self._sorted, self._ids)))
+
+    def _ordered(self, rows: Iterator[tuple[int, RawRecord]]) -> Iterator[RawRecord]:
+        if self._ids == self._sorted:
+            return (raw for _, raw in rows)
+        held = dict(rows)  # in the order of rank, which is not the file's
+        return (held[i] for i in self._ids)
+
+    def _parts(self) -> Iterator[_Part]:
+        if not self._data.counts:  # of a run that an early version wrote
+            self._data.inspect()
+        starts = [0, *accumulate(self._data.counts)]
+        bounds = np.searchsorted(self._sorted, starts)
+        for path, start, first, last in zip(self._data.paths, starts, bounds, bounds[1:], strict=False):
+            if first < last:
+                yield _Part(to_path(path), start, self._sorted[first:last])
+
+    def _records(self, part: _Part) -> Iterator[RawRecord]:
+        if is_table_file(part.path):
+            table = for_text(str(part.path), rows_at(part.path, part.positions))
+            values = chain.from_iterable(batch.to_pylist() for batch in table.to_batches(max_chunksize=BATCH_ROWS))
+            for i, position, value in zip(part.ids, part.positions, values, strict=True):
+                yield RawRecord(i, f"{part.path}[{position}]", value)
+            return
+        wanted, last = set(part.ids), part.ids[-1]
+        yield from (raw for raw in self._data.rows(part.start, last + 1) if raw.record_id in wanted)
+
+
+def _object(raw: RawRecord, wrapped: bool) -> dict[str, Any]:
+    if isinstance(raw.value, dict):
+        return raw.value
+    if not wrapped:
+        raise ScorerError(f"{raw.source} is no object; write to JSON Lines (.jsonl)")
+    return {"record": raw.value}
