@@ -28,11 +28,11 @@ from rich.table import Table
 from bench.lib.rows import PROTOCOL, longest
 from scorer.config import DEFAULT_MODEL, ScoreConfig
 from scorer.data.dataset import Dataset
-from scorer.data.encode import Encoder
-from scorer.data.writer import RecordWriter
+from scorer.encoding.encoder import Encoder
 from scorer.engines.choose import BATCH_TOKENS
 from scorer.engines.packed import CUDA_THREADS, PackedEngine
 from scorer.engines.packing import PackedBatch, pack, plan_batches
+from scorer.files.writer import RecordWriter
 from scorer.models.find import find_model
 from scorer.runs.directory import Run
 from scorer.runs.local import score_locally

@@ -21,7 +21,9 @@ WINGS = (
     "base",  # the modules that lie in scorer/ itself, but for those of the command line
     "storage",
     "scores",
+    "files",
     "data",
+    "encoding",
     "models",
     "engines",
     "runs",
@@ -36,7 +38,7 @@ COMMAND_LINE = {"scorer.console", "scorer.commands", "scorer.__main__"}
 # What the command line may import before a command needs more.
 COMMANDS_AT_THEIR_TOP = {"click", "scorer.config", "scorer.options", "scorer.selection.config", "scorer.types"}
 # Wings and modules that never import torch, not even inside a function, nor anything of ours that does.
-TORCH_FREE_WINGS = {"base", "storage", "scores", "data", "selection", "agreement", "report"}
+TORCH_FREE_WINGS = {"base", "storage", "scores", "files", "data", "encoding", "selection", "agreement", "report"}
 TORCH_FREE_RUNS = {
     "scorer.runs",
     "scorer.runs.directory",
@@ -135,7 +137,7 @@ def test_relative_and_nested_imports_are_read(tmp_path: Path) -> None:
     path.write_text(
         "import torch.nn\nfrom .packing import pack\nfrom .. import config\nfrom scorer.selection import ranking as s\n"
         "if True:\n    from ..types import Span\n"
-        "class A:\n    def f(self):\n        import polars as pl\n        from scorer.data.reader import *\n"
+        "class A:\n    def f(self):\n        import polars as pl\n        from scorer.files.reader import *\n"
     )
     assert imports(path, "scorer.engines.packed") == {
         Import("torch.nn", True),
@@ -144,7 +146,7 @@ def test_relative_and_nested_imports_are_read(tmp_path: Path) -> None:
         Import("scorer.selection.ranking", True),
         Import("scorer.types", True),
         Import("polars", False),
-        Import("scorer.data.reader", False),
+        Import("scorer.files.reader", False),
     }
     assert foreign(imports(path, "scorer.engines.packed")) == {"torch", "polars"}
 

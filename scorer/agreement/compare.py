@@ -19,7 +19,7 @@ import polars as pl
 
 from scorer.agreement.statistics import Agreement, Bootstrap, agree
 from scorer.data.dataset import Dataset
-from scorer.data.reader import read_table
+from scorer.files.reader import read_table
 from scorer.options import from_options
 from scorer.requirements import require
 from scorer.runs.directory import Run

@@ -1,1 +1,1 @@
-"""Files in, records and token sequences out, and selected records written."""
+"""Raw rows -> records: prompts and responses."""

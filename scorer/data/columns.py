@@ -13,7 +13,7 @@ from typing import Any
 
 from scorer.config import Reading
 from scorer.data.messages import MEDIA_KEYS, REASONING_KEYS, read_marked_text, read_messages
-from scorer.data.raw import RawRecord
+from scorer.files.raw import RawRecord
 from scorer.types import RowStatus, ScorerError
 
 SYSTEM, HISTORY, TOOLS = ("system", "system_prompt"), ("history",), ("tools", "functions")

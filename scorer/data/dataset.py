@@ -18,11 +18,11 @@ from typing import Any, Self
 
 from scorer.config import Reading
 from scorer.data.columns import fits_format, unknown_format
-from scorer.data.formats import known_suffix
-from scorer.data.raw import RawRecord, Rows
-from scorer.data.reader import InputReader, check_input
 from scorer.data.records import to_record
-from scorer.data.streams import read_errors
+from scorer.files.kinds import known_suffix
+from scorer.files.raw import RawRecord, Rows
+from scorer.files.reader import InputReader, check_input
+from scorer.files.streams import read_errors
 from scorer.storage.paths import absolute, is_remote, object_info, to_path
 from scorer.types import Record, ScorerError
 

@@ -7,7 +7,7 @@ from contextlib import closing
 from pathlib import Path
 
 from scorer.data.dataset import InputFile, inspect_input
-from scorer.data.reader import InputReader
+from scorer.files.reader import InputReader
 from scorer.storage.paths import to_path
 from scorer.types import ScorerError
 

@@ -14,7 +14,7 @@ from typing import Any
 from scorer.config import Reading
 from scorer.data.columns import Fit, Format, as_row, fit_of
 from scorer.data.messages import Spoken, parsed_json, read_marked_text, read_messages, split_reasoning, text_fault
-from scorer.data.raw import RawRecord
+from scorer.files.raw import RawRecord
 from scorer.types import Message, Record, RowStatus, Turn
 
 REASONING = "reasoning"  # in Record.left_out

@@ -11,9 +11,9 @@ import numpy as np
 import pyarrow as pa
 
 from scorer.config import Reading
-from scorer.data.arrow import for_text, framed, is_table_file, rows_at, stacked
 from scorer.data.dataset import Dataset
-from scorer.data.raw import RawRecord
+from scorer.files.arrow import for_text, framed, is_table_file, rows_at, stacked
+from scorer.files.raw import RawRecord
 from scorer.storage.paths import to_path
 from scorer.types import ScorerError
 

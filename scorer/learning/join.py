@@ -13,8 +13,8 @@ from pathlib import Path
 
 import polars as pl
 
-from scorer.data.formats import first_line
-from scorer.data.reader import read_table
+from scorer.files.kinds import first_line
+from scorer.files.reader import read_table
 from scorer.learning.learn import PROTOCOL, check_run_kind, discard, finish, is_done, learning_manifest
 from scorer.runs.directory import Run
 from scorer.runs.manifest import Manifest, differences

@@ -23,9 +23,9 @@ from typing import Any
 import polars as pl
 
 from scorer.config import Reading
-from scorer.data.arrow import as_dataset
 from scorer.data.dataset import Dataset, inspect_input
 from scorer.data.moved import count_rows, moved
+from scorer.files.arrow import as_dataset
 from scorer.runs.manifest import Manifest
 from scorer.storage.atomic import check_folder, remove_temporaries, replacing, storage_error
 from scorer.storage.lock import check_free, locked

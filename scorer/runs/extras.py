@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from scorer.data.formats import first_line
+from scorer.files.kinds import first_line
 from scorer.runs.directory import CLUSTERS, EMBEDDINGS, Run
 from scorer.storage.paths import exists, local_copy
 from scorer.types import ScorerError

@@ -20,7 +20,7 @@ from typing import Any
 
 from scorer.config import SERVERS, Cluster, Part, ScoreConfig
 from scorer.data.dataset import Dataset
-from scorer.data.encode import Encoder
+from scorer.encoding.encoder import Encoder
 from scorer.engines.choose import (
     check_engine,
     check_length,
@@ -66,7 +66,7 @@ def score(
     """Score every record of `data` and return its run directory; the same call again resumes an unfinished one.
 
     data: a path or several, of files, folders, patterns, s3:// URLs or datasets on the hub, as
-    `scorer.data.inputs.input_files` takes them; "-" is standard input. Or data in memory: a list of dicts, a Hugging
+    `scorer.files.inputs.input_files` takes them; "-" is standard input. Or data in memory: a list of dicts, a Hugging
     Face dataset, a pandas or Polars frame, an Arrow table; a copy of it is kept with the run. Or the Dataset of another
     run, which is not hashed and counted again. output: the run directory, or an s3:// URL; None chooses one under
     `scorer-runs`, by the first file's name and what is computed.

@@ -13,11 +13,11 @@ import polars as pl
 from scorer.background import Feed
 from scorer.config import ScoreConfig
 from scorer.data.dataset import Dataset
-from scorer.data.encode import Encoder
-from scorer.data.raw import RawRecord
 from scorer.data.records import to_record
-from scorer.data.tokenizer import BulkTokenizer
+from scorer.encoding.encoder import Encoder
+from scorer.encoding.tokenizer import BulkTokenizer
 from scorer.engines import Engine
+from scorer.files.raw import RawRecord
 from scorer.models.find import ModelFiles
 from scorer.models.load import load_tokenizer
 from scorer.protocols import PROTOCOLS

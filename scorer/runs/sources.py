@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from scorer.config import Part, ScoreConfig
-from scorer.data import memory
 from scorer.data.dataset import Dataset, inspect_input
-from scorer.data.inputs import input_files
+from scorer.files import memory
+from scorer.files.inputs import input_files
 from scorer.runs.directory import COPIES, STDIN, Run
 from scorer.storage.atomic import replacing
 from scorer.storage.paths import exists, local_copy

@@ -13,11 +13,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from scorer.data.arrow import framed
-from scorer.data.raw import RawRecord
 from scorer.data.records import to_record
 from scorer.data.subset import Subset
-from scorer.data.writer import output_kind
+from scorer.files.arrow import framed
+from scorer.files.raw import RawRecord
+from scorer.files.writer import output_kind
 from scorer.storage.atomic import replacing
 from scorer.storage.paths import exists, to_path
 from scorer.types import Message, Record, RowStatus, ScorerError, Turn

@@ -20,9 +20,9 @@ from polars import selectors
 
 from scorer.data.dataset import Dataset
 from scorer.data.moved import unchecked
-from scorer.data.raw import RawRecord
 from scorer.data.subset import Subset
-from scorer.data.writer import FLAT, RecordWriter
+from scorer.files.raw import RawRecord
+from scorer.files.writer import FLAT, RecordWriter
 from scorer.options import from_options
 from scorer.protocols import PROTOCOLS
 from scorer.requirements import require

@@ -8,9 +8,9 @@ from typing import Any, cast
 
 import polars as pl
 
-from scorer.data.arrow import as_dataset
 from scorer.data.dataset import Dataset
 from scorer.data.subset import Subset
+from scorer.files.arrow import as_dataset
 from scorer.requirements import DATASET, require
 from scorer.types import ScorerError
 

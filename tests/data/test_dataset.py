@@ -14,7 +14,7 @@ import pytest
 import scorer
 from scorer.data import dataset as module
 from scorer.data.dataset import Dataset
-from scorer.data.writer import RecordWriter
+from scorer.files.writer import RecordWriter
 from scorer.models.find import ModelFiles
 from scorer.runs.directory import Run
 from scorer.types import ScorerError

@@ -12,8 +12,8 @@ import pytest
 
 from scorer.config import Reading, ScoreConfig
 from scorer.data.dataset import Dataset
-from scorer.data.raw import RawRecord
 from scorer.data.records import to_record
+from scorer.files.raw import RawRecord
 from scorer.types import Message, Record, RowStatus, ScorerError, Turn
 
 GOOD = {"instruction": "Name a colour.", "input": "", "output": "Red."}

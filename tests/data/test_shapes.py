@@ -11,8 +11,8 @@ import pytest
 
 import scorer
 from scorer.config import Reading
-from scorer.data.raw import RawRecord
 from scorer.data.records import to_record
+from scorer.files.raw import RawRecord
 from scorer.models.find import ModelFiles
 from scorer.types import Record, Turn
 from tests.lib.command import read_jsonl

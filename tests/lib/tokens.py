@@ -8,7 +8,7 @@ from enum import StrEnum
 
 import numpy as np
 
-from scorer.data.encode import Encoder
+from scorer.encoding.encoder import Encoder
 from scorer.engines import Engine
 from scorer.tokens import CODES, STATUSES, Array, SpanScores, TokenBatch, TurnTable, bounds_of
 from scorer.types import Record, RowStatus

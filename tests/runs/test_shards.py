@@ -11,8 +11,8 @@ from polars.testing import assert_frame_equal
 
 from scorer.background import Feed
 from scorer.config import ScoreConfig
-from scorer.data.encode import Encoder
-from scorer.data.tokenizer import BulkTokenizer
+from scorer.encoding.encoder import Encoder
+from scorer.encoding.tokenizer import BulkTokenizer
 from scorer.engines.choose import open_engine
 from scorer.models.find import ModelFiles
 from scorer.protocols import PROTOCOLS

@@ -13,8 +13,8 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from scorer.data.raw import RawRecord
-from scorer.data.reader import InputReader
+from scorer.files.raw import RawRecord
+from scorer.files.reader import InputReader
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, cast
 import polars as pl
 import zstandard
 
-from scorer.data.formats import first_line
+from scorer.files.kinds import first_line
 from scorer.types import ScorerError
 
 BUFFER_BYTES = 1 << 16

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from itertools import groupby, takewhile
 from typing import Protocol as Interface
 
-from scorer.data.chat import TEMPLATE_ERRORS, ChatMessage, ChatTemplate
 from scorer.data.messages import split_reasoning
 from scorer.data.records import REASONING
+from scorer.encoding.chat import TEMPLATE_ERRORS, ChatMessage, ChatTemplate
 from scorer.protocols import Join, Protocol
 from scorer.tokens import CODES
 from scorer.types import Record, RowStatus, Turn
@@ -31,7 +31,7 @@ class Texts:
     """The rows of some records, and the texts to tokenise for them.
 
     A conditioned sequence is the text of one or more turns, its pieces; `texts` has those of one piece after another,
-    as scorer.data.sequences.Layout says.
+    as scorer.encoding.sequences.Layout says.
     """
 
     protocol: Protocol

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from scorer.config import Reading
-from scorer.data.encode import Encoder
-from scorer.data.raw import RawRecord
 from scorer.data.records import to_record
-from scorer.data.tokenizer import BulkTokenizer
+from scorer.encoding.encoder import Encoder
+from scorer.encoding.tokenizer import BulkTokenizer
+from scorer.files.raw import RawRecord
 from scorer.protocols import PROTOCOLS
 from scorer.tokens import CONDITIONED, STATUSES, TokenBatch, TurnTable
 from tests.conftest import byte_tokenizer

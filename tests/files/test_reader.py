@@ -17,9 +17,9 @@ import pytest
 import zstandard
 
 from scorer.data.dataset import Dataset, InputFile, inspect_input
-from scorer.data.raw import RawRecord
-from scorer.data.reader import InputReader
-from scorer.data.writer import RecordWriter
+from scorer.files.raw import RawRecord
+from scorer.files.reader import InputReader
+from scorer.files.writer import RecordWriter
 from scorer.types import RowStatus, ScorerError
 
 JSON_NAMES = [f"data{kind}{packed}" for kind in (".json", ".jsonl", ".ndjson") for packed in ("", ".gz", ".zst")]
@@ -78,7 +78,7 @@ def test_start_and_limit_count_over_all_files(tmp_path: Path, name: str) -> None
 def test_skipped_rows_of_parquet_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "d.parquet"
     pl.DataFrame({"n": range(1000)}).write_parquet(path, row_group_size=300)
-    monkeypatch.setattr("scorer.data.tables.BATCH_ROWS", 70)
+    monkeypatch.setattr("scorer.files.tables.BATCH_ROWS", 70)
     assert [row["n"] for row in values(path, start=137, limit=913)] == list(range(137, 913))
 
 

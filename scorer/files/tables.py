@@ -9,9 +9,9 @@ from typing import Any, BinaryIO, cast
 
 import polars as pl
 
-from scorer.data.formats import first_line
-from scorer.data.raw import FileRows, Found, RawRecord, Rows, first_fit
-from scorer.data.streams import DAMAGED
+from scorer.files.kinds import first_line
+from scorer.files.raw import FileRows, Found, RawRecord, Rows, first_fit
+from scorer.files.streams import DAMAGED
 from scorer.types import ScorerError
 
 BATCH_ROWS = 10_000

@@ -13,10 +13,10 @@ from typing import Any, BinaryIO, cast
 
 import orjson
 
-from scorer.data import json_texts
-from scorer.data.formats import check_signature, first_line, is_array
-from scorer.data.raw import FileRows, Found, RawRecord, Rows, count_and_look, first_fit
-from scorer.data.streams import decompressed
+from scorer.files import json_texts
+from scorer.files.kinds import check_signature, first_line, is_array
+from scorer.files.raw import FileRows, Found, RawRecord, Rows, count_and_look, first_fit
+from scorer.files.streams import decompressed
 from scorer.types import RowStatus, ScorerError
 
 BOM = b"\xef\xbb\xbf"

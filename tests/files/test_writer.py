@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from scorer.data.dataset import Dataset
-from scorer.data.writer import RecordWriter
+from scorer.files.writer import RecordWriter
 from scorer.storage.atomic import replacing
 from scorer.types import ScorerError
 
@@ -185,7 +185,7 @@ FILL = """
 import random, sys
 from pathlib import Path
 from scorer.types import EngineError
-from scorer.data.writer import RecordWriter
+from scorer.files.writer import RecordWriter
 try:
     with RecordWriter(Path(sys.argv[1]) / sys.argv[2]) as writer:
         for i in range(3000):

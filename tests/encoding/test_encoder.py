@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from tokenizers import processors
 
 from scorer.config import ScoreConfig
-from scorer.data.encode import Encoder
-from scorer.data.tokenizer import BulkTokenizer
+from scorer.encoding.encoder import Encoder
+from scorer.encoding.tokenizer import BulkTokenizer
 from scorer.engines.reference import ReferenceEngine
 from scorer.models.find import ModelFiles
 from scorer.models.load import load_tokenizer

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from scorer.data.chat import ChatTemplate
-from scorer.data.sequences import Layout, Pieces, token_batch
-from scorer.data.special_tokens import SpecialTokens
-from scorer.data.texts import ChatWriter, TemplateWriter, Texts, Writer, branches
-from scorer.data.tokenizer import BulkTokenizer
+from scorer.encoding.chat import ChatTemplate
+from scorer.encoding.sequences import Layout, Pieces, token_batch
+from scorer.encoding.special_tokens import SpecialTokens
+from scorer.encoding.texts import ChatWriter, TemplateWriter, Texts, Writer, branches
+from scorer.encoding.tokenizer import BulkTokenizer
 from scorer.protocols import Join, Protocol
 from scorer.tokens import TokenBatch, TurnTable, ranges
 from scorer.types import Message, Record, ScorerError, Turn

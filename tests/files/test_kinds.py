@@ -17,9 +17,9 @@ import pytest
 import zstandard
 
 from scorer.config import Reading
-from scorer.data import tables
 from scorer.data.dataset import Dataset
-from scorer.data.reader import read_table
+from scorer.files import tables
+from scorer.files.reader import read_table
 from scorer.types import ScorerError
 
 SAMPLE = {"instruction": "Say it.", "output": "It."}

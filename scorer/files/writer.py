@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-from scorer.data.arrow import as_dataset, check_flat, for_text, framed
-from scorer.data.formats import COMPRESSIONS, JSON_SUFFIXES, first_line, is_array
+from scorer.files.arrow import as_dataset, check_flat, for_text, framed
+from scorer.files.kinds import COMPRESSIONS, JSON_SUFFIXES, first_line, is_array
 from scorer.requirements import DATASET, require
 from scorer.storage.atomic import check_new_folder, check_writable, replacing
 from scorer.storage.paths import to_path

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
 
-from scorer.data.layout import CARD, chosen_files, is_pattern, matching, read_card
+from scorer.files.layout import CARD, chosen_files, is_pattern, matching, read_card
 from scorer.types import EngineError, ScorerError
 
 SCHEME = "hf://"
@@ -37,7 +37,7 @@ def hub_files(address: str, *, split: str | None = None, subset: str | None = No
     """The local copies of the data files that `hf://datasets/ORG/NAME[@REVISION][/PATH]`, or ORG/NAME, means.
 
     PATH is a file, a folder or a glob pattern. Without it the dataset's card or the names of its files say which belong
-    to `split` and `subset`: see `scorer.data.layout.chosen_files`. What is in the hub's cache is not downloaded again.
+    to `split` and `subset`: see `scorer.files.layout.chosen_files`. What is in the hub's cache is not downloaded again.
 
     Raises ScorerError for what the user has to mend, EngineError where the network or the hub fails.
     """

@@ -8,9 +8,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from scorer.data.formats import HINTS, KNOWN, is_input_name
-from scorer.data.hub import SCHEME, SHORT, hub_files
-from scorer.data.layout import CARD, DEFAULT_SPLIT, choose, chosen_files, is_data, read_card
+from scorer.files.hub import SCHEME, SHORT, hub_files
+from scorer.files.kinds import HINTS, KNOWN, is_input_name
+from scorer.files.layout import CARD, DEFAULT_SPLIT, choose, chosen_files, is_data, read_card
 from scorer.storage.paths import expand, is_folder
 from scorer.types import ScorerError
 

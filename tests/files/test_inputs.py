@@ -12,8 +12,8 @@ import pyarrow as pa
 import pytest
 
 from scorer.data.dataset import Dataset
-from scorer.data.inputs import input_files
-from scorer.data.layout import chosen_files
+from scorer.files.inputs import input_files
+from scorer.files.layout import chosen_files
 from scorer.types import ScorerError
 
 ROW = {"instruction": "Say it.", "output": "It."}

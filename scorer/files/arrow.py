@@ -14,8 +14,8 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from scorer.data.formats import ARROW_SUFFIXES, first_line, known_suffix
-from scorer.data.tables import ipc_batches
+from scorer.files.kinds import ARROW_SUFFIXES, first_line, known_suffix
+from scorer.files.tables import ipc_batches
 from scorer.requirements import DATASET, require
 from scorer.storage.paths import local_copy
 from scorer.types import ScorerError

@@ -58,7 +58,7 @@ DATASETS: dict[str, dict[str, bytes]] = {
 REVISIONS = {"org/plain": (CONVERTED, "v1.0")}  # beside main and the commit
 LOOK = """
 import json, sys
-from scorer.data.inputs import input_files
+from scorer.files.inputs import input_files
 from scorer.types import ScorerError
 found = []
 for path, options in json.loads(sys.argv[1]):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
-from scorer.data.tokenizer import BulkTokenizer
+from scorer.encoding.tokenizer import BulkTokenizer
 from scorer.models.find import ModelFiles
 from scorer.models.load import load_tokenizer
 from scorer.tokens import Array

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from scorer.data.formats import check_signature, plain
-from scorer.data.raw import FileRows, Found, RawRecord, Rows, count_and_look
-from scorer.data.streams import decompressed
+from scorer.files.kinds import check_signature, plain
+from scorer.files.raw import FileRows, Found, RawRecord, Rows, count_and_look
+from scorer.files.streams import decompressed
 from scorer.types import ScorerError
 
 BOM = "\ufeff"

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from scorer.data.formats import KNOWN, first_line, is_input_name
+from scorer.files.kinds import KNOWN, first_line, is_input_name
 from scorer.types import ScorerError
 
 CARD = "README.md"

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from scorer.data.tokenizer import BulkTokenizer, replaced
+from scorer.encoding.tokenizer import BulkTokenizer, replaced
 from scorer.tokens import Array, bounds_of
 
 OPEN, CLOSE = "\ufdd0", "\ufdd1"  # noncharacters, which Unicode keeps for a program's own use

@@ -16,8 +16,9 @@ from typing import BinaryIO, NamedTuple
 
 import polars as pl
 
-from scorer.data.csv_files import DELIMITERS, CsvRows
-from scorer.data.formats import (
+from scorer.files.csv_files import DELIMITERS, CsvRows
+from scorer.files.json_files import JsonRows
+from scorer.files.kinds import (
     ARROW_SUFFIXES,
     CSV_SUFFIXES,
     JSON_SUFFIXES,
@@ -27,11 +28,10 @@ from scorer.data.formats import (
     known_suffix,
     plain,
 )
-from scorer.data.json_files import JsonRows
-from scorer.data.raw import FileRows, Fits, Rows, Source
-from scorer.data.raw import RawRecord as RawRecord  # its users import it from here
-from scorer.data.streams import BUFFER_BYTES, HashedFile, read_errors
-from scorer.data.tables import ArrowRows, ParquetRows
+from scorer.files.raw import FileRows, Fits, Rows, Source
+from scorer.files.raw import RawRecord as RawRecord  # its users import it from here
+from scorer.files.streams import BUFFER_BYTES, HashedFile, read_errors
+from scorer.files.tables import ArrowRows, ParquetRows
 from scorer.storage.paths import exists, is_folder, is_remote, local_copy, object_info
 from scorer.types import ScorerError
 

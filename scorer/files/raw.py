@@ -1,6 +1,6 @@
 """The rows of an input file as they came, and what a reader of one kind of file is given and gives.
 
-The readers are in json_files, csv_files and tables; scorer.data.reader chooses one.
+The readers are in json_files, csv_files and tables; scorer.files.reader chooses one.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Source:
     path: Path
     local: Path
     file: BinaryIO
-    suffix: str  # one of scorer.data.formats.READ
+    suffix: str  # one of scorer.files.kinds.READ
     fits: Fits
     records_at: str | None = None  # the key of the records in a JSON object, such as "result.rows"
 
@@ -73,7 +73,7 @@ class FileRows(ABC):
 
     @abstractmethod
     def rows(self, first_id: int, start: int, stop: int | None, *, exact: bool) -> Rows:
-        """As `scorer.data.reader.InputReader.rows`."""
+        """As `scorer.files.reader.InputReader.rows`."""
 
 
 def count_and_look(

@@ -1,0 +1,1 @@
+"""Files and folders -> the raw values of their rows, and back."""
