@@ -166,7 +166,8 @@ def _load(path: Path, by: str | None, lowest: bool | None) -> Scores:
             lowest = True
         with run.snapshot() as shards:
             by = _column(path, shards.schema, by or ranking["by"])
-            table = per_record(shards.scores([*KEYS, by]))  # no other column is read
+            names = [name for name in (*KEYS, "response", by) if name in shards.schema]
+            table = per_record(shards.scores(names))  # no other column is read
     else:
         table = read_table(path)
         if {*KEYS} <= {*table.columns}:

@@ -13,6 +13,7 @@ from scorer.types import SCORED, ScorerError
 
 KEYS = ("record_id", "turn", "status")
 COUNTS = ("prompt_tokens", "response_tokens", "alone_tokens")  # of a record: the sums over its scored turns
+MARGIN, OTHER_RESPONSE = "margin", "other_response"
 NOT_MEASURES = (*KEYS, "rank", "reason")  # the last two name columns of a Selection
 
 
@@ -21,10 +22,17 @@ def measures_of(schema: Mapping[str, pl.DataType]) -> tuple[str, ...]:
     return tuple(name for name, dtype in schema.items() if dtype.is_numeric() and name not in NOT_MEASURES)
 
 
-def per_record(scores: pl.DataFrame, aggregate: str = "mean") -> pl.DataFrame:
+def per_record(scores: pl.DataFrame, aggregate: str = "mean", response: str | None = None) -> pl.DataFrame:
     """One row for each record of a score table, by record_id: record_id, reason (null where a turn is scored, else the
     status of the first turn), COUNTS, and the other measures over the scored turns by one of scorer.config.AGGREGATES.
+
+    response: the turns that count, by a part of their name: chosen, rejected, reasoning or answer. None is all but the
+    rejected ones. MARGIN is the measures of the chosen ones less those of the rejected ones, and the counts of the
+    chosen ones. A record without such turns has the reason OTHER_RESPONSE.
     """
+    if response == MARGIN:
+        return _margin(per_record(scores, aggregate, "chosen"), per_record(scores, aggregate, "rejected"))
+    scores = _of_response(scores, response)
     if missing := [name for name in KEYS if name not in scores.columns]:
         raise ScorerError(f"not a score table: it has no column {', '.join(missing)}")
     measures = measures_of(scores.schema)
@@ -54,6 +62,35 @@ def per_record(scores: pl.DataFrame, aggregate: str = "mean") -> pl.DataFrame:
     found = records.with_columns(found=True)
     joined = first.join(found, on="record_id", how="left", maintain_order="left")
     return joined.select("record_id", pl.when("found").then(None).otherwise("status").alias("reason"), *measures)
+
+
+def check_response(scores: pl.DataFrame, response: str | None) -> None:
+    """Raise ScorerError where no turn of a score table is one that `per_record` would count for `response`."""
+    if response is None:
+        return
+    names = scores["response"].unique().drop_nulls().to_list() if "response" in scores.columns else []
+    known = sorted({part for name in names for part in name.split("_")})
+    if not {"chosen", "rejected"}.issubset(known) if response == MARGIN else response not in known:
+        raise ScorerError(f"response: no turn here is {response}; they are {', '.join(known) or 'plain responses'}")
+
+
+def _of_response(scores: pl.DataFrame, response: str | None) -> pl.DataFrame:
+    """The turns that count; of a record without any, all of them, with the status OTHER_RESPONSE."""
+    if "response" not in scores.columns or (response is None and scores["response"].null_count() == scores.height):
+        return scores
+    parts = pl.col("response").str.split("_").list
+    counts = (~parts.contains("rejected") if response is None else parts.contains(response)).fill_null(response is None)
+    marked = scores.with_columns(status=pl.when(counts).then("status").otherwise(pl.lit(OTHER_RESPONSE)))
+    return marked.filter(counts | ~counts.any().over("record_id"))  # the others of a record tell nothing more
+
+
+def _margin(chosen: pl.DataFrame, rejected: pl.DataFrame) -> pl.DataFrame:
+    """The measures of one table of records less those of another, where both have them."""
+    joined = chosen.join(rejected, on="record_id", how="left", suffix=" rejected", maintain_order="left")
+    measures = [name for name in measures_of(chosen.schema) if name not in COUNTS]
+    reason = pl.coalesce("reason", "reason rejected").alias("reason")
+    differences = [(pl.col(name) - pl.col(f"{name} rejected")).alias(name) for name in measures]
+    return joined.with_columns(reason, *differences).select(chosen.columns)
 
 
 def _total(name: str) -> pl.Expr:

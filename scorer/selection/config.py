@@ -17,6 +17,7 @@ from scorer.types import ScorerError
 
 BUCKETS = ("low", "mid", "high")  # thirds of the values, ascending
 ORDERS = ("input", "rank")
+RESPONSES = ("chosen", "rejected", "margin", "reasoning", "answer")
 AUTO = "auto"
 FORM_NAMES = ("messages", "alpaca", "prompt-completion", "sharegpt")
 Size = str | int | float | Fraction  # what parse_keep takes: "10%", 0.1, 5000
@@ -68,6 +69,13 @@ class SelectConfig:
     random: bool = option(SELECTION, False, "Draw from all records at random, instead of ranking.")
     seed: int = option(SELECTION, 42, "Seed for --random.", minimum=0)
     aggregate: str = option(SELECTION, "mean", "How the turns of a conversation become one value.", choices=AGGREGATES)
+    response: str | None = option(
+        SELECTION,
+        None,
+        "Which responses of a record count, where it has several; margin is chosen less rejected.",
+        unset="all but rejected",
+        choices=RESPONSES,
+    )
     per: str | None = option(
         SELECTION, None, "Give each value of this column of the data a quota.", unset="none", metavar="COLUMN"
     )
@@ -152,7 +160,8 @@ class SelectConfig:
     def limit(self) -> float | None:
         """The ifd that a record has to lie below; None for no limit."""
         if isinstance(self.max_ifd, str):
-            return 1.0 if self.column == "ifd" and not self.random else None
+            by_ifd = self.column == "ifd" and self.response != "margin"
+            return 1.0 if by_ifd and not self.random else None
         return self.max_ifd
 
     @property

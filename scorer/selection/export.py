@@ -93,7 +93,7 @@ def _choose(shards: ScoreTable, run: Run, data: Dataset | None, config: SelectCo
     parts = [] if config.diverse is None else embedding_parts(run)
     groups = clusters(run) if config.per_cluster else None
     flag_columns = [name for name, _ in SCORE_FLAGS.values()] if config.drop_flagged else []
-    names = dict.fromkeys((*KEYS, config.column, "ifd", *flag_columns))
+    names = dict.fromkeys((*KEYS, "response", config.column, "ifd", *flag_columns))
     scores = shards.scores([name for name in names if name in schema])  # other columns are read for kept records only
     flagged = flags(run, data, scores, config.drop_flagged) if config.drop_flagged else None
     if config.per is not None and data is not None:
@@ -104,14 +104,15 @@ def _choose(shards: ScoreTable, run: Run, data: Dataset | None, config: SelectCo
 
     selection = select_records(scores, config, groups=groups, flags=flagged, diversify=diversify)
     kept = selection.kept.select("record_id", "rank")
-    return replace(selection, kept=_with_scores(kept, shards, config.aggregate))
+    return replace(selection, kept=_with_scores(kept, shards, config))
 
 
-def _with_scores(table: pl.DataFrame, shards: ScoreTable, aggregate: str) -> pl.DataFrame:
+def _with_scores(table: pl.DataFrame, shards: ScoreTable, config: SelectConfig) -> pl.DataFrame:
     """A table of records, and every measure of each."""
     ids = table.lazy().select("record_id")
     rows = shards.collect(lambda scores: scores.join(ids, on="record_id", how="semi"))
-    return table.join(per_record(rows, aggregate).drop("reason"), on="record_id", how="left", maintain_order="left")
+    whole = per_record(rows, config.aggregate, config.response).drop("reason")
+    return table.join(whole, on="record_id", how="left", maintain_order="left")
 
 
 def check_options(
@@ -155,7 +156,7 @@ def _write_all(
     """Write the files that are asked for: both or neither, since both are complete before either is renamed."""
     rejected = selection.rejected
     if config.rejected is not None and config.with_scores:
-        rejected = _with_scores(rejected, shards, config.aggregate)
+        rejected = _with_scores(rejected, shards, config)
     kept = Subset(data, selection.kept["record_id"].to_list())
     converted = None if config.form is None else ConvertedRows(kept, config.form)
     outputs = (

@@ -14,7 +14,7 @@ from random import Random
 import numpy as np
 import polars as pl
 
-from scorer.scores.aggregate import measures_of, per_record
+from scorer.scores.aggregate import check_response, measures_of, per_record
 from scorer.scores.shares import exact_quotas, largest_remainder, paper_quotas, split_bounds
 from scorer.selection.config import BUCKETS, SelectConfig
 from scorer.selection.selection import Selection
@@ -48,7 +48,8 @@ def select_records(
     Raises ScorerError where `config.column` is no measure of the table, a key column is absent, or a turn occurs twice.
     """
     one_of("by", config.column, measures_of(scores.schema))
-    records = per_record(scores, config.aggregate)
+    check_response(scores, config.response)
+    records = per_record(scores, config.aggregate, config.response)
     measures = measures_of(records.schema)
     limited = config.limit is not None and "ifd" in measures and records["ifd"].count() > 0
     reason = _reasons(records, config, limited, flags)

@@ -361,3 +361,48 @@ def test_what_holds_for_every_table(
     shuffled = select_records(table(data.draw(st.permutations(rows))), config)
     assert_frame_equal(shuffled.kept, selection.kept, check_exact=True)
     assert_frame_equal(shuffled.rejected, selection.rejected)
+
+
+PAIRS = pl.DataFrame(
+    {
+        "record_id": [0, 0, 1, 1, 2, 3, 3],
+        "turn": [0, 1, 0, 1, 0, 0, 1],
+        "status": ["ok", "ok", "ok", "empty_response", "ok", "empty_response", "ok"],
+        "response": ["chosen", "rejected", "chosen", "rejected", None, "chosen", "rejected"],
+        "response_tokens": pl.Series([5, 9, 7, None, 3, None, 4], dtype=pl.Int32),
+        "ifd": [0.9, 0.4, 0.5, None, 0.7, None, 0.8],
+    }
+)
+
+
+@pytest.mark.parametrize(
+    ("response", "kept", "reasons"),
+    [
+        (None, {0: 0.9, 2: 0.7, 1: 0.5}, {3: "empty_response"}),  # a plain response counts as chosen ones do
+        ("chosen", {0: 0.9, 1: 0.5}, {2: "other_response", 3: "empty_response"}),
+        ("rejected", {3: 0.8, 0: 0.4}, {1: "empty_response", 2: "other_response"}),
+        ("margin", {0: 0.5}, {1: "empty_response", 2: "other_response", 3: "empty_response"}),
+    ],
+)
+def test_responses_of_preference_data(response: str | None, kept: dict[int, float], reasons: dict[int, str]) -> None:
+    found = select_records(PAIRS, SelectConfig(keep="100%", response=response, order="rank"))
+    ranked = dict(found.kept.select("record_id", "ifd").iter_rows())
+    assert list(ranked) == list(kept)
+    assert list(ranked.values()) == pytest.approx(list(kept.values()))
+    assert dict(found.rejected.iter_rows()) == reasons
+    if response == "margin":
+        assert found.kept["response_tokens"].to_list() == [5]
+
+
+def test_a_response_that_no_turn_is() -> None:
+    with pytest.raises(ScorerError, match="no turn here is reasoning; they are chosen, rejected"):
+        select_records(PAIRS, SelectConfig(response="reasoning"))
+    with pytest.raises(ScorerError, match="no turn here is margin; they are plain responses"):
+        select_records(PAIRS.drop("response"), SelectConfig(response="margin"))
+
+
+def test_reasoning_and_answer_are_ranked_together_or_alone() -> None:
+    scores = PAIRS.head(2).with_columns(response=pl.Series(["reasoning", "answer"]))
+    for response, value in ((None, 0.65), ("reasoning", 0.9), ("answer", 0.4)):
+        found = select_records(scores, SelectConfig(keep=1, response=response))
+        assert found.kept["ifd"].to_list() == pytest.approx([value])
