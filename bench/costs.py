@@ -15,8 +15,8 @@ from bench.host import encoder_of, microseconds, read, repeat, stage_costs
 from bench.lib.rows import Rows, encoded, longest
 from scorer.data.dataset import Dataset
 from scorer.models.find import find_model
-from scorer.runs.directory import Run
 from scorer.runs.run import score
+from scorer.runs.writer import RunWriter
 
 TIMED_ROWS = 5000  # at least; the data are repeated
 
@@ -85,7 +85,7 @@ def measure(data: str, scored: int, model: str) -> tuple[Costs, Rows]:
 
 def _shard_bytes(table: pl.DataFrame, folder: Path) -> tuple[float, float]:
     """Bytes of a shard without rows and of each row, from two shards, one with half the rows."""
-    shards = Run(folder)
+    shards = RunWriter(folder)
     (folder / "scores").mkdir(parents=True)
     half = len(table) // 2
     shards.write_shard(0, table)

@@ -33,8 +33,8 @@ from scorer.engines.reference import ReferenceEngine
 from scorer.engines.vllm import check_vllm
 from scorer.models.find import ModelFiles, find_model
 from scorer.models.load import choose_device
-from scorer.runs.directory import Run
 from scorer.runs.manifest import Manifest
+from scorer.runs.writer import RunWriter
 from scorer.scores.shares import parse_keep
 from scorer.selection.config import SelectConfig
 from scorer.selection.ranking import select_records
@@ -258,7 +258,7 @@ def _rounding_error(table: pl.DataFrame, expected: pl.DataFrame) -> float:
 def _overhead(sample: Rows, table: pl.DataFrame) -> float:
     """Seconds to read, tokenise and write these rows."""
     with tempfile.TemporaryDirectory() as folder:
-        run_directory = Run(Path(folder) / "run")
+        run_directory = RunWriter(Path(folder) / "run")
         with run_directory.locked():
             start = time.perf_counter()
             run_directory.write_shard(0, table)

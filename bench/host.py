@@ -34,11 +34,11 @@ from scorer.engines.packed import CUDA_THREADS, PackedEngine
 from scorer.engines.packing import PackedBatch, pack, plan_batches
 from scorer.files.writer import RecordWriter
 from scorer.models.find import find_model
-from scorer.runs.directory import Run
 from scorer.runs.local import score_locally
 from scorer.runs.manifest import Manifest
 from scorer.runs.progress import Silent
 from scorer.runs.shards import Job, open_encoder
+from scorer.runs.writer import RunWriter
 from scorer.scores.measures import score_table
 from scorer.tokens import Array, TokenBatch, TurnTable
 from scorer.types import Record
@@ -126,7 +126,7 @@ def whole_path(path: Path, run: Path, cores: int) -> dict[str, float]:
     """Rows a second on some cores, from the first look at the file to the last shard written; and the peak memory."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
     torch.set_num_threads(1)
-    encoder, directory = encoder_of(DEFAULT_MODEL), Run(run)
+    encoder, directory = encoder_of(DEFAULT_MODEL), RunWriter(run)
     config = ScoreConfig(max_length=encoder.max_length, batch_tokens=BUDGET)
     before = resource.getrusage(resource.RUSAGE_SELF)
     start = time.perf_counter()

@@ -16,7 +16,7 @@ from rich.console import Console
 from scorer.clusters.cluster import cluster
 from scorer.config import Training
 from scorer.learning.learn import learn
-from scorer.report.report import report
+from scorer.reporting.report import report
 from scorer.selection.export import select
 
 QUANTILES = (0.1, 0.5, 0.9)

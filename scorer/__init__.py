@@ -11,27 +11,72 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from scorer.agreement.compare import compare as compare
+    from scorer.clusters.cluster import cluster as cluster
+    from scorer.config import Cluster as Cluster
     from scorer.config import ScoreConfig as ScoreConfig
+    from scorer.config import Training as Training
+    from scorer.learning.join import join_runs as join_runs
+    from scorer.learning.learn import learn as learn
+    from scorer.reporting.report import report as report
     from scorer.runs.directory import Run as Run
     from scorer.runs.run import score as score
+    from scorer.selection.config import SelectConfig as SelectConfig
     from scorer.selection.export import select as select
+    from scorer.selection.filtering import filter as filter
+    from scorer.selection.selection import Selection as Selection
     from scorer.types import EngineError as EngineError
     from scorer.types import RowStatus as RowStatus
     from scorer.types import ScorerError as ScorerError
 
+    __version__: str
+
 HOMES = {
-    "score": "scorer.runs.run",
-    "select": "scorer.selection.export",
+    "Cluster": "scorer.config",
+    "EngineError": "scorer.types",
+    "RowStatus": "scorer.types",
     "Run": "scorer.runs.directory",
     "ScoreConfig": "scorer.config",
-    "RowStatus": "scorer.types",
     "ScorerError": "scorer.types",
-    "EngineError": "scorer.types",
+    "SelectConfig": "scorer.selection.config",
+    "Selection": "scorer.selection.selection",
+    "Training": "scorer.config",
+    "cluster": "scorer.clusters.cluster",
+    "compare": "scorer.agreement.compare",
+    "filter": "scorer.selection.filtering",
+    "join_runs": "scorer.learning.join",
+    "learn": "scorer.learning.learn",
+    "report": "scorer.reporting.report",
+    "score": "scorer.runs.run",
+    "select": "scorer.selection.export",
 }
-__all__ = ["EngineError", "RowStatus", "Run", "ScoreConfig", "ScorerError", "score", "select"]
+__all__ = [
+    "Cluster",
+    "EngineError",
+    "RowStatus",
+    "Run",
+    "ScoreConfig",
+    "ScorerError",
+    "SelectConfig",
+    "Selection",
+    "Training",
+    "__version__",
+    "cluster",
+    "compare",
+    "filter",
+    "join_runs",
+    "learn",
+    "report",
+    "score",
+    "select",
+]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("ifd-scorer")
     if name not in HOMES:
         raise AttributeError(f"module 'scorer' has no attribute '{name}'")
     return getattr(import_module(HOMES[name]), name)

@@ -7,7 +7,7 @@ Exit codes: 0 done; 1 the machine failed, and the same command resumes; 2 the in
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import fields
 from errno import ENOSPC
 from typing import Any, NoReturn
@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import click
 from click.core import ParameterSource
 
+from scorer.agreement.config import CompareConfig
 from scorer.config import Cluster, ClusterConfig, Part, ScoreConfig, Training
 from scorer.options import DATA, GROUPS, OUTPUT, SELECTION, OptionInfo, describe
 from scorer.selection.config import SelectConfig
@@ -65,7 +66,7 @@ class Command(click.Command):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options, a section per group."""
-        sections: dict[str, list[tuple[str, str]]] = {heading: [] for heading in (*GROUPS, "Options")}
+        sections: dict[str, list[tuple[str, str]]] = {heading: [] for heading in GROUPS}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx) if isinstance(parameter, click.Option) else None
             if record is not None:
@@ -177,7 +178,10 @@ def score(data: tuple[str, ...], output: str, **options: Any) -> None:
     DATA is files of JSON, JSON Lines, CSV, Parquet or Arrow, patterns or folders of them, ORG/NAME on the Hugging Face
     hub, or - for standard input. DATA and RUN may be s3:// URLs. The same command again resumes an unfinished run.
     """
-    _score(data, output, options)
+    from scorer.console import show_run
+    from scorer.runs.run import score as score_data
+
+    show_run(score_data(data, output, cluster=_cluster(options), progress=True, **options))
 
 
 @cli.command()
@@ -214,21 +218,16 @@ def filter_(data: tuple[str, ...], output: str, run: str | None, **options: Any)
 
     What needs clusters (--per-cluster, --diverse) is for scorer select, after scorer cluster.
     """
-    from scorer.runs.sources import files_of, spool
-    from scorer.selection.export import check_apart, check_measure, check_options
-    from scorer.selection.inputs import check_column
+    from scorer.console import show_run, show_selection
+    from scorer.runs.directory import Run
+    from scorer.selection.filtering import filter as filter_data
 
-    selection = _selection(options)
-    config = SelectConfig(**selection)
-    files = files_of(data, Part(**_take(Part, options)))
-    check_options(files, output, config)
-    check_measure(config.by, options["protocol"])
     directory = run or f"{output.rstrip('/')}.run"
-    check_apart(directory, [str(path) for path in (output, config.rejected) if path is not None])
-    paths = spool(files, directory, fresh=options["fresh"])
-    check_column(paths, config.per, options["limit"])
-    _score(paths, directory, options)
-    _select(directory, output, **selection)
+    cluster = _cluster(options)
+    selection = _selection(options)
+    found = filter_data(data, output, directory, cluster=cluster, progress=True, **options, **selection)
+    show_run(Run(directory))
+    show_selection(found, output)
 
 
 @cli.command()
@@ -283,19 +282,7 @@ def cluster(run: str, **options: Any) -> None:
 
 @cli.command()
 @click.argument("runs", nargs=-1, required=True, metavar="RUN RUN...")
-@command_option(
-    SELECTION,
-    "--by",
-    metavar="COLUMN,...",
-    help="Column to rank by, or one for each RUN.",
-    unset="the protocol's, or the only one",
-)
-@options_of(SelectConfig, "lowest")
-@command_option(SELECTION, "--at", default="1%,3%,5%,10%,15%", help="Shares of the records to select and compare.")
-@command_option(
-    "Options", "--resamples", type=int, default=200, help="Bootstrap resamples; at most 50 for Kendall's tau."
-)
-@command_option("Options", "--seed", type=int, default=42, help="Seed for the bootstrap.")
+@options_of(CompareConfig)
 @command_option(OUTPUT, "--json", "output", metavar="FILE", help="Write the figures there, too.", unset="not written")
 def compare(runs: tuple[str, ...], **options: Any) -> None:
     """How far scorers agree: correlations, and what their selections share.
@@ -326,7 +313,7 @@ def report(runs: tuple[str, ...], output: str, pictures: str | None, **options: 
     Each further RUN must have the same data, and is compared with the first.
     """
     from scorer.console import line
-    from scorer.report.report import report as write_report
+    from scorer.reporting.report import report as write_report
 
     path = write_report(runs, output, pictures_folder=pictures, **options)
     line(f"report: {path}, {path.stat().st_size:,} bytes")
@@ -373,16 +360,12 @@ def fetch(name: str, **options: Any) -> None:
     click.echo(find_model(name, report=lambda message: click.echo(message, err=True), **options).path)
 
 
-def _score(data: Sequence[str], output: str, options: dict[str, Any]) -> None:
+def _cluster(options: dict[str, Any]) -> Cluster | None:
+    """The options of Ray, out of `options`; None where it is not asked for."""
     on = _take(Cluster, options)
     if on["address"] is None:
         _check_not_given(on, "without --ray no workers are started")
-    from scorer.console import show_run
-    from scorer.runs.run import score as score_data
-
-    cluster = None if on["address"] is None else Cluster(**on)
-    run = score_data(data, output, cluster=cluster, progress=True, **options)
-    show_run(run)
+    return None if on["address"] is None else Cluster(**on)
 
 
 def _selection(options: dict[str, Any]) -> dict[str, Any]:

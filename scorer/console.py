@@ -20,7 +20,7 @@ from scorer.agreement.statistics import Estimate
 from scorer.models.find import ModelRow
 from scorer.runs.directory import Run
 from scorer.runs.progress import PLAIN, console
-from scorer.scores.summary import COLUMNS, QUANTILES, summarise
+from scorer.scores.summary import QUANTILES
 from scorer.selection.selection import Selection
 from scorer.types import ScorerError
 
@@ -45,10 +45,9 @@ def _box(output: Console) -> Box | None:
 def show_run(run: Run) -> None:
     """The summary of a finished run."""
     manifest = run.manifest
-    with run.snapshot() as shards:
-        scores = shards.scores([name for name in shards.schema if name in ("status", *COLUMNS)])
-    summary = summarise(scores)
-    table = Table(title=f"{run.path}: {manifest.records:,} records, {scores.height:,} rows", title_justify="left")
+    summary = run.summary()
+    rows = sum(summary.status.values())
+    table = Table(title=f"{run.path}: {manifest.records:,} records, {rows:,} rows", title_justify="left")
     table.add_column("")
     for quantile in QUANTILES:
         table.add_column(f"{quantile:.0%}", justify="right")

@@ -5,7 +5,8 @@ Knows neither the command line, which is built from these fields in scorer.comma
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import inspect
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields
 from types import NoneType
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -13,9 +14,10 @@ from typing import Any, TypeVar, get_args, get_type_hints
 from scorer.types import ScorerError, one_of
 
 # The headings of `--help`, in order.
-GROUPS = ("Data", "Model", "Engine", "vLLM", "Ray", "Selection", "Training", "Clusters", "Output")
-DATA, MODEL, ENGINE, VLLM, RAY, SELECTION, TRAINING, CLUSTERS, OUTPUT = GROUPS
+GROUPS = ("Data", "Model", "Engine", "vLLM", "Ray", "Selection", "Training", "Clusters", "Output", "Options")
+DATA, MODEL, ENGINE, VLLM, RAY, SELECTION, TRAINING, CLUSTERS, OUTPUT, OTHER = GROUPS
 Config = TypeVar("Config")
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,39 @@ def check_fields(config: Any) -> None:
             raise ScorerError(f"{f.name}: {value!r} is not True or False")
         elif kind is int and (type(value) is not int or value < found.minimum):
             raise ScorerError(f"{f.name}: {value!r} is not a whole number of at least {found.minimum}")
+
+
+def keywords(*sources: Any, without: Collection[str] = ()) -> Callable[[Function], Function]:
+    """Show in the signature and the docstring of a function what it takes as `**options`.
+
+    sources: dataclasses of options, whose fields it takes, and functions, whose keyword arguments it takes.
+    """
+
+    def decorate(function: Function) -> Function:
+        signature = inspect.signature(function)
+        own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        taken = [p for source in sources for p in _keywords(source) if p.name not in without]
+        unique = {p.name: p for p in (*own, *taken)}
+        function.__signature__ = signature.replace(parameters=[*unique.values()])  # type: ignore[attr-defined]
+        helps = [
+            f"        {f.name}: {info.help}"
+            for source in sources
+            if isinstance(source, type)
+            for f, _, info in describe(source)
+            if f.name not in without
+        ]
+        function.__doc__ = "\n".join([(function.__doc__ or "").rstrip(), "", "    Options:", *helps, "    "])
+        return function
+
+    return decorate
+
+
+def _keywords(source: Any) -> list[inspect.Parameter]:
+    if not isinstance(source, type):
+        parameters = inspect.signature(source).parameters.values()
+        return [p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    return [inspect.Parameter(f.name, keyword, default=f.default, annotation=f.type) for f in fields(source)]
 
 
 def from_options(config: type[Config], options: Mapping[str, Any]) -> Config:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from scorer.models.find import ModelFiles
+from scorer.runs.writer import RunWriter
 from tests.lib.command import Commands, Ended, alpaca, end, start
 from tests.lib.runs import make_run
 
@@ -82,7 +83,7 @@ def test_before_a_model_is_fetched(command: Callable[..., Ended], tmp_path: Path
 
 def test_a_run_of_something_else_or_of_another_process(command: Callable[..., Ended], tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", alpaca(4), ifd=[0.1, 0.2, 0.3, 0.4])
-    with run.locked():
+    with RunWriter(run.path).locked():
         assert "another process is writing this run" in command("score", "data.json", *RUN).line()
     line = command("score", "data.json", *RUN, "--protocol", "aligned", "--max-length", 99).line()
     for change in ("protocol was None, is aligned", "max_length was", "inputs changed", "use --fresh"):

@@ -13,49 +13,25 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import polars as pl
 
+from scorer.agreement.config import CompareConfig
 from scorer.agreement.statistics import Agreement, Bootstrap, agree
 from scorer.data.dataset import Dataset
 from scorer.files.reader import read_table
-from scorer.options import from_options
+from scorer.keywords import CompareKeywords
+from scorer.options import from_options, keywords
 from scorer.requirements import require
 from scorer.runs.directory import Run
 from scorer.runs.extras import clusters, has_clusters
 from scorer.scores.aggregate import KEYS, check_ids, check_same_ids, measures_of, per_record
 from scorer.scores.measures import LEARNING
-from scorer.scores.shares import parse_keep
 from scorer.selection.export import SCORES_KEY
 from scorer.storage.atomic import check_writable, replacing
 from scorer.storage.paths import is_folder, to_path
 from scorer.types import ScorerError
-
-
-@dataclass(frozen=True, slots=True)
-class CompareConfig:
-    """By which columns sources are compared, and how the intervals are drawn.
-
-    by: a column, or one for each source; None is the run's own, or a table's only one. lowest: which end is better;
-    None is the run's own end for its own column, the lowest of LP, and the highest of all else. at: shares of the
-    records.
-    """
-
-    by: str | Sequence[str] | None = None
-    lowest: bool | None = None
-    at: str | Sequence[str | float | Fraction] = "1%,3%,5%,10%,15%"
-    resamples: int = 200
-    seed: int = 42
-
-    def __post_init__(self) -> None:
-        if self.resamples < 0 or self.seed < 0:
-            raise ScorerError("compare: resamples and seed are whole numbers of at least 0")
-
-    @property
-    def shares(self) -> list[Fraction]:
-        """`at`, parsed."""
-        return [_share(value) for value in (self.at.split(",") if isinstance(self.at, str) else self.at)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,14 +66,15 @@ class Contents:
     iou: float | None
 
 
+@keywords(CompareConfig)
 def compare(
-    sources: Sequence[str | Path], output: str | Path | None = None, **options: Any
+    sources: Sequence[str | Path], output: str | Path | None = None, **options: Unpack[CompareKeywords]
 ) -> list[Pair] | list[Contents]:
     """Compare two or more sources, each with each: runs and score tables by a measure, selected files by content.
 
     sources: run directories, or Parquet, CSV, JSON or JSON Lines files with `record_id` and the column; or else
     selected files, whose records are compared without the key `scorer`, each as often as it occurs. output: a JSON file
-    to write the result to. options: the fields of CompareConfig. `Agreement.per_cluster` uses the clusters of the first
+    to write the result to. `Agreement.per_cluster` uses the clusters of the first
     run, where it has them.
 
     Raises ScorerError where the sources do not hold the same record ids, saying how many differ.
@@ -133,13 +110,6 @@ def compare(
             text = json.dumps([asdict(row) for row in result], indent=2, ensure_ascii=False, default=float)
             temporary.write_text(text + "\n", encoding="utf-8")
     return result
-
-
-def _share(value: str | float | Fraction) -> Fraction:
-    share = parse_keep(value)
-    if isinstance(share, int):
-        raise ScorerError(f"at: {value!r} is a number of records; give shares such as 10%")
-    return share
 
 
 def _columns(by: str | Sequence[str] | None, count: int) -> Sequence[str | None]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import polars as pl
@@ -20,30 +20,37 @@ from scorer.clusters.embedder import Matrix
 from scorer.clusters.embeddings import embed
 from scorer.config import ClusterConfig
 from scorer.data.dataset import Dataset
+from scorer.keywords import ClusterKeywords
 from scorer.models.load import choose_device
-from scorer.options import from_options
+from scorer.options import from_options, keywords
 from scorer.requirements import require
 from scorer.runs.directory import CLUSTERS, EMBEDDINGS, FLAGS, Run, write_table
 from scorer.runs.progress import Progress, shown
+from scorer.runs.writer import RunWriter
 from scorer.types import ScorerError
 
 SAMPLE = 256  # maximum rows per cluster that k-means is trained on; all rows are then assigned
 BLOCK_ROWS = 4096
 
 
+@keywords(ClusterConfig)
 def cluster(
-    run: Run | str | Path, *, fresh: bool = False, progress: Progress | bool | None = None, **options: Any
+    run: Run | str | Path,
+    *,
+    fresh: bool = False,
+    progress: Progress | bool | None = None,
+    **options: Unpack[ClusterKeywords],
 ) -> pl.DataFrame:
     """Embed the records of a run, cluster them, and return what is written to RUN/clusters.parquet.
 
-    options: the fields of ClusterConfig; with `flags`, RUN/flags.parquet is written too. fresh: discard the embeddings
-    that an earlier call left.
+    With `flags`, RUN/flags.parquet is written too. fresh: discard the embeddings that an earlier call left. progress:
+    as in `scorer.score`.
 
     Raises ScorerError where the run has no data or its data changed, and where there are fewer records than clusters.
     """
     require("cluster")
     config = from_options(ClusterConfig, options)
-    run = run if isinstance(run, Run) else Run(run)
+    run = RunWriter(run.path if isinstance(run, Run) else run)
     run.require_disk("clustering")
     data = run.data
     data.check_unchanged()

@@ -19,6 +19,7 @@ from scorer.learning.learn import PROTOCOL, check_run_kind, discard, finish, is_
 from scorer.runs.directory import Run
 from scorer.runs.manifest import Manifest, differences
 from scorer.runs.progress import Progress, shown
+from scorer.runs.writer import RunWriter
 from scorer.scores.aggregate import check_ids, check_same_ids
 from scorer.scores.measures import SCHEMA
 from scorer.storage.paths import absolute, is_folder, local_copy, to_path
@@ -49,7 +50,7 @@ def join_runs(
         check_same_ids(str(sources[0]), tables[0], str(path), table, KEYS)
     digests = [_digest(to_path(path)) for path in sources]
     base = manifests[0] if manifests else _table_manifest(sources, tables[0])
-    run = Run(output)
+    run = RunWriter(output)
     run.require_disk("joining")
     with shown(progress) as receiver, run.locked():
         if fresh:

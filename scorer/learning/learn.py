@@ -12,24 +12,27 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import polars as pl
 
-from scorer.config import SERVERS, ScoreConfig, Training
+from scorer.config import SERVERS, Part, ScoreConfig, Training
 from scorer.data.dataset import Dataset
+from scorer.keywords import LearnKeywords
 from scorer.models.find import ModelFiles, find_model
 from scorer.models.load import choose_device
+from scorer.options import keywords
 from scorer.requirements import require
 from scorer.runs.directory import Run
 from scorer.runs.manifest import Manifest
 from scorer.runs.progress import Progress, Silent, shown
 from scorer.runs.run import check_same_run, score
 from scorer.runs.shards import open_encoder
+from scorer.runs.writer import RunWriter
 from scorer.scores.measures import learning_table
 from scorer.tokens import TokenBatch, concatenate
 from scorer.types import ScorerError
@@ -43,27 +46,29 @@ DEVICE_BATCH = {"cpu": 4, "cuda": 16}  # records
 NOT_IDENTITY = ("save_steps", "trust_remote_code", "allow_pickle")  # may change when a training is resumed
 
 
+@keywords(score, Part, ScoreConfig, without=("protocol", "cluster"))
 def learn(
-    data: str | Path | Sequence[str | Path],
+    data: Any,
     output: str | Path,
     *,
     training: Training | None = None,
     keep_checkpoints: bool = False,
     fresh: bool = False,
     progress: Progress | bool | None = None,
-    **options: Any,
+    **options: Unpack[LearnKeywords],
 ) -> Run:
     """Score every record of `data`, fine-tune the model on it, score again after each epoch; the run directory of LP.
 
     The same call again resumes, training from its last checkpoint. The loss covers only the response tokens that are
-    scored. options: `strict` and the fields of ScoreConfig except `protocol`, which is small2large; a `dtype` of auto
-    is float32 on a CPU, since LP is a small difference of perplexities. See `scorer.runs.run.score` for the rest.
+    scored. The protocol is small2large; a `dtype` of auto is float32 on a CPU, since LP is a small difference of
+    perplexities. See `scorer.score` for data, output, fresh, strict and progress.
     """
     training = training or Training()
     require("lp")
-    strict = options.pop("strict", False)
-    plan = _plan(training, _resolve(options), options)
-    run = Run(output)
+    given: dict[str, Any] = {**options}
+    strict = given.pop("strict", False)
+    plan = _plan(training, _resolve(given), given)
+    run = RunWriter(output)
     run.require_disk("training")
     with shown(progress) as receiver, run.locked():
         if fresh:
@@ -71,7 +76,7 @@ def learn(
         check_run_kind(run)
         before = Run(run.path / "epoch-0")
         quiet = Silent() if _is_complete(before) else receiver  # a complete one is only checked against the options
-        runs = [score(data, before.path, strict=strict, progress=quiet, protocol=PROTOCOL, **options)]
+        runs = [score(data, before.path, strict=strict, progress=quiet, protocol=PROTOCOL, **given)]
         settings = {k: v for k, v in (asdict(plan) | {"epochs": training.epochs}).items() if k not in NOT_IDENTITY}
         manifest = learning_manifest(runs[0].manifest, {"learning": settings}, training.epochs)
         with runs[0].data as records:
@@ -177,7 +182,7 @@ def learning_manifest(base: Manifest, identity: Mapping[str, Any], epochs: int) 
     )
 
 
-def finish(run: Run, manifest: Manifest, tables: list[pl.DataFrame], runs: list[Manifest]) -> None:
+def finish(run: RunWriter, manifest: Manifest, tables: list[pl.DataFrame], runs: list[Manifest]) -> None:
     """Write the table, in shards of whole records, and the finished manifest."""
     table = learning_table(tables)
     shard = table["record_id"].rle_id() // manifest.config["shard_rows"]
@@ -210,7 +215,7 @@ def is_done(run: Run, manifest: Manifest, progress: Progress) -> bool:
     return run.complete
 
 
-def discard(run: Run) -> None:
+def discard(run: RunWriter) -> None:
     """Remove everything of an earlier run."""
     run.clear()
     for path in (*run.path.glob("epoch-*"), run.path / "checkpoints"):

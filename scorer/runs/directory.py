@@ -11,11 +11,11 @@ are left to do. The next writer removes what a killed process left half written 
 
 from __future__ import annotations
 
+import html
 import io
 import re
-import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,9 @@ from scorer.data.dataset import Dataset, inspect_input
 from scorer.data.moved import count_rows, moved
 from scorer.files.arrow import as_dataset
 from scorer.runs.manifest import Manifest
-from scorer.storage.atomic import check_folder, remove_temporaries, replacing, storage_error
-from scorer.storage.lock import check_free, locked
-from scorer.storage.paths import exists, is_remote, list_folder, local_copies, remove, store_errors, to_path
+from scorer.scores.summary import COLUMNS, QUANTILES, Summary, summarise
+from scorer.storage.atomic import replacing
+from scorer.storage.paths import exists, is_remote, list_folder, local_copies, store_errors, to_path
 from scorer.types import ScorerError
 
 MANIFEST = "manifest.json"
@@ -41,15 +41,27 @@ CLUSTERS, FLAGS, EMBEDDINGS = "clusters.parquet", "flags.parquet", "embeddings" 
 
 
 class Run:
-    """A run directory. Reading never changes it; a writer holds `locked()`."""
+    """A run directory, which reading never changes; scorer.runs.writer writes it."""
 
     def __init__(self, path: str | Path):
         self.path = to_path(path)
         self._manifest: Manifest | None = None
-        self._check: Callable[[], None] = lambda: None
 
     def __repr__(self) -> str:
-        return f"Run({str(self.path)!r})"
+        lines = [f"Run({str(self.path)!r})"]
+        with suppress(ScorerError):
+            known = self.manifest
+            lines[0] += f": {known.records:,} records, {'complete' if self.complete else 'unfinished'}"
+            summary = self.summary()
+            lines.append("status: " + ", ".join(f"{count:,} {status}" for status, count in summary.status.items()))
+            for name, values in summary.quantiles.items():
+                shown = ", ".join(f"{q:.0%} {v:.4g}" for q, v in zip(QUANTILES, values, strict=True))
+                lines.append(f"{name}: {shown}")
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """The same for a notebook."""
+        return f"<pre>{html.escape(repr(self))}</pre>"
 
     @property
     def manifest(self) -> Manifest:
@@ -129,6 +141,11 @@ class Run:
         with self.snapshot() as table:
             return table.scores(columns)
 
+    def summary(self) -> Summary:
+        """Counts by status, and quantiles of the measures. Raises ScorerError where there are no shards."""
+        with self.snapshot() as table:
+            return summarise(table.scores([name for name in table.schema if name in ("status", *COLUMNS)]))
+
     def to_polars(self) -> pl.DataFrame:
         """The score table as a Polars frame: all of `scores`."""
         return self.scores()
@@ -146,83 +163,13 @@ class Run:
         there = set(map(_number, self.shards()))
         return [index for index in range(self.manifest.shard_count) if index not in there]
 
-    def remove_partial_shard(self) -> bool:
-        """Remove the last shard if it has fewer records than the others, so that more can be added. Whether it had."""
-        index, records = divmod(self.manifest.records, self.manifest.config["shard_rows"])
-        partial = bool(records) and index not in self.missing()
-        if partial:
-            self._check()
-            remove([self._shard(index)])
-        return partial
-
-    def write_shard(self, index: int, table: pl.DataFrame) -> None:
-        """Write one shard. Raises EngineError where the disk is full, ScorerError where the run's lock was lost."""
-        self._check()
-        write_table(self._shard(index), table)
-
-    def write_manifest(self, manifest: Manifest) -> None:
-        """Replace the manifest. Raises ScorerError where the run's lock was lost."""
-        self._check()
-        with replacing(self.path / MANIFEST) as temporary:
-            temporary.write_text(manifest.to_json(), encoding="utf-8")
-        self._manifest = manifest
-
-    def clear(self) -> None:
-        """Remove the manifest, then clusters, flags, embeddings and all shards, so that the run starts over."""
-        self._manifest = None
-        remove([self.path / MANIFEST])
-        self.clear_extras()
-        remove(reversed(self.shards()))
-
-    def clear_extras(self) -> None:
-        """Remove what `scorer cluster` made."""
-        remove(self.path / name for name in (CLUSTERS, FLAGS))
-        if not is_remote(self.path):
-            shutil.rmtree(self.path / EMBEDDINGS, ignore_errors=True)
-
-    def check_usable(self) -> None:
-        """Raise ScorerError now where `locked` would raise it later, after a model is fetched."""
-        self._check_directory()
-        try:
-            check_free(self.path / LOCK)
-        except OSError as error:
-            raise storage_error(self.path, error) from error
-
-    def _check_directory(self) -> None:
-        """Raise ScorerError where the directory has files in it but is no run, or can't be written."""
-        if not exists(self.path / LOCK) and list_folder(self.path):
-            raise ScorerError(f"{self.path} is not a run directory, and not empty: choose another with -o")
-        if not is_remote(self.path):
-            check_folder(self.path)
-
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Make the directory, and be its only writer while the block runs.
-
-        Raises ScorerError where another process holds it, where the path can't be written, and where the directory
-        has files in it but is no run.
-        """
-        self._check_directory()
-        lock = self.path / LOCK
-        with ExitStack() as held:
-            try:
-                if not is_remote(self.path):
-                    self.path.mkdir(parents=True, exist_ok=True)
-                self._check = held.enter_context(locked(lock))  # before all else: it is the mark of a run directory
-                if not is_remote(self.path):
-                    (self.path / "scores").mkdir(exist_ok=True)
-                for name in (MANIFEST, *COPIES, "scores/part-*.parquet"):
-                    remove_temporaries(self.path / name)
-            except OSError as error:
-                raise storage_error(self.path, error) from error
-            yield
-
     def require_disk(self, work: str) -> None:
         """Raise ScorerError where the run is in object storage, and `work` maps its files into memory."""
         if is_remote(self.path):
             raise ScorerError(f"{self.path}: {work} needs a run directory on a disk: copy it to one first")
 
-    def _shard(self, index: int) -> Path:
+    def shard(self, index: int) -> Path:
+        """The path of a shard, which may not be there."""
         return self.path / "scores" / f"part-{index:05d}.parquet"
 
 

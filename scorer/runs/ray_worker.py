@@ -20,9 +20,9 @@ from scorer.config import SERVERS, ScoreConfig
 from scorer.data.dataset import Dataset, InputFile, input_size
 from scorer.engines.choose import engine_versions, open_engine
 from scorer.models.find import ModelFiles, find_model
-from scorer.runs.directory import Run
 from scorer.runs.progress import Silent
 from scorer.runs.shards import Shard, ShardScorer, open_encoder, read_shards
+from scorer.runs.writer import RunWriter
 from scorer.types import ScorerError
 
 SHARDS = 4  # held by a worker at a time: one is tokenised, two are with the engine, one is written
@@ -66,7 +66,7 @@ class Worker:
     """One engine. An error for the user comes back as a row: Ray would take it for a fault of its own."""
 
     def __init__(self, config: ScoreConfig, run: str, strict: bool, cpus: float, driver: Mapping[str, str]):
-        self.config, self.run, self.strict, self.cpus, self.driver = config, Run(run), strict, cpus, driver
+        self.config, self.run, self.strict, self.cpus, self.driver = config, RunWriter(run), strict, cpus, driver
         self.name = f"{platform.node()}, process {os.getpid()}"
         self.scorer: ShardScorer | None = None
         # Ray calls from SHARDS threads. One of them tokenises at a time, and one thread more runs the engine.

@@ -16,7 +16,7 @@ from datetime import datetime
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from scorer.config import SERVERS, Cluster, Part, ScoreConfig
 from scorer.data.dataset import Dataset
@@ -29,9 +29,11 @@ from scorer.engines.choose import (
     resolve_config,
     served_model,
 )
+from scorer.keywords import ScoreKeywords
 from scorer.models.embedded import EMBEDDED
 from scorer.models.find import ModelFiles, find_model
 from scorer.models.load import choose_device
+from scorer.options import keywords
 from scorer.protocols import PROTOCOLS
 from scorer.requirements import require
 from scorer.runs.directory import Run
@@ -40,6 +42,7 @@ from scorer.runs.manifest import Manifest, differences
 from scorer.runs.progress import Progress, shown
 from scorer.runs.shards import Executor, Job, check_scored, open_encoder, statuses
 from scorer.runs.sources import RUNS, open_dataset
+from scorer.runs.writer import RunWriter
 from scorer.scores.measures import LABELS
 from scorer.scores.summary import count_rows
 from scorer.storage.paths import to_path
@@ -53,6 +56,7 @@ FORMAT = 2  # raised whenever the meaning of a shard changes, so that an older r
 RESUMABLE_FIELDS = ("batch_tokens", "model", "limit", "tensor_parallel_size", "gpu_memory_utilization", "max_model_len")
 
 
+@keywords(Part, ScoreConfig)
 def score(
     data: Any,
     output: str | Path | None = None,
@@ -61,7 +65,7 @@ def score(
     strict: bool = False,
     cluster: Cluster | None = None,
     progress: Progress | bool | None = None,
-    **options: Any,
+    **options: Unpack[ScoreKeywords],
 ) -> Run:
     """Score every record of `data` and return its run directory; the same call again resumes an unfinished one.
 
@@ -72,23 +76,23 @@ def score(
     `scorer-runs`, by the first file's name and what is computed.
     fresh: discard what an earlier run left there. strict: the first record that can't be scored raises. cluster: score
     on Ray, and not in this process. progress: True shows it on standard error, False does not, None does in a terminal
-    or a notebook. options: the fields of ScoreConfig
-    and of Part.
+    or a notebook.
 
     Raises ScorerError for input, options or a directory that the user has to mend, EngineError where the machine
     failed; the shards scored until then stay.
     """
-    part = {name: options.pop(name) for name in ("split", "subset") if name in options}
-    config = ScoreConfig.from_dict(options)
+    given: dict[str, Any] = {**options}
+    part = Part(**{name: given.pop(name) for name in ("split", "subset") if name in given})
+    config = ScoreConfig.from_dict(given)
     if cluster is not None:
         require("--ray")
     check_engine(config)
     with (
         shown(progress) as receiver,
-        open_dataset(data, output, config, Part(**part), fresh=fresh) as dataset,
+        open_dataset(data, output, config, part, fresh=fresh) as dataset,
     ):
         if output is not None:
-            Run(output).check_usable()
+            RunWriter(output).check_usable()
         _inspect(dataset, config, None if output is None or fresh else Run(output))
         model = resolve(config, elsewhere=cluster is not None, progress=receiver)
         identity = _identity(model, dataset)
@@ -97,7 +101,7 @@ def score(
         fingerprint = hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()
         if output is None:
             output = RUNS / f"{to_path(dataset.paths[0]).name.split('.')[0]}-{fingerprint[:12]}"
-        run = Run(output)
+        run = RunWriter(output)
         with run.locked():
             if fresh:
                 run.clear()
@@ -106,7 +110,7 @@ def score(
                     check_scored(dataset.rows(), statuses(run.scores(["record_id", "status"])))
                 if resumed.state == "complete":
                     receiver.say(f"{run.path} is complete already; --fresh would start over")
-                    return run
+                    return Run(run.path)
             manifest = replace(resumed or _new_manifest(model, dataset, identity), fingerprint=fingerprint)
             model.encoder.set_date(manifest.began)
             run.write_manifest(manifest)
@@ -119,7 +123,7 @@ def score(
                 dataset.close()  # workers read the files themselves
                 executor = partial(score_on_ray, cluster=cluster)
             execute(job, manifest, executor, receiver)
-    return run
+    return Run(run.path)
 
 
 def _inspect(data: Dataset, config: ScoreConfig, run: Run | None) -> None:
@@ -197,7 +201,7 @@ def _identity(model: Resolved, data: Dataset) -> dict[str, Any]:
     }
 
 
-def resume(run: Run, data: Dataset, identity: dict[str, Any]) -> Manifest | None:
+def resume(run: RunWriter, data: Dataset, identity: dict[str, Any]) -> Manifest | None:
     """The manifest of the run to go on with; None where there is nothing, and the directory is then empty.
 
     Raises ScorerError where the directory holds another run.
@@ -217,7 +221,7 @@ def resume(run: Run, data: Dataset, identity: dict[str, Any]) -> Manifest | None
     return replace(run.manifest, state="running", identity=identity, inputs=data.inputs)
 
 
-def _grown(run: Run, data: Dataset) -> Manifest:
+def _grown(run: RunWriter, data: Dataset) -> Manifest:
     """The manifest of a run that is to have more records. Its last shard is scored again if it is not full.
 
     Clusters and embeddings, which lack the new records, are removed.

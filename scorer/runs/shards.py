@@ -21,8 +21,8 @@ from scorer.files.raw import RawRecord
 from scorer.models.find import ModelFiles
 from scorer.models.load import load_tokenizer
 from scorer.protocols import PROTOCOLS
-from scorer.runs.directory import Run
 from scorer.runs.progress import Progress
+from scorer.runs.writer import RunWriter
 from scorer.scores.measures import score_table
 from scorer.tokens import STATUSES, SpanScores, TokenBatch, TurnTable
 from scorer.types import EngineError, Record, RowStatus, ScorerError
@@ -35,7 +35,7 @@ class Job:
     engine: None opens the one of the configuration.
     """
 
-    run: Run
+    run: RunWriter
     data: Dataset
     config: ScoreConfig
     files: ModelFiles

@@ -17,7 +17,8 @@ from scorer.config import Part, ScoreConfig
 from scorer.data.dataset import Dataset, inspect_input
 from scorer.files import memory
 from scorer.files.inputs import input_files
-from scorer.runs.directory import COPIES, STDIN, Run
+from scorer.runs.directory import COPIES, STDIN
+from scorer.runs.writer import RunWriter
 from scorer.storage.atomic import replacing
 from scorer.storage.paths import exists, local_copy
 from scorer.types import ScorerError
@@ -64,7 +65,8 @@ def spool(paths: Sequence[str], output: str | Path | None, *, fresh: bool) -> li
         raise ScorerError("-: standard input can be read once only; name it once")
     if sys.stdin is None:
         raise ScorerError("-: standard input is closed")
-    copy = _keep(Run(output), STDIN, lambda file: shutil.copyfileobj(sys.stdin.buffer, file), "standard input", fresh)
+    stream = sys.stdin.buffer
+    copy = _keep(RunWriter(output), STDIN, lambda file: shutil.copyfileobj(stream, file), "standard input", fresh)
     return [copy if path == "-" else path for path in paths]
 
 
@@ -72,7 +74,7 @@ def _keep_rows(data: Any, output: str | Path | None, fresh: bool) -> str:
     suffix = memory.suffix_of(data)
     if output is not None:
         name = next(name for name in COPIES if name.endswith(suffix) and name != STDIN)
-        return _keep(Run(output), name, lambda file: memory.write(data, file), "data", fresh)
+        return _keep(RunWriter(output), name, lambda file: memory.write(data, file), "data", fresh)
     RUNS.mkdir(exist_ok=True)
     temporary = RUNS / f".data-{os.getpid()}{suffix}"
     try:
@@ -87,7 +89,7 @@ def _keep_rows(data: Any, output: str | Path | None, fresh: bool) -> str:
     return str(path)
 
 
-def _keep(run: Run, name: str, write: Callable[[BinaryIO], Any], what: str, fresh: bool) -> str:
+def _keep(run: RunWriter, name: str, write: Callable[[BinaryIO], Any], what: str, fresh: bool) -> str:
     """Keep a copy of what `write` writes in the run directory.
 
     Raises ScorerError where the directory holds a run of another, whose copy stays as it is.

@@ -12,7 +12,7 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import polars as pl
 import pyarrow as pa
@@ -23,7 +23,8 @@ from scorer.data.moved import unchecked
 from scorer.data.subset import Subset
 from scorer.files.raw import RawRecord
 from scorer.files.writer import FLAT, RecordWriter
-from scorer.options import from_options
+from scorer.keywords import SelectKeywords
+from scorer.options import from_options, keywords
 from scorer.protocols import PROTOCOLS
 from scorer.requirements import require
 from scorer.runs.directory import Run, ScoreTable
@@ -43,14 +44,19 @@ from scorer.types import ScorerError, one_of
 SCORES_KEY = "scorer"  # the key of a record's scores and reason
 
 
+@keywords(SelectConfig)
 def select(
-    run: Run | str | Path, output: str | Path | None = None, *, data: Sequence[str | Path] = (), **options: Any
+    run: Run | str | Path,
+    output: str | Path | None = None,
+    *,
+    data: Sequence[str | Path] = (),
+    **options: Unpack[SelectKeywords],
 ) -> Selection:
     """Choose records of a finished run, and write them to `output`: unchanged, or in the form that is asked for.
 
     data: where the files that were scored lie now, in their order, if they were moved; or the data of a run that was
-    joined from tables. options: the fields of SelectConfig; `by` and `lowest` default to the ranking of the run's
-    protocol, and `lowest` is True for LP. The ends of `output` and `rejected` choose their kinds: a suffix, or a "/".
+    joined from tables. `by` and `lowest` default to the ranking of the run's protocol, and `lowest` is True for LP. The
+    ends of `output` and `rejected` choose their kinds: a suffix, or a "/".
 
     Raises ScorerError where the run is unfinished, where its data changed since, and where a file can't be written.
     """

@@ -31,12 +31,10 @@ def column_groups(data: Dataset, column: str) -> pl.DataFrame:
     return pl.DataFrame({"record_id": ids, "group": values}, schema={"record_id": pl.Int64, "group": pl.String})
 
 
-def check_column(paths: Sequence[str], column: str | None, limit: int | None) -> None:
-    """Raise ScorerError where no record of the files `paths` has a value of `column`. Stops reading at the first."""
-    if column is not None:
-        with Dataset(paths, limit=limit) as data:
-            if all(value is None for _, value in _column(data, column)):
-                raise _no_value(data, column)
+def check_column(data: Dataset, column: str | None) -> None:
+    """Raise ScorerError where no record has a value of `column`. Stops reading at the first."""
+    if column is not None and all(value is None for _, value in _column(data, column)):
+        raise _no_value(data, column)
 
 
 def _column(data: Dataset, column: str) -> Iterator[tuple[int, Any]]:

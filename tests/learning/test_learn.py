@@ -160,7 +160,7 @@ def test_what_cannot_learn_is_refused(tiny: Callable[[str], ModelFiles], write_j
     with pytest.raises(ScorerError, match="ends before the 2 epochs"):
         Training(epochs=2, schedule_epochs=1)
     with pytest.raises(ScorerError, match="leave protocol out"):
-        learn(data, tmp_path / "run", model=model, protocol="aligned")
+        learn(data, tmp_path / "run", model=model, protocol="aligned")  # type: ignore[call-arg]
     scored = score(data, tmp_path / "scored", model=model, device="cpu")
     with pytest.raises(ScorerError, match="holds a run of another kind"):
         learn(data, scored.path, model=model, device="cpu")

@@ -12,6 +12,7 @@ import polars as pl
 from scorer.data.dataset import inspect_input
 from scorer.runs.directory import Run
 from scorer.runs.manifest import Manifest
+from scorer.runs.writer import RunWriter
 from scorer.scores.measures import SCHEMA
 
 
@@ -33,7 +34,7 @@ def run_of(path: Path, data: Sequence[Path], counts: Sequence[int], **columns: l
     empty = [None] * total
     table = pl.DataFrame({name: given.get(name, empty) for name in schema}, schema=schema)
     entries = tuple(map(inspect_input, data))
-    run = Run(path)
+    run = RunWriter(path)
     with run.locked():
         run.write_shard(0, table)
         run.write_manifest(
@@ -49,4 +50,4 @@ def run_of(path: Path, data: Sequence[Path], counts: Sequence[int], **columns: l
                 records=total,
             )
         )
-    return run
+    return Run(path)

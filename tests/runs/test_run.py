@@ -34,6 +34,7 @@ from scorer.models.find import ModelFiles
 from scorer.runs.directory import Run
 from scorer.runs.progress import Silent
 from scorer.runs.run import RESUMABLE_FIELDS
+from scorer.runs.writer import RunWriter
 from scorer.types import ScorerError
 from tests.conftest import SIZES, byte_tokenizer
 from tests.lib.command import CONSOLE_SCRIPT, FORKS, SECONDS, Commands, alpaca, end, read_jsonl, shards, start, wait
@@ -212,7 +213,7 @@ def test_a_limit_that_grows_continues_the_run(
         assert getattr(after, name) == getattr(before, name)
     command("select", run, "-o", tmp_path / "kept.jsonl", "--keep", 65).done()
     # a kill between the removal of the shard that was not full and the new manifest
-    Run(run).remove_partial_shard()
+    RunWriter(run).remove_partial_shard()
     assert "resuming after 60 of 65" in command("score", *files, "-o", run, *options).done()
     assert_same(run, whole)
 
@@ -488,7 +489,7 @@ def test_from_python(tiny: Callable[[str], ModelFiles], write_jsonl: Write, monk
     best = run.scores().sort("ifd", descending=True).head(4)["record_id"]
     assert selection.kept["record_id"].to_list() == sorted(best)
     with pytest.raises(ScorerError, match="unknown option modle; the options are allow_pickle"):
-        scorer.score(data, modle=model)
+        scorer.score(data, modle=model)  # type: ignore[call-arg]
     with pytest.raises(ScorerError, match="no data"):
         scorer.score([], model=model)
 
@@ -521,7 +522,7 @@ def test_memory_does_not_grow_with_the_data(tmp_path: Path) -> None:
 
 def test_only_the_columns_that_are_asked_for_are_read(tmp_path: Path) -> None:
     count = 300 * 50
-    run = Run(tmp_path / "run")
+    run = RunWriter(tmp_path / "run")
     with run.locked():
         for index in range(300):
             ids = range(index * 50, index * 50 + 50)

@@ -15,7 +15,7 @@ import pytest
 from matplotlib.image import imread
 
 from scorer.agreement.compare import compare
-from scorer.report.report import report
+from scorer.reporting.report import report
 from scorer.runs.directory import Run
 from tests.lib.browser import open_page
 from tests.lib.command import Commands

@@ -1,6 +1,6 @@
 """Run directories -> one HTML page that opens offline: distributions, agreement, clusters, samples with their text.
 
-Computes what the page shows; report.html.jinja lays it out and escapes it, and scorer.report.plots draws the pictures.
+Computes what the page shows; report.html.jinja lays it out and escapes it, scorer.reporting.plots draws the pictures.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import polars as pl
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from scorer.agreement.compare import Pair, compare
-from scorer.report import plots
-from scorer.report.samples import digits, samples
+from scorer.reporting import plots
+from scorer.reporting.samples import digits, samples
 from scorer.requirements import require
 from scorer.runs.directory import Run
 from scorer.runs.extras import clusters, has_clusters
@@ -116,7 +116,7 @@ def report(
     with plots.style():
         page = _page([run.path if isinstance(run, Run) else to_path(run) for run in runs], Draw(folder), by, keep)
     environment = Environment(
-        loader=PackageLoader("scorer", "report"),
+        loader=PackageLoader("scorer", "reporting"),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
