@@ -91,7 +91,8 @@ def framed(where: str, rows: Sequence[Any]) -> pa.Table:
     try:
         frame = pl.from_dicts(rows, infer_schema_length=None) if rows else pl.DataFrame()
         table = frame.to_arrow()
-    except (pl.exceptions.PolarsError, TypeError, ValueError, OverflowError) as error:  # ValueError: lone surrogates
+    # ValueError: lone surrogates. PanicException: a name that holds the character 0.
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, TypeError, ValueError, OverflowError) as error:
         raise ScorerError(f"{unlike} ({first_line(error)})") from error
     # Polars makes text of a number in a column of texts, and rounds large integers in a column of fractions.
     if frame.height != len(rows) or not all(map(_same, rows, frame.iter_rows(named=True))):
