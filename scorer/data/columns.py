@@ -20,7 +20,7 @@ SYSTEM, HISTORY, TOOLS = ("system", "system_prompt"), ("history",), ("tools", "f
 # Columns that say something to the model: where one is filled and not read, the record says that it is left out.
 CONTENT = (
     *(*SYSTEM, *HISTORY, *TOOLS, *MEDIA_KEYS, *REASONING_KEYS),
-    *("input", "context", "documents", "chosen", "rejected"),
+    *("instruction", "prompt", "question", "query", "input", "context", "documents", "chosen", "rejected"),
 )
 PROMPT_HINTS = ("instruct", "prompt", "question", "query", "input", "problem", "human", "user", "ask")
 RESPONSE_HINTS = ("response", "answer", "output", "completion", "solution", "reply", "target", "assistant")
@@ -84,10 +84,11 @@ def _preference(prompt: str = "", input: str = "") -> Format:
     return Format("preference", prompt, input=input, chosen="chosen", rejected="rejected")
 
 
+MESSAGES = Format("messages", messages="messages")  # OpenAI, TRL
 FORMATS = (  # the first wins where several fit a row equally
     _preference("instruction", "input"),
     *map(_preference, ("prompt", "question", "conversations", "messages", "")),
-    Format("messages", messages="messages"),  # OpenAI, TRL
+    MESSAGES,
     Format("sharegpt", messages="conversations"),
     Format("alpaca", "instruction", "output", "input"),
     Format("dolly", "instruction", "response", "context"),
@@ -105,14 +106,13 @@ FORMATS = (  # the first wins where several fit a row equally
     Format("segments", segments="segments", weak=True),  # Axolotl's input_output
     Format("marked-text", text="text", weak=True),
 )
-BARE = FORMATS[6]  # of a row that is no object but a list of messages
 
 
 def as_row(value: Any) -> Mapping[str, Any] | None:
     """The columns of a row; a list of messages is one column. None for any other value."""
     if isinstance(value, dict):
         return value
-    return {BARE.messages: value} if isinstance(value, list) and value and isinstance(value[0], dict) else None
+    return {MESSAGES.messages: value} if isinstance(value, list) and value and isinstance(value[0], dict) else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,8 +37,10 @@ def to_record(raw: RawRecord, reading: Reading) -> Record:
         named = reading.columns is not None and isinstance(raw.value, dict)
         status = RowStatus.MISSING_FIELD if named else RowStatus.UNKNOWN_FORMAT
         return Record(raw.record_id, raw.source, status=status)
-    left_out = [name for name in fit.left_out if row[name] not in ("", [], {})] if fit.left_out else []
+    left_out: list[str] = []
     turns = _one_turn(row, fit, reading) or _turns(row, fit, reading, left_out)
+    if fit.left_out:
+        left_out = [*(name for name in fit.left_out if not _is_read(row[name], turns)), *left_out]
     tools = _tools(_value(row, fit.tools), left_out) if fit.tools else ()
     if isinstance(turns, RowStatus):
         return Record(raw.record_id, raw.source, (), turns, fit.format.name, tuple(left_out))
@@ -52,6 +54,16 @@ def _value(row: Mapping[str, Any], keys: Sequence[str]) -> Any:
         if value is not None and value != [] and not (isinstance(value, str) and not value.strip()):
             return value
     return None
+
+
+def _is_read(value: Any, turns: tuple[Turn, ...] | RowStatus) -> bool:
+    """Whether a column that a format does not read is empty, or repeats what a prompt has, as some data do."""
+    if value in ("", [], {}) or isinstance(turns, RowStatus):
+        return value in ("", [], {})
+    if not isinstance(value, str):
+        return False
+    texts = [m.content for turn in turns for each in (*turn.history, turn) for m in each.prompt]
+    return any(value.strip() in text for text in (*texts, *(turn.input for turn in turns)))
 
 
 def _one_turn(row: Mapping[str, Any], fit: Fit, reading: Reading) -> tuple[Turn, ...] | RowStatus | None:
@@ -145,7 +157,8 @@ def _read_preference(row: Mapping[str, Any], format: Format, earlier: list[Spoke
         prompt = [_with_input(prompt[0], row, format)]
     both = takewhile(lambda pair: pair[0] == pair[1], zip(chosen[:-1], rejected[:-1], strict=False))
     shared = [message for message, _ in both]
-    if prompt and any(m.role == "user" and m.content.strip() == prompt[-1].content.strip() for m in shared):
+    asked = [message.content.strip() for message in prompt if message.role == "user"][-1:]
+    if any(message.role == "user" and message.content.strip() in asked for message in shared):
         prompt = []
     branches = [("chosen", chosen[len(shared) :]), ("rejected", rejected[len(shared) :])]
     return [*earlier, *prompt, *shared], branches

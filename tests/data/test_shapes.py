@@ -153,6 +153,28 @@ SHAPES: dict[str, tuple[Any, str, list[tuple[str, ...]], tuple[str, ...]]] = {
         [("user: q1", "good", "ok", "chosen"), ("user: q1", "bad", "ok", "rejected")],
         (),
     ),
+    "preference beside the chosen conversation": (
+        {
+            "messages": said(TALK[0], ("assistant", "good")),
+            "chosen": said(TALK[0], ("assistant", "good")),
+            "rejected": said(TALK[0], ("assistant", "bad")),
+        },
+        "preference",
+        [("user: q1", "good", "ok", "chosen"), ("user: q1", "bad", "ok", "rejected")],
+        (),
+    ),
+    "a prompt that messages repeat": (
+        {"prompt": "q1", "messages": said(*TALK[:2]), "prompt_id": "x"},
+        "messages",
+        TALKED[:1],
+        (),
+    ),
+    "an instruction beside question and answer": (
+        {"instruction": "Be brief.", "question": "q1", "answer": "a1"},
+        "question-answer",
+        TALKED[:1],
+        ("instruction",),
+    ),
     "preference, one message each": (
         {
             "conversations": said(("human", "q1"), role="from", content="value"),
@@ -340,8 +362,8 @@ def test_shapes_are_scored_as_their_plain_form_and_come_back_as_they_were(
                 compared += 1
     assert compared > 20
     manifest = run.manifest
-    assert manifest.left_out == {"images": 1, "tools": 2}
-    assert manifest.formats["preference"] == 5
+    assert manifest.left_out == {"images": 1, "instruction": 1, "tools": 2}
+    assert manifest.formats["preference"] == 6
     assert sum(manifest.formats.values()) == len(rows) + len(plain)
     scorer.select(run, tmp_path / "all.jsonl", keep=len(rows) + 2, max_ifd=None, rejected=tmp_path / "rest.jsonl")
     kept = read_jsonl(tmp_path / "all.jsonl")

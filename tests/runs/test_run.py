@@ -218,6 +218,28 @@ def test_a_limit_that_grows_continues_the_run(
     assert_same(run, whole)
 
 
+def test_a_resumed_run_keeps_the_date_of_its_beginning(
+    tiny: Callable[[str], ModelFiles], write_jsonl: Write, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny("gpt2").path, model)
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (  # as many characters as years since 2000
+        "{{ 'x' * (strftime_now('%Y') | int - 2000) }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    )
+    tokenizer.save_pretrained(model)
+    data = write_jsonl([{"prompt": "q", "response": "yes"}] * 4)
+    options: dict[str, Any] = {"model": str(model), "device": "cpu", "protocol": "chat", "shard_rows": 2}
+    run = scorer.score(data, tmp_path / "run", **options)
+    now = int(run.manifest.began[:4]) - 2000
+    assert run.scores()["prompt_tokens"].to_list() == [now + len("<user>q<assistant>")] * 4
+    manifest = run.path / "manifest.json"
+    manifest.write_text(manifest.read_text().replace(run.manifest.began, "2001-01-01T00:00:00"))
+    run.shard(1).unlink()
+    again = scorer.score(data, run.path, **options).scores()["prompt_tokens"].to_list()
+    assert [now - tokens + len("<user>q<assistant>") for tokens in again] == [0, 0, now - 1, now - 1]
+
+
 def test_moved_data_and_another_batch_size_are_the_same_run(
     command: Commands, options: list[str], write_jsonl: Write, tmp_path: Path
 ) -> None:
