@@ -115,6 +115,10 @@ class Reading:
         check_fields(self)
         if self.columns is None:
             return
+        if not isinstance(self.columns, Mapping):
+            raise ScorerError(
+                f"columns: {self.columns!r} is not a dict such as {{'prompt': 'ask', 'response': 'tell'}}"
+            )
         for column, name in self.columns.items():
             one_of("columns", column, COLUMNS)
             if not name:

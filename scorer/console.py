@@ -55,6 +55,8 @@ def show_run(run: Run) -> None:
         table.add_row(name, *(f"{v:,.0f}" if name.endswith("tokens") else f"{v:,.4g}" for v in values))
     console.print(table)
     line("status: " + ", ".join(f"{count:,} {status}" for status, count in summary.status.items()))
+    if not summary.quantiles:
+        line("no response could be scored: the status of each row says why, and docs/measures.md what it means")
     if manifest.formats:
         line("format: " + ", ".join(f"{count:,} {name}" for name, count in manifest.formats.items()))
     if manifest.left_out:

@@ -12,15 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from scorer.config import Reading
-from scorer.data.messages import MEDIA_KEYS, REASONING_KEYS, read_marked_text, read_messages
+from scorer.data.messages import MEDIA_KEYS, REASONING_KEYS, holds_messages, read_marked_text, read_messages
 from scorer.files.raw import RawRecord
 from scorer.types import RowStatus, ScorerError
 
-SYSTEM, HISTORY, TOOLS = ("system", "system_prompt"), ("history",), ("tools", "functions")
+SYSTEM = ("system", "system_prompt", "system_message", "system_instruction")
+HISTORY, TOOLS = ("history",), ("tools", "functions")
 # Columns that say something to the model: where one is filled and not read, the record says that it is left out.
 CONTENT = (
     *(*SYSTEM, *HISTORY, *TOOLS, *MEDIA_KEYS, *REASONING_KEYS),
-    *("instruction", "prompt", "question", "query", "input", "context", "documents", "chosen", "rejected"),
+    *("instruction", "prompt", "question", "query", "input", "context", "documents", "article", "passage"),
+    *("choices", "options", "conversation_history", "chat_history", "available_tools", "cot", "rationale"),
+    *("chosen", "rejected", "response", "output", "completion", "answer"),
 )
 PROMPT_HINTS = ("instruct", "prompt", "question", "query", "input", "problem", "human", "user", "ask")
 RESPONSE_HINTS = ("response", "answer", "output", "completion", "solution", "reply", "target", "assistant")
@@ -87,7 +90,7 @@ def _preference(prompt: str = "", input: str = "") -> Format:
 MESSAGES = Format("messages", messages="messages")  # OpenAI, TRL
 FORMATS = (  # the first wins where several fit a row equally
     _preference("instruction", "input"),
-    *map(_preference, ("prompt", "question", "conversations", "messages", "")),
+    *map(_preference, ("prompt", "question", "query", "input", "conversations", "messages", "")),
     MESSAGES,
     Format("sharegpt", messages="conversations"),
     Format("alpaca", "instruction", "output", "input"),
@@ -100,18 +103,28 @@ FORMATS = (  # the first wins where several fit a row equally
     Format("query-response", "query", "response"),  # MetaMathQA
     Format("query-answer", "query", "answer"),
     Format("instruction-answer", "instruction", "answer", "input"),
+    Format("instruction-completion", "instruction", "completion", "input"),
     Format("problem-solution", "problem", "solution"),
+    Format("problem-answer", "problem", "answer"),
+    Format("prompt-output", "prompt", "output", "input"),
+    Format("inputs-targets", "inputs", "targets"),  # FLAN
+    Format("human-assistant", "human", "assistant"),
+    Format("user-assistant", "user", "assistant"),
     Format("input-output", "input", "output", weak=True),
+    Format("input-target", "input", "target", weak=True),  # Firefly
     *(Format(name, messages=name, weak=True) for name in ("conversation", "dialog", "dialogue", "data", "chat")),
     Format("segments", segments="segments", weak=True),  # Axolotl's input_output
     Format("marked-text", text="text", weak=True),
 )
 
 
-def as_row(value: Any) -> Mapping[str, Any] | None:
-    """The columns of a row; a list of messages is one column. None for any other value."""
+def as_row(value: Any, *, spelling: bool = True) -> Mapping[str, Any] | None:
+    """The columns of a row; a list of messages is one column. None for any other value.
+
+    Unless `spelling` matters, names are in small letters.
+    """
     if isinstance(value, dict):
-        return value
+        return value if spelling else {key.lower(): item for key, item in value.items()}
     return {MESSAGES.messages: value} if isinstance(value, list) and value and isinstance(value[0], dict) else None
 
 
@@ -132,7 +145,7 @@ class Fit:
 
 def fit_of(row: Mapping[str, Any], reading: Reading) -> Fit | None:
     """The format that fits a row best; None where it has no required key of any."""
-    filled = tuple([key for key, value in row.items() if value is not None])
+    filled = tuple([key for key, value in row.items() if value])
     if reading.columns is None:
         return _detected(tuple(row), filled)
     return _fit(tuple(row), filled, (_named(reading),))
@@ -175,8 +188,10 @@ def fits_format(reading: Reading) -> Callable[[RawRecord], bool]:
     formats = FORMATS if reading.columns is None else (_named(reading),)
 
     def fits(raw: RawRecord) -> bool:
-        row = as_row(raw.value) if raw.status is RowStatus.OK else None
-        return row is not None and any(format.whole(row) for format in formats)
+        if raw.status is not RowStatus.OK:
+            return False
+        rows = [as_row(raw.value), None if reading.columns else as_row(raw.value, spelling=False)]
+        return any(format.whole(row) for row in rows if row is not None for format in formats)
 
     return fits
 
@@ -198,7 +213,7 @@ def unknown_format(path: Path, first: RawRecord, reading: Reading) -> ScorerErro
 def _suggested(row: Mapping[str, Any]) -> str:
     """The value of --columns that a row suggests."""
     for key, value in row.items():
-        if isinstance(value, list | dict | str) and value and not isinstance(read_messages(value), RowStatus):
+        if holds_messages(value):
             return f"messages={key}"
     texts = [key for key, value in row.items() if isinstance(value, str)]
 
@@ -210,4 +225,5 @@ def _suggested(row: Mapping[str, Any]) -> str:
     if len(texts) == 2:  # the other one
         prompt = prompt or next(key for key in texts if key != response)
         response = response or next(key for key in texts if key != prompt)
-    return f"prompt={prompt or '...'},response={response or '...'}"
+    extra = next((key for key in texts if key.lower() in ("input", "context") and key not in (prompt, response)), "")
+    return f"prompt={prompt or '...'},{f'input={extra},' if extra else ''}response={response or '...'}"

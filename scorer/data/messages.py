@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from scorer.types import RowStatus
@@ -29,23 +30,29 @@ EXCHANGE = {  # the keys of {"question": ..., "answer": ...}, one exchange as an
     **dict.fromkeys(("question", "query", "prompt", "instruction", "input"), "user"),
     **dict.fromkeys(("answer", "response", "output", "completion"), "assistant"),
 }
+EXCHANGED = ("user", "assistant")
 ROLE_KEYS = ("role", "from", "speaker")
 CONTENT_KEYS = ("content", "value", "text")
-REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking", "thought")
 MEDIA_KEYS = ("image", "images", "audio", "audios", "video", "videos")
-TRAINED_KEYS = ("weight", "train", "training", "trainable", "loss", "label")  # 0 or False: history only
+TRAINED_KEYS = ("weight", "train", "training", "trainable", "loss")  # 0 or False: history only
 READ_KEYS = (*ROLE_KEYS, *CONTENT_KEYS, *REASONING_KEYS, *CALLS, *MEDIA_KEYS, *TRAINED_KEYS)
 TEXT_PARTS = ("text", "input_text", "output_text")  # types of a part of a content
 THINKING_PARTS = ("thinking", "reasoning")
 MEDIA_PART = re.compile("image|audio|video|file|document")
-ALPACA_HEAD = re.compile(r"\s*Below is an instruction that describes a task\b[^#]*")  # a template's, and no message
-# How a text marks who speaks: a mark, whose only group is the role, and what ends a message that is not stripped.
+# How a text marks who speaks: the only group of a mark is the role. The first style that the text begins with counts.
 MARKS = (
-    (re.compile(r"### ?(Human|Assistant|System|User|Instruction|Input|Response|Output):\s?"), None),
-    (re.compile(r"<\|im_start\|>(system|user|assistant|tool)\n"), re.compile(r"<\|im_end\|>\s*\Z")),
-    (re.compile(r"<\|(system|user|assistant)\|>\n?"), re.compile(r"(?:<\|end\|>|</s>|<\|endoftext\|>)?\s*\Z")),
-    (re.compile(r"(?:^|\n\n)(Human|Assistant): ?"), None),
+    re.compile(r"### ?(Human|Assistant|System|User):"),
+    re.compile(r"(?:^|\n)### ?(Instruction|Input|Response):"),
+    re.compile(r"<\|im_start\|>(\w+)\n"),
+    re.compile(r"<\|start_header_id\|>(\w+)<\|end_header_id\|>"),
+    re.compile(r"<start_of_turn>(\w+)\n"),
+    re.compile(r"<\|(system|user|assistant|prompter|observation|tool)\|>"),
+    re.compile(r"(?:^|\n\n)(Human|User|Assistant): ?"),
 )
+BEGINNINGS = ("<s>", "<bos>", "<|begin_of_text|>")  # tokens that a text or a message may begin or end with
+ENDINGS = ("</s>", "<|endoftext|>", "<|end|>", "<|eot_id|>", "<|im_end|>", "<end_of_turn>", "<|end_of_text|>")
+ALPACA_HEAD = "Below is an instruction that describes a task"  # how its template begins, which is no message
 REASONING = re.compile(r"\s*(?:<think>)?.*?</think>\s*", re.DOTALL)
 
 
@@ -89,39 +96,67 @@ def split_reasoning(text: str) -> tuple[str, str]:
 def read_messages(value: Any) -> list[Spoken] | RowStatus:
     """The messages of a conversation; the status where it is none. A message that can't be read has its own fault.
 
-    A list of messages; of texts, user first; of pairs; of objects such as {"human": ..., "assistant": ...}; a struct of
-    lists, as the Sequence of Hugging Face datasets makes of a list of structs; a JSON string of any of these.
+    A list of messages; of texts, user first; of pairs, user first or each a role and a text; of objects such as
+    {"human": ..., "assistant": ...}; a struct of lists, as the Sequence of Hugging Face datasets makes of a list of
+    structs; a JSON string of any of these, or a list of JSON strings.
     """
     value = parsed_json(value)
     if isinstance(value, dict):
         value = _listed(value)
     if not isinstance(value, list):
         return RowStatus.NOT_TEXT
-    if len(value) > 1 and all(isinstance(item, str) for item in value):
-        value = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(value)]
+    if value and all(isinstance(item, str) for item in value):
+        parsed = [parsed_json(item) for item in value]
+        if all(isinstance(item, dict) for item in parsed):
+            value = parsed
+        elif len(value) % 2 == 0:  # else it is not sure whose the first is
+            value = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(value)]
+    pairs = [item for item in value if isinstance(item, list | tuple) and len(item) == 2]
+    names = ROLE_KEYS[:1] + CONTENT_KEYS[:1] if pairs and all(_is_role(first) for first, _ in pairs) else EXCHANGED
     spoken: list[Spoken] = []
     for item in value:
         if isinstance(item, list | tuple) and len(item) == 2:
-            item = dict(zip(("user", "assistant"), item, strict=True))
+            item = dict(zip(names, item, strict=True))
         if not isinstance(item, dict):
             return RowStatus.NOT_TEXT
         spoken += map(_read_message, _exchange(item) or (item,))
     return spoken
 
 
+def holds_messages(value: Any) -> bool:
+    """Whether a value, or what it holds as a JSON string, is messages that name their roles."""
+    value = parsed_json(value)
+    items = _listed(value) if isinstance(value, dict) else value
+    return (
+        isinstance(items, list)
+        and bool(items)
+        and all(isinstance(item, dict) and _first(item, ROLE_KEYS) is not None for item in items)
+    )
+
+
 def read_marked_text(text: str) -> list[Spoken]:
-    """The messages of a text that marks who speaks, such as "### Human: ... ### Assistant: ..."; none if it doesn't."""
-    for mark, end in MARKS:
+    """The messages of a text that marks who speaks, such as "### Human: ... ### Assistant: ..."; none if it doesn't.
+
+    The text has to begin with a mark of the user's or the system's, and the two sides to take turns.
+    """
+    text = _stripped(text, BEGINNINGS)
+    for mark in MARKS:
         marks = list(mark.finditer(text))
-        roles = [EXCHANGE[match[1].lower()] for match in marks]
-        if "assistant" not in roles:
+        if not marks or not (before := text[: marks[0].start()].strip()).startswith(("", ALPACA_HEAD)[bool(before)]):
             continue
-        bounds = [*(match.start() for match in marks), len(text)]
-        parts = [text[m.end() : after] for m, after in zip(marks, bounds[1:], strict=True)]
-        texts = [end.sub("", part) if end else part.strip() for part in parts]
-        before = ALPACA_HEAD.sub("", text[: bounds[0]]).strip()
-        first = [Spoken("system", before)] if before else []
-        return first + [Spoken(role, said, fault=text_fault(said)) for role, said in zip(roles, texts, strict=True)]
+        bounds = [*(match.start() for match in marks[1:]), len(text)]
+        texts = [_stripped(text[m.end() : end], ENDINGS) for m, end in zip(marks, bounds, strict=True)]
+        names = [match[1].lower() for match in marks]
+        spoken: list[Spoken] = []
+        for name, said in zip(names, texts, strict=True):
+            if name == "input" and spoken:
+                spoken[-1] = replace(spoken[-1], input=said, fault=spoken[-1].fault or text_fault(said))
+            else:
+                role = EXCHANGE.get(name, "")
+                spoken.append(Spoken(role, said, fault=text_fault(said) if role else RowStatus.UNKNOWN_FORMAT))
+        roles = [message.role for message in spoken if message.role in ("user", "assistant")]
+        if roles[:2] == ["user", "assistant"] and all(a != b for a, b in pairwise(roles)):
+            return spoken
     return []
 
 
@@ -133,6 +168,26 @@ def parsed_json(value: Any) -> Any:
         return json.loads(value)
     except (ValueError, RecursionError):
         return value
+
+
+def without_nulls(value: Any) -> Any:
+    """A value without the keys whose values are null: a table gives each struct the keys of all of them."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _stripped(text: str, tokens: tuple[str, ...]) -> str:
+    """A text without white space, and some tokens, at either end."""
+    text = text.strip()
+    for token in tokens:
+        if text.startswith(token) or text.endswith(token):
+            text = text.removeprefix(token).removesuffix(token).strip()
+    return text
+
+
+def _is_role(name: Any) -> bool:
+    return isinstance(name, str) and name.strip().lower() in ROLES
 
 
 def _listed(value: Mapping[str, Any]) -> Any:
@@ -147,8 +202,11 @@ def _listed(value: Mapping[str, Any]) -> Any:
 def _exchange(item: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The messages of {"human": ..., "assistant": ...}; none where a key is not the name of a role."""
     roles = {key: EXCHANGE.get(key.lower(), "") for key, value in item.items() if value is not None}
-    if "" in roles.values() or "assistant" not in roles.values():
+    if "" in roles.values() or not ("assistant" in roles.values() or all(map(_is_role, roles))):
         return []
+    if {"instruction", "input"} <= roles.keys():  # Alpaca's
+        merged = {key: value for key, value in item.items() if key != "input"}
+        return [m | {"input": item["input"]} if m["role"] == "user" else m for m in _exchange(merged)]
     ordered = sorted(roles, key=lambda key: ("system", "user", "assistant", "tool").index(roles[key]))
     return [{"role": roles[key], "content": item[key]} for key in ordered]
 
@@ -161,6 +219,8 @@ def _read_message(message: Mapping[str, Any]) -> Spoken:
         return Spoken("", fault=RowStatus.MISSING_FIELD if name is None else RowStatus.UNKNOWN_FORMAT)
     if len(message) == 2 and isinstance(content, str) and spelling not in CALLS:  # most messages
         return Spoken(role, content, fault=text_fault(content))
+    if isinstance(message.get("input"), str) and len(message) == 3 and isinstance(content, str):
+        return Spoken(role, content, input=message["input"], fault=text_fault(content) or text_fault(message["input"]))
     if any(message.get(key) for key in MEDIA_KEYS):
         return Spoken(role, fault=RowStatus.MULTIMODAL)
     text, thoughts, calls, fault = _read_content(content)
@@ -184,7 +244,7 @@ def _read_message(message: Mapping[str, Any]) -> Spoken:
         "\n".join(filter(None, (text, *(json.dumps(call["function"], ensure_ascii=False) for call in calls)))),
         reasoning,
         calls_tools=bool(calls) or spelling in CALLS,
-        trained=message.get("weight") != 0 and not any(message.get(key) is False for key in TRAINED_KEYS),
+        trained=not any(message.get(key) in (0, False) for key in TRAINED_KEYS if key in message),
         fields={"role": role, "content": text, **fields} if fields else None,
     )
 
@@ -193,6 +253,8 @@ def _read_content(content: Any) -> tuple[str, str, list[Any], RowStatus | None]:
     """The text of a content, its reasoning, its tool calls, and its fault."""
     if content is None:
         return "", "", [], None
+    if isinstance(content, dict) and "type" in content:
+        content = [content]
     if not isinstance(content, list):
         return content, "", [], text_fault(content)
     texts, thoughts, calls = [], [], []
@@ -202,6 +264,9 @@ def _read_content(content: Any) -> tuple[str, str, list[Any], RowStatus | None]:
             texts.append(part.get("text"))
         elif kind in THINKING_PARTS:
             thoughts.append(_first(part, (*REASONING_KEYS, "text")))
+        elif kind == "tool_result":
+            result = _read_content(part.get("content"))
+            texts.append(result[0] if result[3] is None else None)
         elif kind == "tool_use":
             calls.append({"name": part.get("name"), "arguments": part.get("input")})
         else:
@@ -222,7 +287,8 @@ def _tool_calls(value: Any) -> list[dict[str, Any]]:
         function = parsed_json(call.get("function") or call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             return []
-        arguments = parsed_json(_first(function, ("arguments", "parameters")) or {})
+        arguments = without_nulls(_first(function, ("arguments", "parameters")) or {})
+        arguments = parsed_json(arguments)
         identity = {"id": call["id"]} if call.get("id") else {}
         found.append({"type": "function", **identity, "function": {"name": function["name"], "arguments": arguments}})
     return found

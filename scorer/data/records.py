@@ -13,7 +13,16 @@ from typing import Any
 
 from scorer.config import Reading
 from scorer.data.columns import Fit, Format, as_row, fit_of
-from scorer.data.messages import Spoken, parsed_json, read_marked_text, read_messages, split_reasoning, text_fault
+from scorer.data.messages import (
+    Spoken,
+    holds_messages,
+    parsed_json,
+    read_marked_text,
+    read_messages,
+    split_reasoning,
+    text_fault,
+    without_nulls,
+)
 from scorer.files.raw import RawRecord
 from scorer.types import Message, Record, RowStatus, Turn
 
@@ -33,6 +42,9 @@ def to_record(raw: RawRecord, reading: Reading) -> Record:
         return Record(raw.record_id, raw.source, status=raw.status)
     row = as_row(raw.value)
     fit = fit_of(row, reading) if row else None
+    if fit is None and row and reading.columns is None:
+        row = as_row(raw.value, spelling=False)
+        fit = fit_of(row, reading) if row else None
     if row is None or fit is None:
         named = reading.columns is not None and isinstance(raw.value, dict)
         status = RowStatus.MISSING_FIELD if named else RowStatus.UNKNOWN_FORMAT
@@ -57,13 +69,12 @@ def _value(row: Mapping[str, Any], keys: Sequence[str]) -> Any:
 
 
 def _is_read(value: Any, turns: tuple[Turn, ...] | RowStatus) -> bool:
-    """Whether a column that a format does not read is empty, or repeats what a prompt has, as some data do."""
-    if value in ("", [], {}) or isinstance(turns, RowStatus):
-        return value in ("", [], {})
-    if not isinstance(value, str):
+    """Whether a column that a format does not read repeats what a turn has, as some data do."""
+    if isinstance(turns, RowStatus) or not isinstance(value, str):
         return False
-    texts = [m.content for turn in turns for each in (*turn.history, turn) for m in each.prompt]
-    return any(value.strip() in text for text in (*texts, *(turn.input for turn in turns)))
+    said = [each for turn in turns for each in (*turn.history, turn)]
+    texts = [text for turn in said for text in (turn.input, turn.response, *(m.content for m in turn.prompt))]
+    return any(value.strip() in text for text in texts)
 
 
 def _one_turn(row: Mapping[str, Any], fit: Fit, reading: Reading) -> tuple[Turn, ...] | RowStatus | None:
@@ -72,6 +83,8 @@ def _one_turn(row: Mapping[str, Any], fit: Fit, reading: Reading) -> tuple[Turn,
     prompt, response = row.get(format.prompt), row.get(format.response)
     if not format.response or isinstance(prompt, list | dict) or isinstance(response, list | dict):
         return None
+    if (isinstance(prompt, str) and prompt[:2] == "[{") or (isinstance(response, str) and response[:2] == "[{"):
+        return None  # JSON of messages, it may be
     if fit.history and _value(row, fit.history) is not None:
         return None
     if not fit.whole:
@@ -148,20 +161,35 @@ def _read_pair(row: Mapping[str, Any], format: Format, earlier: list[Spoken]) ->
 
 
 def _read_preference(row: Mapping[str, Any], format: Format, earlier: list[Spoken]) -> Conversation | RowStatus:
-    """What both sides begin with is the prompt, after the prompt's own column unless they begin with that, too."""
-    prompt = _said(row[format.prompt], "user") if format.prompt else []
-    chosen, rejected = (_said(row[key], "assistant", marked=True) for key in (format.chosen, format.rejected))
-    if isinstance(prompt, RowStatus) or isinstance(chosen, RowStatus) or isinstance(rejected, RowStatus):
-        return next(part for part in (prompt, chosen, rejected) if isinstance(part, RowStatus))
-    if format.prompt and isinstance(row[format.prompt], str):
+    """What both sides begin with is the prompt, after what the prompt's own column has before it."""
+    text = row[format.prompt] if format.prompt else None
+    prompt = _said(text, "user", marked=True) if format.prompt else []
+    if isinstance(prompt, RowStatus):
+        return prompt
+    plain = isinstance(text, str) and prompt == [Spoken("user", text)]
+    marked = not format.prompt or (isinstance(text, str) and not plain)  # beside a plain prompt a text may be anything
+    chosen, rejected = (_said(row[key], "assistant", marked=marked) for key in (format.chosen, format.rejected))
+    if isinstance(chosen, RowStatus) or isinstance(rejected, RowStatus):
+        return chosen if isinstance(chosen, RowStatus) else RowStatus.NOT_TEXT
+    if plain:
         prompt = [_with_input(prompt[0], row, format)]
     both = takewhile(lambda pair: pair[0] == pair[1], zip(chosen[:-1], rejected[:-1], strict=False))
     shared = [message for message, _ in both]
-    asked = [message.content.strip() for message in prompt if message.role == "user"][-1:]
-    if any(message.role == "user" and message.content.strip() in asked for message in shared):
-        prompt = []
     branches = [("chosen", chosen[len(shared) :]), ("rejected", rejected[len(shared) :])]
-    return [*earlier, *prompt, *shared], branches
+    return [*earlier, *_joined(prompt, shared, chosen)], branches
+
+
+def _joined(prompt: list[Spoken], shared: list[Spoken], chosen: list[Spoken]) -> list[Spoken]:
+    """A prompt and what both sides share, without what stands in both of them."""
+
+    def said(messages: list[Spoken]) -> list[tuple[str, str]]:
+        return [(message.role, message.content.strip()) for message in messages]
+
+    if shared and set(said(prompt)) <= set(said(chosen)):
+        return shared
+    overlaps = range(min(len(prompt), len(shared)), 0, -1)
+    overlap = next((n for n in overlaps if said(prompt)[-n:] == said(shared)[:n]), 0)
+    return [*prompt[: len(prompt) - overlap], *shared]
 
 
 READERS = {  # the first key that a format has
@@ -174,13 +202,20 @@ READERS = {  # the first key that a format has
 
 
 def _said(value: Any, role: str, *, marked: bool = False) -> list[Spoken] | RowStatus:
-    """One message of a role from a text; from anything else, messages. With `marked`, a text may mark who speaks."""
-    value = parsed_json(value) if marked else value
-    if isinstance(value, list | dict):
+    """One message of a role from a text; messages from a list of them, JSON of one, or with `marked` a marked text."""
+    if isinstance(value, list | dict | str) and holds_messages(value):
         return read_messages(value)
     if fault := text_fault(value):
         return fault
-    return (read_marked_text(value) if marked else []) or [Spoken(role, value)]
+    if marked and (spoken := read_marked_text(value) or _open_prompt(value)):
+        return spoken
+    return [Spoken(role, value)]
+
+
+def _open_prompt(text: str) -> list[Spoken]:
+    """The messages of a text that ends with a mark of the assistant's, whose response is elsewhere."""
+    spoken = read_marked_text(f"{text}-")
+    return spoken[:-1] if spoken and spoken[-1].role == "assistant" and spoken[-1].content == "-" else []
 
 
 def _with_input(prompt: Spoken, row: Mapping[str, Any], format: Format) -> Spoken:
@@ -247,7 +282,7 @@ def _filled(response: str) -> RowStatus:
 
 def _tools(value: Any, left_out: list[str]) -> tuple[Any, ...]:
     """The tools of a row for a chat template: a list of function definitions, or JSON of one."""
-    tools = parsed_json(value)
+    tools = without_nulls(parsed_json(value)) if not isinstance(value, str) else parsed_json(value)
     if tools is None:
         return ()
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):

@@ -14,6 +14,7 @@ from scorer.files.layout import CARD, DEFAULT_SPLIT, choose, chosen_files, is_da
 from scorer.storage.paths import expand, is_folder
 from scorer.types import ScorerError
 
+RUN_MARK = ".lock"  # in every run directory
 SAVED_DATASET, SAVED_SPLITS = "state.json", "dataset_dict.json"  # of `Dataset.save_to_disk`, and of DatasetDict's
 
 
@@ -27,6 +28,8 @@ def input_files(path: str, *, split: str | None = None, subset: str | None = Non
     Raises ScorerError where nothing is found, where a part has to be chosen, and where a choice is given but there are
     no parts; EngineError where the network fails.
     """
+    if not path:
+        raise ScorerError("no data: a path is empty; name a file")
     if path.startswith(SCHEME) or _is_short_address(path):
         return hub_files(path, split=split, subset=subset)
     if "://" not in path and is_folder(Path(path)):
@@ -71,8 +74,13 @@ def _listed(folder: Path) -> list[str]:
     found = []
     for root, folders, names in os.walk(folder, followlinks=True):
         above = os.path.realpath(root) + os.sep
-        # A link to a folder above it would go round in circles.
-        folders[:] = [name for name in folders if not above.startswith(os.path.realpath(f"{root}/{name}") + os.sep)]
+        # A link to a folder above it would go round in circles; and a run directory holds no data.
+        folders[:] = [
+            name
+            for name in folders
+            if not above.startswith(os.path.realpath(f"{root}/{name}") + os.sep)
+            and not os.path.exists(f"{root}/{name}/{RUN_MARK}")
+        ]
         found += [Path(root, name).relative_to(folder).as_posix() for name in names]
     return found
 

@@ -182,10 +182,11 @@ class JsonRows(FileRows):
             return self.source.fits(RawRecord(0, "", row))
 
         top = [name for name in found if name in document]
-        if len(top) == 1 and any(map(fits, found[top[0]])):
-            # The list holds samples. So the object is one only if it is even without the list.
-            return None if fits({key: value for key, value in document.items() if key != top[0]}) else (top[0],)
-        if fits(document):
+        samples = [name for name in top if any(map(fits, found[name]))]
+        if len(samples) == 1:  # so the object is a sample only if it is one even without that list
+            rest = {key: value for key, value in document.items() if key != samples[0]}
+            return None if fits(rest) else (samples[0],)
+        if not samples and fits(document):
             return None
         if not found:
             if any(isinstance(value, str) for value in document.values()):

@@ -53,14 +53,17 @@ def _write_table(data: Any, file: BinaryIO) -> None:
 
     if isinstance(getattr(data, "num_rows", None), dict):
         raise ScorerError(f"data: choose one of its splits: {', '.join(data)}")
+    if getattr(data, "format", None) and data.format.get("type") == "custom":
+        raise ScorerError("data: the dataset has a transform, which scoring would not see; map it first")
     try:
         tables = _tables(data)
-        first = next(tables)
+        if (first := next(tables, None)) is None:
+            raise ScorerError("data: there are no records to score")
         with pa.ipc.new_stream(file, first.schema) as writer:
             writer.write_table(first)
             for table in tables:
                 writer.write_table(table)
-    except (pa.ArrowException, TypeError) as error:
+    except (pa.ArrowException, TypeError, ValueError) as error:
         raise ScorerError(f"data: can't be written as Arrow ({error}); give a list of dicts") from error
 
 

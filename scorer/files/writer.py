@@ -166,7 +166,7 @@ class RecordWriter:
                 table = for_text(str(self.path), table)
             try:
                 TABLES[self.kind](table, self._temporary)
-            except pa.ArrowException as error:  # such as an object without keys, in Parquet
+            except (pa.ArrowException, ValueError) as error:  # such as an object without keys, in Parquet
                 why = f"{self.path}: can't hold these records; write to JSON Lines (.jsonl)"
                 raise ScorerError(f"{why} ({first_line(error)})") from error
         elif is_array(self.kind):

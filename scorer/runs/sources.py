@@ -38,6 +38,8 @@ def open_dataset(data: Any, output: str | Path | None, config: ScoreConfig, part
             )
         return data
     if memory.is_in_memory(data):
+        if part != Part():
+            raise ScorerError("split, subset: data in memory has no parts; choose one before")
         paths = [_keep_rows(data, output, fresh)]
     else:
         paths = spool(files_of([data] if isinstance(data, str | Path) else data, part), output, fresh=fresh)
@@ -48,7 +50,7 @@ def files_of(paths: Sequence[str | Path], part: Part) -> list[str]:
     """The files that paths, patterns and datasets mean. Raises ScorerError as `input_files` does, and for none."""
     found = [file for path in paths for file in input_files(str(path), split=part.split, subset=part.subset)]
     if not found:
-        raise ScorerError("no data: name at least one file, or - for standard input")
+        raise ScorerError("no data: give a file, or - for standard input; in Python also rows or a table")
     return found
 
 

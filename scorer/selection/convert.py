@@ -58,19 +58,32 @@ def _conversation(record: Record) -> list[Message]:
     return [m for t in _turns(record) for m in (*_prompt(t), Message("assistant", t.response, t.fields))]
 
 
+def _trained(record: Record) -> list[bool]:
+    """Whether each message of `_conversation` is a response to train on."""
+    scored = [turn.status != RowStatus.HISTORY_ONLY and turn in record.turns for turn in _turns(record)]
+    return [flag for t, last in zip(_turns(record), scored, strict=True) for flag in (*([True] * len(t.prompt)), last)]
+
+
 def _openai(messages: Collection[Message]) -> list[dict[str, Any]]:
     return [dict(m.fields) if m.fields else {"role": m.role, "content": m.content} for m in messages]
 
 
 def _messages(record: Record) -> Converted:
-    tools = {"tools": list(record.tools)} if record.tools else {}
-    return {"messages": _openai(_conversation(record))} | tools
+    messages = _openai(_conversation(record))
+    for message, trained in zip(messages, _trained(record), strict=True):
+        if not trained:
+            message["weight"] = 0  # OpenAI's mark of a response that is history only
+    return {"messages": messages} | _tools(record)
+
+
+def _tools(record: Record) -> Converted:
+    return {"tools": list(record.tools)} if record.tools else {}
 
 
 def _prompt_completion(record: Record) -> Converted:
     """The last response is the completion."""
     *prompt, completion = _conversation(record)
-    return {"prompt": _openai(prompt), "completion": _openai([completion])}
+    return {"prompt": _openai(prompt), "completion": _openai([completion])} | _tools(record)
 
 
 SHAREGPT_ROLES = {"system": "system", "user": "human", "assistant": "gpt", "tool": "observation"}
@@ -78,7 +91,8 @@ SHAREGPT_ROLES = {"system": "system", "user": "human", "assistant": "gpt", "tool
 
 def _sharegpt(record: Record) -> Converted:
     messages = [{"from": SHAREGPT_ROLES[m.role], "value": m.content} for m in _conversation(record)]
-    return {"conversations": messages}
+    tools = {"tools": json.dumps([tool.get("function", tool) for tool in record.tools])} if record.tools else {}
+    return {"conversations": messages} | tools
 
 
 def _alpaca(record: Record) -> Converted | None:
@@ -126,7 +140,7 @@ FORMS: Mapping[str, Form] = {
     "prompt-completion": Form(_prompt_completion),
     "sharegpt": Form(
         _sharegpt,
-        columns={"messages": "conversations"},
+        columns={"messages": "conversations", "tools": "tools"},
         tags={
             "role_tag": "from",
             "content_tag": "value",

@@ -21,6 +21,7 @@ from polars import selectors
 from scorer.data.dataset import Dataset
 from scorer.data.moved import unchecked
 from scorer.data.subset import Subset
+from scorer.files.inputs import input_files
 from scorer.files.raw import RawRecord
 from scorer.files.writer import FLAT, RecordWriter
 from scorer.keywords import SelectKeywords
@@ -66,6 +67,7 @@ def select(
         raise ScorerError(f"{run.path} is unfinished: run the same `scorer score` command again to finish it")
     if isinstance(data, str | Path):
         raise ScorerError(f"data: {str(data)!r} is not a list of paths; write [{str(data)!r}]")
+    data = [file for path in data for file in input_files(str(path))]
     config = from_options(SelectConfig, options)
     check_options(list(map(str, data)) or manifest.paths, output, config, scored=True)
     config = _ranked_as(config, manifest.ranking)

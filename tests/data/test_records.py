@@ -262,8 +262,8 @@ def test_file_without_a_known_format_is_refused_by_its_columns(tmp_path: Path) -
 
 
 def test_one_row_with_all_keys_of_a_format_makes_a_file_known(tmp_path: Path) -> None:
-    halves = [{"prompt": "q", "output": "a"}, {"instruction": "q", "completion": "a"}]
-    with pytest.raises(ScorerError, match=r"no row has a known format \(its first row holds prompt, output\)"):
+    halves = [{"prompt": "q", "solution": "a"}, {"instruction": "q", "targets": "a"}]
+    with pytest.raises(ScorerError, match=r"no row has a known format \(its first row holds prompt, solution\)"):
         list(read_records([lines(tmp_path / "halves.jsonl", *halves, "no JSON")]))
     found = read_records([lines(tmp_path / "d.jsonl", *halves, GOOD)])
     assert [r.status for r in found] == [RowStatus.MISSING_FIELD, RowStatus.MISSING_FIELD, RowStatus.OK]
