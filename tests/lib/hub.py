@@ -51,17 +51,54 @@ DATASETS: dict[str, dict[str, bytes]] = {
     "org/gated": {"train.jsonl": LINE},
     "other/data": {"train.jsonl": LINE},
 }
+IGNORED = "drafts/best.jsonl"  # by the .gitignore of every dataset
 BRANCHES = ("main", "v2/draft")  # that can be written to
 REVISIONS = {"org/plain": (CONVERTED, "v1.0")}  # beside main and the commit
+LOOK = """
+import json, sys
+from scorer.files.inputs import input_files
+from scorer.types import ScorerError
+found = []
+for path, options in json.loads(sys.argv[1]):
+    try:
+        found.append(input_files(path, **options))
+    except ScorerError as error:
+        found.append(f"{error.exit_code} {error}")
+print(json.dumps(found))
+"""
+TOKENS = {"Bearer hf_member": "write", "Bearer hf_reader": "read"}  # of the user me, who may write to what org has
+
+
+class Commit(NamedTuple):
+    """A commit that the server took: the files in it by their paths."""
+
+    name: str
+    branch: str
+    files: dict[str, bytes]
 
 
 @dataclass
 class Hub:
-    """The server: `asked` has the paths that were asked for; `status` other than 200 is its answer to everything."""
+    """The server: `asked` has the paths that were asked for; `status` other than 200 is its answer to everything.
+
+    `created` has what was asked to be created, `commits` what was uploaded; commits to the dataset `full` are refused.
+    """
 
     address: str
     asked: list[str] = field(default_factory=list)
+    created: list[dict[str, str]] = field(default_factory=list)
+    commits: list[Commit] = field(default_factory=list)
     status: int = 200
+    full: str = ""
+
+    def clear(self) -> None:
+        for seen in (self.asked, self.created, self.commits):
+            seen.clear()
+        self.status, self.full = 200, ""
+
+    def environment(self, cache: Path) -> dict[str, str]:
+        """What a process needs to find the server."""
+        return {"HF_ENDPOINT": self.address, "HF_HUB_CACHE": str(cache), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
     def look(self, cache: Path, *wanted: tuple[str, dict[str, str]], **environment: str) -> list[Any]:
         """What `input_files` finds for each, or the exit code and the text of its error."""
@@ -144,14 +181,12 @@ class Handler(BaseHTTPRequestHandler):
             return 403, "", b""
         if path == ["repos", "create"]:
             self.hub.created.append(json.loads(body))
-            return 200, "", json.dumps({"url": f"{self.hub.address}/datasets/new"}).encode()
+            return 200, "", json.dumps({"url": f"{self.hub.address}/datasets/me/new"}).encode()
         name, action, branch = "/".join(path[1:3]), path[3], "/".join(path[4:])
         if action == "preupload":
-            files = [
-                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
-                for file in json.loads(body)["files"]
-            ]
-            return 200, "", json.dumps({"files": files}).encode()
+            paths = [file["path"] for file in json.loads(body)["files"]]
+            modes = [{"path": path, "uploadMode": "regular", "shouldIgnore": path == IGNORED} for path in paths]
+            return 200, "", json.dumps({"files": modes}).encode()
         if action == "commit":
             if name == self.hub.full:
                 return 403, "", b'{"error": "Private storage limit reached"}'
@@ -159,7 +194,8 @@ class Handler(BaseHTTPRequestHandler):
             added = [line["value"] for line in lines if line["key"] == "file"]
             files = {file["path"]: base64.b64decode(file["content"]) for file in added}
             self.hub.commits.append(Commit(name, branch, files))
-            return 200, "", json.dumps({"commitUrl": f"{self.hub.address}/c", "commitOid": COMMIT}).encode()
+            page = f"{self.hub.address}/datasets/{name}/commit/{COMMIT}"
+            return 200, "", json.dumps({"commitUrl": page, "commitOid": COMMIT}).encode()
         held = [{"type": "file", "path": file, "oid": "", "size": 1} for file in self.hub.commits[-1].files]
         return 200, "", json.dumps(held).encode()
 

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -50,7 +51,7 @@ def select(hub: Hub, tmp_path: Path) -> Select:
     return partial(run_command, hub, tmp_path, "select", "run", "--keep", 2)
 
 
-def rows(content: bytes) -> list[object]:
+def rows(content: bytes) -> list[Any]:
     return [json.loads(line) for line in content.splitlines()]
 
 
@@ -61,7 +62,7 @@ def test_both_files_are_one_commit(select: Select, hub: Hub, tmp_path: Path) -> 
     assert (commit.name, commit.branch) == ("org/plain", "main")
     assert list(commit.files) == ["data/best.parquet", "rejected.jsonl"]
     assert pq.read_table(io.BytesIO(commit.files["data/best.parquet"])).to_pylist() == BEST
-    assert [row["n"] for row in rows(commit.files["rejected.jsonl"])] == [0, 2]  # type: ignore[index,call-overload]
+    assert [row["n"] for row in rows(commit.files["rejected.jsonl"])] == [0, 2]
     assert hub.created == []
     assert list((tmp_path / "tmp").iterdir()) == []
 
@@ -93,9 +94,14 @@ def test_the_second_dataset_fails(select: Select, hub: Hub) -> None:
     hub.full = "org/splits"
     best, rejected = "hf://datasets/org/plain/best.jsonl", "hf://datasets/org/splits/rejected.jsonl"
     line = select("-o", best, "--rejected", rejected).line()
-    assert line.startswith(f"error: {rejected}: you may not write")
+    assert line.startswith(f"scorer: {rejected}: you may not write")
     assert line.endswith(f"; uploaded already: {best}\n")
     assert [commit.name for commit in hub.commits] == ["org/plain"]
+
+
+def test_a_path_that_the_dataset_ignores(select: Select) -> None:
+    line = select("-o", "hf://datasets/org/plain/drafts/best.jsonl").line()
+    assert "drafts/best.jsonl: the .gitignore of org/plain has it; name another file" in line
 
 
 FAULTS = {
@@ -121,10 +127,11 @@ def test_before_anything_is_scored(hub: Hub, tmp_path: Path, fault: str) -> None
     (tmp_path / "data.json").write_text(json.dumps(ROWS))
     output, told = FAULTS[fault]
     line = run_command(hub, tmp_path, "filter", "data.json", "--run", "new", "-o", output).line()
-    assert line.startswith(f"error: {output}: ")
+    assert line.startswith(f"scorer: {output}: ")
     assert told in line
     assert not (tmp_path / "new").exists()
-    assert hub.created == hub.commits == []
+    assert not hub.created
+    assert not hub.commits
 
 
 def test_tokens_that_do_not_write(select: Select, hub: Hub) -> None:
@@ -132,7 +139,8 @@ def test_tokens_that_do_not_write(select: Select, hub: Hub) -> None:
         for name in ("org/plain", "me/new"):
             line = select("-o", f"hf://datasets/{name}/best.jsonl", token=token).line()
             assert f"you may not write to https://huggingface.co/datasets/{name}: run `hf auth login`, or set" in line
-    assert hub.created == hub.commits == []
+    assert not hub.created
+    assert not hub.commits
 
 
 def test_no_hub(select: Select, hub: Hub) -> None:
