@@ -57,7 +57,7 @@ def rows(content: bytes) -> list[Any]:
 
 def test_both_files_are_one_commit(select: Select, hub: Hub, tmp_path: Path) -> None:
     best, rejected = "hf://datasets/org/plain/data/best.parquet", "hf://datasets/org/plain@main/rejected.jsonl"
-    assert f"kept 2 of 4 records: {best}" in select("-o", best, "--rejected", rejected).shown()
+    assert f"kept 2 of 4 records: {best}" in select("-o", best, "--rejected", rejected).done()
     (commit,) = hub.commits
     assert (commit.name, commit.branch) == ("org/plain", "main")
     assert list(commit.files) == ["data/best.parquet", "rejected.jsonl"]
@@ -68,7 +68,7 @@ def test_both_files_are_one_commit(select: Select, hub: Hub, tmp_path: Path) -> 
 
 
 def test_a_branch_and_a_file_here(select: Select, hub: Hub, tmp_path: Path) -> None:
-    select("-o", "hf://datasets/org/plain@v2%2Fdraft/best.jsonl", "--rejected", "rejected.jsonl").shown()
+    select("-o", "hf://datasets/org/plain@v2%2Fdraft/best.jsonl", "--rejected", "rejected.jsonl").done()
     (commit,) = hub.commits
     assert commit.branch == "v2/draft"
     assert rows(commit.files["best.jsonl"]) == BEST
@@ -76,7 +76,7 @@ def test_a_branch_and_a_file_here(select: Select, hub: Hub, tmp_path: Path) -> N
 
 
 def test_a_new_dataset_is_private(select: Select, hub: Hub) -> None:
-    select("-o", "hf://datasets/me/new/best.jsonl").shown()
+    select("-o", "hf://datasets/me/new/best.jsonl").done()
     assert hub.created == [{"name": "new", "organization": "me", "visibility": "private", "type": "dataset"}]
     assert [commit.name for commit in hub.commits] == ["me/new"]
 
