@@ -14,7 +14,7 @@ from urllib.parse import unquote
 
 from scorer.files.hub import ADDRESS, PREFIX, SCHEME, Wording, hub_errors, page_of
 from scorer.files.layout import is_pattern
-from scorer.files.writer import FOLDER, output_kind
+from scorer.files.writer import FOLDER, RecordWriter, output_kind
 from scorer.types import ScorerError
 
 MAIN = "main"
@@ -42,11 +42,18 @@ def canonical(address: str) -> str:
     return address if found is None else f"{PREFIX}{found['name']}@{_branch(found['revision'])}/{found['inside']}"
 
 
-def check_upload(address: str) -> None:
-    """Raise ScorerError unless `address` names a file of a known kind, where the user's token may write.
+def check_output(path: str) -> None:
+    """Raise ScorerError unless `path` names a file of a known kind, here or on the hub, that the user may write.
 
     Raises EngineError where the hub can't be reached. Changes nothing there.
     """
+    if on_hub(path):
+        _check_upload(path)
+    else:
+        RecordWriter(path)
+
+
+def _check_upload(address: str) -> None:
     from huggingface_hub import HfApi, errors
 
     place, _ = _target(address)
@@ -54,7 +61,7 @@ def check_upload(address: str) -> None:
     with hub_errors(address, place.name, place.branch, WRITING):
         try:
             api.auth_check(place.name, repo_type="dataset", write=True)
-        except errors.GatedRepoError:
+        except errors.GatedRepoError:  # is a RepositoryNotFoundError too, of a dataset that exists
             raise
         except errors.RepositoryNotFoundError:
             _check_creatable(address, place, api.whoami())
@@ -105,7 +112,9 @@ def _commit(place: Place, files: Mapping[str, Path]) -> None:
     # A path that the dataset's .gitignore matches is left out of the commit without an error.
     found = api.get_paths_info(place.name, list(files), repo_type="dataset", revision=commit.oid)
     if left_out := files.keys() - {info.path for info in found}:
-        raise ScorerError(f"{', '.join(sorted(left_out))}: the .gitignore of {place.name} has it; name another file")
+        raise ScorerError(
+            f"{place.name}: uploaded without {', '.join(left_out)}, which its .gitignore has; name another file"
+        )
 
 
 def _target(address: str) -> tuple[Place, str]:

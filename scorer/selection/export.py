@@ -22,7 +22,7 @@ from scorer.data.dataset import Dataset
 from scorer.data.moved import unchecked
 from scorer.data.subset import Subset
 from scorer.files.raw import RawRecord
-from scorer.files.upload import canonical, check_upload, on_hub, uploading
+from scorer.files.upload import canonical, check_output, on_hub, uploading
 from scorer.files.writer import FLAT, RecordWriter
 from scorer.keywords import SelectKeywords
 from scorer.options import from_options, keywords
@@ -133,7 +133,7 @@ def check_options(
     """
     targets = [str(path) for path in (output, config.rejected) if path is not None]
     for target in targets:
-        check_upload(target) if on_hub(target) else RecordWriter(target)
+        check_output(target)
     _check_not_overwriting(targets, paths)
     if config.random and config.bucket is None and (config.by is not None or config.lowest is not None):
         raise ScorerError("random: records are drawn from all, whatever their scores; leave out --by and --lowest")

@@ -101,7 +101,7 @@ def test_the_second_dataset_fails(select: Select, hub: Hub) -> None:
 
 def test_a_path_that_the_dataset_ignores(select: Select) -> None:
     line = select("-o", "hf://datasets/org/plain/drafts/best.jsonl").line()
-    assert "drafts/best.jsonl: the .gitignore of org/plain has it; name another file" in line
+    assert "org/plain: uploaded without drafts/best.jsonl, which its .gitignore has; name another" in line
 
 
 FAULTS = {
