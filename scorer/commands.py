@@ -151,7 +151,7 @@ run_option = output_option("RUN", "The run directory.")
 file_option = output_option(
     "FILE",
     "File for the kept records, its kind by its suffix: .jsonl, .json (also with .gz, .zst), .parquet, .arrow, .csv or "
-    ".tsv. A path that ends in / is a folder for datasets.load_from_disk.",
+    ".tsv. A path that ends in / is a folder for datasets.load_from_disk; hf://datasets/ORG/NAME/FILE is on the hub.",
 )
 fresh_option = flag(OUTPUT, "--fresh", "Discard what an earlier run left in RUN.")
 strict_option = flag(DATA, "--strict", "Stop at the first record that can't be scored.")
@@ -221,8 +221,9 @@ def filter_(data: tuple[str, ...], output: str, run: str | None, **options: Any)
     from scorer.console import show_run, show_selection
     from scorer.runs.directory import Run
     from scorer.selection.filtering import filter as filter_data
+    from scorer.selection.filtering import run_beside
 
-    directory = run or f"{output.rstrip('/')}.run"
+    directory = run or run_beside(output)
     cluster = _cluster(options)
     selection = _selection(options)
     found = filter_data(data, output, directory, cluster=cluster, progress=True, **options, **selection)

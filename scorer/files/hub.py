@@ -26,6 +26,19 @@ TIMEOUT = 10.0  # seconds, for the request that lists a dataset's files
 PART = re.compile(r"(.*)-\d{5}-of-(\d{5})(\.\w+)")
 
 
+class Wording(NamedTuple):
+    """What a user is told whom the hub refuses, and one whose HF_HUB_OFFLINE is set; {page} is the dataset's."""
+
+    refused: str
+    offline: str
+
+
+READING = Wording(
+    "access is restricted; ask for it at {page}, then run `hf auth login` or set HF_TOKEN",
+    "not whole in the hub's cache, and HF_HUB_OFFLINE is set: unset it, or fetch the data first",
+)
+
+
 class Listing(NamedTuple):
     """The paths of a dataset at one commit."""
 
@@ -45,7 +58,7 @@ def hub_files(address: str, *, split: str | None = None, subset: str | None = No
     if found is None:
         raise ScorerError(f"{address}: not an address on the hub; write {PREFIX}ORG/NAME[@REVISION][/PATH]")
     name, revision, inside = found["name"], unquote(found["revision"] or "") or None, found.groupdict().get("inside")
-    with _hub_errors(address, name, revision):
+    with hub_errors(address, name, revision):
         listing = _listing(name, revision)
         files = _wanted(address, name, inside, listing, split, subset)
         # By its branch too: the cache notes then which commit that is, for when there is no network.
@@ -61,7 +74,7 @@ def _wanted(
     if inside is not None:
         files = matching(inside, files)
         if not files:
-            raise ScorerError(f"{address}: the dataset has no such file; see https://huggingface.co/datasets/{name}")
+            raise ScorerError(f"{address}: the dataset has no such file; see {page_of(name)}")
         if inside in files or is_pattern(inside):
             if split is not None or subset is not None:
                 raise ScorerError(f"{address}: names the files itself: leave out --split and --subset")
@@ -100,18 +113,23 @@ def _download(name: str, file: str, revision: str) -> str:
     return os.fspath(hf_hub_download(name, file, repo_type="dataset", revision=revision))
 
 
+def page_of(name: str) -> str:
+    """The web page of a dataset."""
+    return f"https://huggingface.co/datasets/{name}"
+
+
 @contextmanager
-def _hub_errors(address: str, name: str, revision: str | None) -> Iterator[None]:
+def hub_errors(address: str, name: str, revision: str | None, wording: Wording = READING) -> Iterator[None]:
     """Turn the errors of huggingface_hub into ScorerError, or EngineError where the network or the hub fails."""
     from huggingface_hub import constants, errors
 
-    page = f"https://huggingface.co/datasets/{name}"
-    login = f"{address}: access is restricted; ask for it at {page}, then run `hf auth login` or set HF_TOKEN"
+    page = page_of(name)
+    refused = f"{address}: {wording.refused.format(page=page)}"
     here = "" if address.startswith(SCHEME) else "no such file or folder here, and "
     try:
         yield
-    except errors.GatedRepoError as error:
-        raise ScorerError(login) from error
+    except (errors.GatedRepoError, errors.LocalTokenNotFoundError) as error:
+        raise ScorerError(refused) from error
     except errors.RevisionNotFoundError as error:
         raise ScorerError(f"{address}: the dataset has no revision '{revision}'; see {page}") from error
     except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
@@ -119,15 +137,20 @@ def _hub_errors(address: str, name: str, revision: str | None) -> Iterator[None]
         raise ScorerError(f"{address}: {here}{unknown}") from error
     except errors.HfHubHTTPError as error:
         if error.response.status_code in (401, 403):
-            raise ScorerError(login) from error
-        raise EngineError(f"{address}: the hub fails ({_one_line(error)}); run it again later") from error
-    except (OSError, ValueError, errors.HTTPError) as error:  # type: ignore[attr-defined]  # of the hub's HTTP client
+            said = _one_line(error.server_message or "")
+            raise ScorerError(f"{refused} (the hub says: {said})" if said else refused) from error
+        raise EngineError(f"{address}: the hub fails ({_named(error)}); run it again later") from error
+    # HTTPError is that of the hub's HTTP client; a RuntimeError is how its transfers of large files fail.
+    except (OSError, ValueError, RuntimeError, errors.HTTPError) as error:  # type: ignore[attr-defined]
         if constants.HF_HUB_OFFLINE:
-            missing = "not whole in the hub's cache, and HF_HUB_OFFLINE is set: unset it, or fetch the data first"
-            raise ScorerError(f"{address}: {here}{missing}") from error
-        problem = f"the hub can't be reached ({_one_line(error)})"
+            raise ScorerError(f"{address}: {here}{wording.offline}") from error
+        problem = f"the hub can't be reached ({_named(error)})"
         raise EngineError(f"{address}: {here}{problem}; check the network and HF_ENDPOINT") from error
 
 
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {_one_line(str(error))}"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:200]

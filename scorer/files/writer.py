@@ -85,9 +85,11 @@ class RecordWriter:
     Strings that hold lone surrogates are written as JSON escapes. JSON and JSON Lines are streamed; for other kinds all
     rows are held in memory and framed at the end. Raises ScorerError for a kind that is not known, a path that
     cannot be written and a value that the kind cannot hold; EngineError where the disk is full.
+
+    named: what errors call the file, if it goes elsewhere from `path`.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, named: str | None = None) -> None:
         self.kind = output_kind(path)
         self.path = to_path(str(path).rstrip("/") if self.kind == FOLDER else path)
         if self.kind == FOLDER:
@@ -95,6 +97,7 @@ class RecordWriter:
             check_new_folder(self.path)
         else:
             check_writable(self.path)
+        self.name = str(self.path) if named is None else named
         self._files = contextlib.ExitStack()
         self._encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=_json_value).encode
         self._table: pa.Table | None = None
@@ -127,7 +130,7 @@ class RecordWriter:
         text: the value as a line of JSON, which JSON and JSON Lines take as it is: a value has neither the digits that
         a float has no room for, nor keys that stand twice. source: where the record is from, to name it in an error.
         """
-        record = f"{self.path}: record {self._written if source is None else source}"
+        record = f"{self.name}: record {self._written if source is None else source}"
         if self.is_table:
             if not isinstance(value, dict):
                 raise ScorerError(f"{record} is no object; write to JSON Lines (.jsonl)")
@@ -160,14 +163,14 @@ class RecordWriter:
             return
         self._finished = True
         if self.is_table:
-            table = framed(str(self.path), self._rows) if self._table is None else self._table
+            table = framed(self.name, self._rows) if self._table is None else self._table
             if self.kind in FLAT:
-                check_flat(str(self.path), table)
-                table = for_text(str(self.path), table)
+                check_flat(self.name, table)
+                table = for_text(self.name, table)
             try:
                 TABLES[self.kind](table, self._temporary)
             except (pa.ArrowException, ValueError) as error:  # such as an object without keys, in Parquet
-                why = f"{self.path}: can't hold these records; write to JSON Lines (.jsonl)"
+                why = f"{self.name}: can't hold these records; write to JSON Lines (.jsonl)"
                 raise ScorerError(f"{why} ({first_line(error)})") from error
         elif is_array(self.kind):
             self._stream.write(b"\n]\n" if self._written else b"[]\n")

@@ -17,6 +17,7 @@ from scorer.data.records import to_record
 from scorer.data.subset import Subset
 from scorer.files.arrow import framed
 from scorer.files.raw import RawRecord
+from scorer.files.upload import on_hub
 from scorer.files.writer import output_kind
 from scorer.storage.atomic import replacing
 from scorer.storage.paths import exists, to_path
@@ -190,6 +191,8 @@ def check_dataset_info(output: str | Path, form: str) -> None:
     if output_kind(output) not in DATASET_INFO_KINDS:
         kinds = ", ".join(DATASET_INFO_KINDS)
         raise ScorerError(f"dataset_info: LLaMA-Factory does not read {output}; write to one of {kinds}")
+    if on_hub(output):
+        raise ScorerError(f"dataset_info: it is a file beside the output; {output} is on the hub: write to a file here")
     _entries(to_path(output).parent / DATASET_INFO)
 
 

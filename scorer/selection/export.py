@@ -23,6 +23,7 @@ from scorer.data.moved import unchecked
 from scorer.data.subset import Subset
 from scorer.files.inputs import input_files
 from scorer.files.raw import RawRecord
+from scorer.files.upload import canonical, check_output, on_hub, uploading
 from scorer.files.writer import FLAT, RecordWriter
 from scorer.keywords import SelectKeywords
 from scorer.options import from_options, keywords
@@ -57,9 +58,11 @@ def select(
 
     data: where the files that were scored lie now, in their order, if they were moved; or the data of a run that was
     joined from tables. `by` and `lowest` default to the ranking of the run's protocol, and `lowest` is True for LP. The
-    ends of `output` and `rejected` choose their kinds: a suffix, or a "/".
+    ends of `output` and `rejected` choose their kinds: a suffix, or a "/". Either may be on the Hugging Face hub, as
+    hf://datasets/ORG/NAME[@BRANCH]/PATH: see `scorer.files.upload`.
 
-    Raises ScorerError where the run is unfinished, where its data changed since, and where a file can't be written.
+    Raises ScorerError where the run is unfinished, where its data changed since, and where a file can't be written;
+    EngineError where the hub can't be reached.
     """
     run = run if isinstance(run, Run) else Run(run)
     manifest = run.manifest
@@ -132,7 +135,7 @@ def check_options(
     """
     targets = [str(path) for path in (output, config.rejected) if path is not None]
     for target in targets:
-        RecordWriter(target)
+        check_output(target)
     _check_not_overwriting(targets, paths)
     if config.random and config.bucket is None and (config.by is not None or config.lowest is not None):
         raise ScorerError("random: records are drawn from all, whatever their scores; leave out --by and --lowest")
@@ -161,7 +164,10 @@ def check_measure(by: str | None, protocol: str) -> None:
 def _write_all(
     data: Dataset, shards: ScoreTable, selection: Selection, output: str | Path | None, config: SelectConfig
 ) -> None:
-    """Write the files that are asked for: both or neither, since both are complete before either is renamed."""
+    """Write the files that are asked for: both or neither, since both are complete before either is in its place.
+
+    What goes to the hub is uploaded before a file here is renamed: of the two, an upload is the likelier to fail.
+    """
     rejected = selection.rejected
     if config.rejected is not None and config.with_scores:
         rejected = _with_scores(rejected, shards, config)
@@ -171,10 +177,13 @@ def _write_all(
         (output, converted or kept, selection.kept if config.with_scores else None),
         (config.rejected, Subset(data, rejected["record_id"].to_list()), rejected),
     )
-    with ExitStack() as files:
+    targets = [str(path) for path, *_ in outputs if path is not None]
+    with ExitStack() as here, uploading(targets) as copies, ExitStack() as staged:
         for path, rows, notes in outputs:
             if path is not None:
-                _write(files.enter_context(RecordWriter(path)), rows, notes)
+                copy = copies.get(str(path))
+                writer = RecordWriter(path) if copy is None else RecordWriter(copy, named=str(path))
+                _write((here if copy is None else staged).enter_context(writer), rows, notes)
     if output is not None and converted is not None and config.dataset_info:
         update_dataset_info(output, converted.form, converted.keys)
 
@@ -191,7 +200,7 @@ def _convertible(data: Dataset, selection: Selection, form: str) -> Selection:
 def _write(writer: RecordWriter, rows: Subset | ConvertedRows, notes: pl.DataFrame | None) -> None:
     """Write rows, each with its row of `notes` under SCORES_KEY."""
     if writer.is_table:
-        table = rows.table(str(writer.path), wrapped=notes is not None)
+        table = rows.table(writer.name, wrapped=notes is not None)
         writer.write_table(table if notes is None else _noted_table(table, notes, flat=writer.kind in FLAT))
     elif notes is None:
         for raw in rows.records():
@@ -237,6 +246,8 @@ def _taken(where: str, name: str = SCORES_KEY) -> ScorerError:
 
 def _file(where: str) -> str:
     """The path without symbolic links, by which two names of one file compare equal."""
+    if on_hub(where):
+        return canonical(where)
     found = to_path(where)
     return str(found) if is_remote(found) else os.path.realpath(found)
 

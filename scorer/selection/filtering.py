@@ -8,6 +8,7 @@ from typing import Any, Unpack
 
 from scorer.config import Part, ScoreConfig
 from scorer.files.memory import is_in_memory
+from scorer.files.upload import on_hub
 from scorer.keywords import FilterKeywords
 from scorer.options import keywords
 from scorer.runs.progress import Progress
@@ -17,6 +18,7 @@ from scorer.selection.config import SelectConfig
 from scorer.selection.export import check_apart, check_measure, check_options, select
 from scorer.selection.inputs import check_column
 from scorer.selection.selection import Selection
+from scorer.types import ScorerError
 
 
 @keywords(score, Part, ScoreConfig, SelectConfig)
@@ -31,8 +33,8 @@ def filter(
     """Score every record of `data`, and write the best to `output`; the same call again resumes.
 
     data, fresh, strict, cluster, progress: as in `scorer.score`. output: as in `scorer.select`. run: the directory that
-    keeps the scores; None is `output` with .run at its end. What needs clusters (per_cluster, diverse, and some flags)
-    is for `scorer.select`, after `scorer.cluster`.
+    keeps the scores; None is `output` with .run at its end, and an output on the hub needs a name. What needs clusters
+    (per_cluster, diverse, and some flags) is for `scorer.select`, after `scorer.cluster`.
 
     Raises ScorerError and EngineError as these do, and where an option of the selection can be known to be wrong,
     before anything is scored.
@@ -43,7 +45,7 @@ def filter(
         for config in (SelectConfig, ScoreConfig, Part)
     )
     config, score_config = SelectConfig(**selection), ScoreConfig(**scoring)
-    directory = f"{str(output).rstrip('/')}.run" if run is None else str(run)
+    directory = run_beside(output) if run is None else str(run)
     paths = [] if is_in_memory(data) else files_of([data] if isinstance(data, str | Path) else data, Part(**part))
     check_options(paths, output, config)
     check_measure(config.by, score_config.protocol)
@@ -53,3 +55,10 @@ def filter(
         check_column(dataset, config.per)
         scored = score(dataset, directory, progress=progress, **given, **scoring)
     return select(scored, output, **selection)
+
+
+def run_beside(output: str | Path) -> str:
+    """The run directory of an output that comes with none. Raises ScorerError for an output on the hub."""
+    if on_hub(output):
+        raise ScorerError(f"run: {output} is on the hub, and the scores stay here; name a directory with --run RUN")
+    return f"{str(output).rstrip('/')}.run"

@@ -1,157 +1,25 @@
-"""Datasets on the hub: a server on this machine speaks what huggingface_hub asks, and holds a few datasets.
-
-Each look is in a process of its own: huggingface_hub reads the environment when it is imported.
-"""
+"""Datasets on the hub, as data."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
-from typing import Any
 
 import pytest
 
 from scorer.data.dataset import Dataset
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-CONVERTED = "refs/convert/parquet"
-LINE = b'{"instruction": "Say it.", "output": "It."}\n'
-CARD = b"""---
-configs:
-- config_name: en
-  data_files:
-  - split: train
-    path: en/part-*
-  - split: test
-    path: en/held.jsonl
-- config_name: de
-  data_files: de.csv
----
-# Two languages
-"""
-DATASETS: dict[str, dict[str, bytes]] = {
-    "org/plain": {".gitattributes": b"", "README.md": b"# Plain\n", "a.jsonl": LINE, "b.jsonl": LINE * 2},
-    "org/splits": {
-        "data/train-00000-of-00002.jsonl": LINE,
-        "data/train-00001-of-00002.jsonl": LINE * 2,
-        "data/test-00000-of-00001.jsonl": LINE,
-        "dataset_infos.json": b"{}",
-    },
-    "org/subsets": {
-        "README.md": CARD,
-        "en/part-0.jsonl": LINE,
-        "en/part-1.jsonl": LINE,
-        "en/held.jsonl": LINE,
-        "de.csv": b"instruction,output\na,b\n",
-    },
-    "org/script": {"script.py": b"", "data.zip": b""},
-    "org/gated": {"train.jsonl": LINE},
-}
-REVISIONS = {"org/plain": (CONVERTED, "v1.0")}  # beside main and the commit
-LOOK = """
-import json, sys
-from scorer.files.inputs import input_files
-from scorer.types import ScorerError
-found = []
-for path, options in json.loads(sys.argv[1]):
-    try:
-        found.append(input_files(path, **options))
-    except ScorerError as error:
-        found.append(f"{error.exit_code} {error}")
-print(json.dumps(found))
-"""
-
-
-@dataclass
-class Hub:
-    """The server: `asked` has the paths that were asked for; `status` other than 200 is its answer to everything."""
-
-    address: str
-    asked: list[str] = field(default_factory=list)
-    status: int = 200
-
-    def look(self, cache: Path, *wanted: tuple[str, dict[str, str]], **environment: str) -> list[Any]:
-        """What `input_files` finds for each, or the exit code and the text of its error."""
-        names = {"HF_ENDPOINT": self.address, "HF_HUB_CACHE": str(cache), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-        command = [sys.executable, "-c", LOOK, json.dumps(wanted)]
-        ended = subprocess.run(
-            command, env=kept | names | environment, cwd=cache, capture_output=True, text=True, timeout=120
-        )
-        assert ended.returncode == 0, ended.stderr
-        return list(json.loads(ended.stdout))
-
-
-class Handler(BaseHTTPRequestHandler):
-    """GET api/datasets/NAME[/revision/REVISION], and GET and HEAD datasets/NAME/resolve/REVISION/PATH."""
-
-    hub: Hub
-
-    def do_GET(self) -> None:
-        self._answer(*self._found(), with_body=True)
-
-    def do_HEAD(self) -> None:
-        self._answer(*self._found(), with_body=False)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-    def _found(self) -> tuple[int, str, bytes]:
-        """The status, the code of the error, and the body."""
-        path = self.path.replace("%2F", "/").partition("?")[0].strip("/").removeprefix("api/").split("/")
-        self.hub.asked.append("/".join(path))
-        if self.hub.status != 200:
-            return self.hub.status, "", b""
-        name, rest = "/".join(path[1:3]), path[3:]
-        files = DATASETS.get(name)
-        if files is None:
-            return 404, "RepoNotFound", b""
-        allowed = ("main", COMMIT, *REVISIONS.get(name, ()))
-        at = "/".join(rest[1:])
-        if not rest or (rest[0] == "revision" and at in allowed):
-            siblings = [{"rfilename": file} for file in files]
-            return 200, "", json.dumps({"id": name, "sha": COMMIT, "siblings": siblings}).encode()
-        revision = next((known for known in allowed if at.startswith(f"{known}/")), None)
-        if revision is None:
-            return 404, "RevisionNotFound", b""
-        if name == "org/gated" and self.headers["Authorization"] != "Bearer hf_member":
-            return 403, "GatedRepo", b""
-        content = files.get(at.removeprefix(f"{revision}/"))
-        return (404, "EntryNotFound", b"") if content is None else (200, "", content)
-
-    def _answer(self, status: int, code: str, body: bytes, *, with_body: bool) -> None:
-        self.send_response(status)
-        if code:
-            self.send_header("X-Error-Code", code)
-        self.send_header("X-Repo-Commit", COMMIT)
-        self.send_header("ETag", f'"{hashlib.sha1(body).hexdigest()}"')
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if with_body:
-            self.wfile.write(body)
+from tests.lib.hub import COMMIT, CONVERTED, Hub, serving
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Hub]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        Handler.hub = Hub(f"http://127.0.0.1:{server.server_port}")
-        Thread(target=server.serve_forever, daemon=True).start()
-        yield Handler.hub
-        server.shutdown()
+    with serving() as hub:
+        yield hub
 
 
 @pytest.fixture
 def hub(server: Hub) -> Hub:
-    server.asked.clear()
-    server.status = 200
+    server.clear()
     return server
 
 
