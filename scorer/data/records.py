@@ -155,7 +155,7 @@ def _read_pair(row: Mapping[str, Any], format: Format, earlier: list[Spoken]) ->
     prompt, response = _said(row[format.prompt], "user"), _said(row[format.response], "assistant")
     if isinstance(prompt, RowStatus) or isinstance(response, RowStatus):
         return prompt if isinstance(prompt, RowStatus) else RowStatus.NOT_TEXT
-    if isinstance(row[format.prompt], str):
+    if prompt == [Spoken("user", row[format.prompt])]:
         return [], [("", [*earlier, _with_input(prompt[0], row, format), *response])]
     return earlier + prompt, [("", response)]  # earlier responses of a prompt are not to be trained on
 
@@ -207,7 +207,7 @@ def _said(value: Any, role: str, *, marked: bool = False) -> list[Spoken] | RowS
         return read_messages(value)
     if fault := text_fault(value):
         return fault
-    if marked and (spoken := read_marked_text(value) or _open_prompt(value)):
+    if marked and (spoken := _open_prompt(value) or read_marked_text(value)):
         return spoken
     return [Spoken(role, value)]
 

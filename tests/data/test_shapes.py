@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -281,6 +282,169 @@ SHAPES: dict[str, tuple[Any, str, list[tuple[str, ...]], tuple[str, ...]]] = {
         (),
     ),
 }
+PAIR: list[tuple[str, ...]] = [("user: q1", "good", "ok", "chosen"), ("user: q1", "bad", "ok", "rejected")]
+SUM = "Sure, here it is.\n\n### Instruction:\n1 2\n\n### Response:\n3"  # an answer, which marks no one
+SHAPES |= {
+    "roles and texts in pairs": ({"messages": [[role, text] for role, text in TALK]}, "messages", TALKED, ()),
+    "objects of one key": ({"messages": [{role: text} for role, text in TALK]}, "messages", TALKED, ()),
+    "JSON strings in a list": ({"messages": [json.dumps(m) for m in said(*TALK)]}, "messages", TALKED, ()),
+    "JSON of TRL's pairs": (
+        {"prompt": json.dumps(said(*TALK[:3])), "completion": json.dumps(said(TALK[3]))},
+        "prompt-completion",
+        TALKED[1:],
+        (),
+    ),
+    "marks inside an answer": ({"prompt": "q1", "response": SUM}, "prompt-response", [("user: q1", SUM)], ()),
+    "marks inside a chosen answer": (
+        {"prompt": "q1", "chosen": SUM, "rejected": "bad"},
+        "preference",
+        [("user: q1", SUM, "ok", "chosen"), PAIR[1]],
+        (),
+    ),
+    "a prompt that the sides repeat in part": (
+        {
+            "prompt": said(("system", "s"), *TALK[:1]),
+            "chosen": said(TALK[0], ("assistant", "good")),
+            "rejected": said(TALK[0], ("assistant", "bad")),
+        },
+        "preference",
+        [("system: s|user: q1", *row[1:]) for row in PAIR],
+        (),
+    ),
+    "a prompt of which the sides repeat the end": (
+        {
+            "prompt": said(*TALK[:3]),
+            "chosen": said(TALK[2], ("assistant", "good")),
+            "rejected": said(TALK[2], ("assistant", "bad")),
+        },
+        "preference",
+        [("user: q2", *row[1:]) for row in PAIR],
+        (),
+    ),
+    "preference, marked, with its prompt": (
+        {
+            "prompt": "\n\nHuman: q1\n\nAssistant:",
+            "chosen": "\n\nHuman: q1\n\nAssistant: good",
+            "rejected": "\n\nHuman: q1\n\nAssistant: bad",
+        },
+        "preference",
+        PAIR,
+        (),
+    ),
+    "preference, a marked prompt": (
+        {"prompt": "\n\nHuman: q1\n\nAssistant:", "chosen": "good", "rejected": "bad"},
+        "preference",
+        PAIR,
+        (),
+    ),
+    "User and Assistant": ({"text": "User: q1\n\nAssistant: a1"}, "marked-text", TALKED[:1], ()),
+    "OpenAssistant": (
+        {"text": "<|prompter|>q1<|endoftext|><|assistant|>a1<|endoftext|><|prompter|>q2<|endoftext|><|assistant|>a2"},
+        "marked-text",
+        TALKED,
+        (),
+    ),
+    "LLaMA 3": (
+        {
+            "text": "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nq1<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\na1<|eot_id|>"
+        },
+        "marked-text",
+        TALKED[:1],
+        (),
+    ),
+    "Gemma": (
+        {"text": "<bos><start_of_turn>user\nq1<end_of_turn>\n<start_of_turn>model\na1<end_of_turn>\n"},
+        "marked-text",
+        TALKED[:1],
+        (),
+    ),
+    "an end token": ({"text": "<s>### Human: q1\n### Assistant: a1</s>"}, "marked-text", TALKED[:1], ()),
+    "Alpaca's template with an input": (
+        {"text": "### Instruction:\nq2\n\n### Input:\ni\n\n### Response:\na2"},
+        "marked-text",
+        [("user: q2|i", "a2")],
+        (),
+    ),
+    "ChatML with an unknown role": (
+        {
+            "text": "<|im_start|>user\nq1<|im_end|>\n<|im_start|>assistant\na1<|im_end|>\n"
+            "<|im_start|>oracle\n?<|im_end|>"
+        },
+        "marked-text",
+        [("user: q1", "a1"), ("", "", "unknown_format")],
+        (),
+    ),
+    "train 0": (
+        {"messages": [*said(TALK[0]), {"role": "assistant", "content": "a1", "train": 0}, *said(*TALK[2:])]},
+        "messages",
+        [("user: q1", "a1", "history_only"), ("user: q2", "a2")],
+        (),
+    ),
+    "a thought": (
+        {"messages": [*said(TALK[0]), {"role": "assistant", "content": "a1", "thought": "hm"}]},
+        "messages",
+        [("user: q1", "<think>\nhm\n</think>\n\na1")],
+        (),
+    ),
+    "an article": ({"article": "x", "question": "q1", "answer": "a1"}, "question-answer", TALKED[:1], ("article",)),
+    "capital letters": (
+        {"Instruction": "q2", "Input": "i", "Output": "a2"},
+        "alpaca",
+        [("user: q2|i", "a2")],
+        (),
+    ),
+    "FLAN": ({"inputs": "q1", "targets": "a1", "task": "t"}, "inputs-targets", TALKED[:1], ()),
+    "an empty list beside a pair": (
+        {"messages": [], "prompt": "q1", "response": "a1"},
+        "prompt-response",
+        TALKED[:1],
+        (),
+    ),
+    "a response beside messages that lack it": (
+        {"messages": said(*TALK[:3]), "response": "a2"},
+        "messages",
+        TALKED[:1],
+        ("response",),
+    ),
+    "null arguments of a table": (
+        {
+            "messages": [
+                *said(TALK[0]),
+                {
+                    "role": "assistant",
+                    "content": None,
+                    "tool_calls": [{"function": {"name": "sky", "arguments": {"city": "Bonn", "day": None}}}],
+                },
+            ]
+        },
+        "messages",
+        [("user: q1", CALL_TEXT)],
+        (),
+    ),
+    "Anthropic's tools": (
+        {
+            "messages": said(
+                TALK[0],
+                ("assistant", [{"type": "tool_use", "id": "c", "name": "sky", "input": {"city": "Bonn"}}]),
+                ("user", [{"type": "tool_result", "tool_use_id": "c", "content": "sunny"}]),
+                ("assistant", "a1"),
+            )
+        },
+        "messages",
+        [("user: q1", CALL_TEXT), ("user: sunny", "a1")],
+        (),
+    ),
+}
+UNREAD = [  # rows whose meaning is not sure
+    {"question": "q1", "answer": ["Paris", "paris"]},
+    {"prompt": "q1", "response": ["s1", "s2", "s3", "s4"]},
+    {"prompt": "q1", "chosen": ["red", "blue"], "rejected": ["green"]},
+    {"messages": ["s", "q1", "a1"]},
+    {"text": "An article.\n\nAssistant: means helper."},
+    {"text": "### Response: a1"},
+    {"text": "### Human: q1 ### Human: q2 ### Assistant: a1"},
+]
 SHAPES["system and history"][2].insert(0, ("system: s|user: q1", "a1"))
 
 
@@ -291,6 +455,21 @@ def test_what_is_read_of_a_shape(shape: str) -> None:
     if shape == "history that is text":  # it can't be scored without it, so it isn't
         assert (found.status, found.turns) == ("not_text", ())
     assert (found.format, [shown(turn) for turn in found.turns], found.left_out) == (format, turns, left_out)
+
+
+@pytest.mark.parametrize("row", UNREAD)
+def test_what_is_not_sure_is_not_scored(row: dict[str, Any]) -> None:
+    found = read(row)
+    assert (found.turns, found.status in ("not_text", "unknown_format")) == ((), True)
+
+
+def test_white_space_takes_no_time() -> None:
+    blank = " " * 40_000
+    began = time.monotonic()
+    read({"text": f"<|user|>\nhi</s>\n<|assistant|>\n{blank}x"})
+    read({"text": f"{blank}### Human: q### Assistant: a{blank}"})
+    read({"prompt": "q", "response": f"{blank}</think>{blank}x"}, reasoning="apart")
+    assert time.monotonic() - began < 1
 
 
 THINKING = {"messages": said(TALK[0], ("assistant", "<think>hm</think>\n\na1"))}
@@ -362,10 +541,11 @@ def test_shapes_are_scored_as_their_plain_form_and_come_back_as_they_were(
                 compared += 1
     assert compared > 20
     manifest = run.manifest
-    assert manifest.left_out == {"images": 1, "instruction": 1, "tools": 2}
-    assert manifest.formats["preference"] == 6
+    left_out = {"images": 1, "instruction": 1, "tools": 2, "article": 1, "response": 1}
+    assert manifest.left_out == left_out
+    assert manifest.formats["preference"] == 11
     assert sum(manifest.formats.values()) == len(rows) + len(plain)
     scorer.select(run, tmp_path / "all.jsonl", keep=len(rows) + 2, max_ifd=None, rejected=tmp_path / "rest.jsonl")
     kept = read_jsonl(tmp_path / "all.jsonl")
-    assert len(kept) > len(rows) - 5
+    assert len(kept) > len(rows) - 5  # two have nothing to score
     assert all(row in [*plain, *rows] for row in kept)
