@@ -112,7 +112,7 @@ def read_messages(value: Any) -> list[Spoken] | RowStatus:
         elif len(value) % 2 == 0:  # else it is not sure whose the first is
             value = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(value)]
     pairs = [item for item in value if isinstance(item, list | tuple) and len(item) == 2]
-    names = ROLE_KEYS[:1] + CONTENT_KEYS[:1] if pairs and all(_is_role(first) for first, _ in pairs) else EXCHANGED
+    names = ("role", "content") if pairs and all(_is_role(first) for first, _ in pairs) else EXCHANGED
     spoken: list[Spoken] = []
     for item in value:
         if isinstance(item, list | tuple) and len(item) == 2:
@@ -142,7 +142,8 @@ def read_marked_text(text: str) -> list[Spoken]:
     text = _stripped(text, BEGINNINGS)
     for mark in MARKS:
         marks = list(mark.finditer(text))
-        if not marks or not (before := text[: marks[0].start()].strip()).startswith(("", ALPACA_HEAD)[bool(before)]):
+        before = text[: marks[0].start()].strip() if marks else text
+        if before and not before.startswith(ALPACA_HEAD) or not marks:
             continue
         bounds = [*(match.start() for match in marks[1:]), len(text)]
         texts = [_stripped(text[m.end() : end], ENDINGS) for m, end in zip(marks, bounds, strict=True)]
@@ -223,6 +224,8 @@ def _read_message(message: Mapping[str, Any]) -> Spoken:
         return Spoken(role, content, input=message["input"], fault=text_fault(content) or text_fault(message["input"]))
     if any(message.get(key) for key in MEDIA_KEYS):
         return Spoken(role, fault=RowStatus.MULTIMODAL)
+    if role == "tool" and isinstance(content, dict) and "type" not in content:
+        content = json.dumps(content, ensure_ascii=False, default=str)
     text, thoughts, calls, fault = _read_content(content)
     asked = content if spelling in CALLS else next((message[key] for key in CALLS if message.get(key)), calls)
     calls = _tool_calls(asked) if asked else []
@@ -287,8 +290,7 @@ def _tool_calls(value: Any) -> list[dict[str, Any]]:
         function = parsed_json(call.get("function") or call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             return []
-        arguments = without_nulls(_first(function, ("arguments", "parameters")) or {})
-        arguments = parsed_json(arguments)
+        arguments = parsed_json(without_nulls(_first(function, ("arguments", "parameters")) or {}))
         identity = {"id": call["id"]} if call.get("id") else {}
         found.append({"type": "function", **identity, "function": {"name": function["name"], "arguments": arguments}})
     return found
