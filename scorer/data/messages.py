@@ -143,7 +143,7 @@ def read_marked_text(text: str) -> list[Spoken]:
     for mark in MARKS:
         marks = list(mark.finditer(text))
         before = text[: marks[0].start()].strip() if marks else text
-        if before and not before.startswith(ALPACA_HEAD) or not marks:
+        if (before and not before.startswith(ALPACA_HEAD)) or not marks:
             continue
         bounds = [*(match.start() for match in marks[1:]), len(text)]
         texts = [_stripped(text[m.end() : end], ENDINGS) for m, end in zip(marks, bounds, strict=True)]
