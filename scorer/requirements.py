@@ -33,7 +33,7 @@ REQUIREMENTS: Mapping[str, Requirement] = {
     "report": Requirement(("matplotlib", "scipy"), "matplotlib scipy", "report"),
     "serve": Requirement(("vllm",), VLLM, VLLM),
     "--engine vllm": Requirement(("vllm",), VLLM, VLLM),
-    "--ray": Requirement(("ray", "pandas", "pyarrow"), "'ray[data]'", "ray"),
+    "--ray": Requirement(("ray", "pandas"), "'ray[data]'", "ray"),
     "s3://": Requirement(("s3fs", "upath"), "s3fs universal-pathlib", "s3"),
 }
 
