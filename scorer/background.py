@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from threading import TIMEOUT_MAX, Condition, Thread
+from traceback import clear_frames
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
@@ -26,6 +27,7 @@ class Background(Generic[T]):
             try:
                 self._done.set_result(work(*arguments))
             except BaseException as error:  # noqa: BLE001 (raised where the result is asked for)
+                clear_frames(error.__traceback__)  # closes the generators that it was at
                 self._done.set_exception(error)
 
         self._thread = Thread(target=run, daemon=True, name="scorer-background")

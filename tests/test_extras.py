@@ -68,7 +68,7 @@ def test_the_base_alone_filters_and_says_what_the_rest_needs(
     assert len((base.cwd / "out" / "best.jsonl").read_text().splitlines()) == 15
     assert "smollm2-135m" in done(base, "python", "-m", "scorer", "models")
     in_memory = "import scorer; print(scorer.score([{'question': 'q', 'answer': 'yes'}] * 3, model=%r, device='cpu'))"
-    assert "3 records, complete\nstatus: 3 ok" in base("python", "-c", in_memory % model[1]).stdout
+    assert "3 records, complete\nstatus: 3 ok" in base("python", "-c", in_memory % str(model[1])).stdout
 
     cache = tmp_path / "cache"
     unknown = ["--model", "someone/unknown"]  # which would be looked up, and said to be unknown

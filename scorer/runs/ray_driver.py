@@ -13,6 +13,8 @@ import os
 import queue
 import re
 import socket
+import threading
+import time
 import warnings
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -37,6 +39,8 @@ SETTINGS = {  # environment variables that Ray reads when it is imported
 CONNECT_SECONDS = 25
 # The defaults try for minutes: 20 times, each 10 seconds longer.
 CONNECT = {"RAY_NUM_REDIS_GET_RETRIES": "1", "RAY_py_gcs_connect_timeout_s": "15"}
+RAY_DATA_THREADS = ("StreamingExecutor-", "ray-data-metadata-prefetch", "iter_threaded")
+STOP_SECONDS = 10.0  # that they have to end
 SILENCE_SECONDS = 60  # without a shard, before the user is told; then after twice as long each time
 # Passes over the missing shards, one after another, that score none, before the run ends. One may: a death ends it.
 MAX_PASSES_WITHOUT_PROGRESS = 3
@@ -272,4 +276,9 @@ def connected(address: str) -> Iterator[Any]:
     try:
         yield ray
     finally:
+        # A thread of Ray Data that outlives Ray would end this process with Ray's exit code.
+        until = time.monotonic() + STOP_SECONDS
+        for thread in threading.enumerate():
+            if thread.name.startswith(RAY_DATA_THREADS):
+                thread.join(max(0.0, until - time.monotonic()))
         ray.shutdown()
