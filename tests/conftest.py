@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from scorer.models.find import ModelFiles, find_model
+from tests.lib.hub import Hub, serving
 
 # The 256 bytes, then the document separator: every text has as many tokens as it has UTF-8 bytes.
 VOCABULARY = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))} | {"<|end|>": 256}
@@ -98,3 +99,17 @@ def write_jsonl(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def hub_server() -> Iterator[Hub]:
+    """A server that speaks the API of the Hugging Face hub."""
+    with serving() as server:
+        yield server
+
+
+@pytest.fixture
+def hub(hub_server: Hub) -> Hub:
+    """That server, as it began."""
+    hub_server.clear()
+    return hub_server

@@ -136,6 +136,9 @@ def test_filter_is_score_and_select(options: dict[str, Any], tmp_path: Path) -> 
     run = Run(tmp_path / "best.jsonl.run")
     assert scorer.select(run, keep=2, max_ifd=None).kept.equals(found.kept)
     assert all(row in ROWS for row in read_jsonl(tmp_path / "best.jsonl"))
+    for call in (scorer.score, scorer.filter):
+        with pytest.raises(scorer.ScorerError, match="data in memory has no parts"):
+            call(ROWS, tmp_path / "part.jsonl", split="train", **options)
     with pytest.raises(scorer.ScorerError, match=r"no record of .* has a value of 'topic'"):
         scorer.filter(ROWS, tmp_path / "best.jsonl", keep=2, per="topic", **options)
 

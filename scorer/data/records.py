@@ -72,9 +72,18 @@ def _is_read(value: Any, turns: tuple[Turn, ...] | RowStatus) -> bool:
     """Whether a column that a format does not read repeats what a turn has, as some data do."""
     if isinstance(turns, RowStatus) or not isinstance(value, str):
         return False
-    said = [each for turn in turns for each in (*turn.history, turn)]
-    texts = [text for turn in said for text in (turn.input, turn.response, *(m.content for m in turn.prompt))]
-    return any(value.strip() in text for text in texts)
+    return any(value.strip() in text for text in texts_of(turns))
+
+
+def texts_of(turns: Sequence[Turn]) -> list[str]:
+    """The texts of turns, and of the history before them."""
+    texts: list[str] = []
+    for turn in turns:
+        for each in (*turn.history, turn) if turn.history else (turn,):
+            texts += (each.response, each.input)
+            for message in each.prompt:
+                texts.append(message.content)
+    return texts
 
 
 def _one_turn(row: Mapping[str, Any], fit: Fit, reading: Reading) -> tuple[Turn, ...] | RowStatus | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from scorer.data.records import texts_of
 from scorer.encoding.chat import ChatTemplate
 from scorer.encoding.sequences import Layout, Pieces, token_batch
 from scorer.encoding.special_tokens import SpecialTokens
@@ -111,7 +112,7 @@ class Encoder:
 
     def _plan(self, record: Record, texts: Texts) -> None:
         """Add the rows of a record as far as its text decides them, and the pieces of its conditioned sequences."""
-        special_tokens = self.special.held(_texts(record))
+        special_tokens = self.special.held(texts_of(record.turns))
         if special_tokens and self.split_special_tokens:
             record = self._hidden(record)
         first = texts.add_record(record, special_tokens=special_tokens)
@@ -145,14 +146,3 @@ def _document_token(tokenizer: Any, protocol: Protocol, document_token_id: int |
         if token is not None:
             return int(token)
     raise ScorerError(f"protocol {protocol.name} needs a BOS or an EOS token, and the model has neither")
-
-
-def _texts(record: Record) -> list[str]:
-    """The texts of a record that are tokenised."""
-    texts: list[str] = []
-    for turn in record.turns:
-        for each in (*turn.history, turn) if turn.history else (turn,):
-            texts += (each.response, each.input)
-            for message in each.prompt:
-                texts.append(message.content)
-    return texts

@@ -25,7 +25,6 @@ import polars as pl
 from scorer.config import Reading
 from scorer.data.dataset import Dataset, inspect_input
 from scorer.data.moved import count_rows, moved
-from scorer.files.arrow import as_dataset
 from scorer.runs.manifest import Manifest
 from scorer.scores.summary import COLUMNS, QUANTILES, Summary, summarise
 from scorer.storage.atomic import replacing
@@ -152,6 +151,8 @@ class Run:
 
     def to_dataset(self) -> Any:
         """The score table as a `datasets.Dataset`. Raises ScorerError where `datasets` is not installed."""
+        from scorer.files.arrow import as_dataset  # brings pyarrow, which scoring does not need
+
         return as_dataset(self.scores().to_arrow())
 
     def shards(self) -> list[Path]:

@@ -42,12 +42,13 @@ def open_dataset(data: Any, output: str | Path | None, config: ScoreConfig, part
             raise ScorerError("split, subset: data in memory has no parts; choose one before")
         paths = [_keep_rows(data, output, fresh)]
     else:
-        paths = spool(files_of([data] if isinstance(data, str | Path) else data, part), output, fresh=fresh)
+        paths = spool(files_of(data, part), output, fresh=fresh)
     return Dataset(paths, reading=config.reading, limit=config.limit)
 
 
-def files_of(paths: Sequence[str | Path], part: Part) -> list[str]:
-    """The files that paths, patterns and datasets mean. Raises ScorerError as `input_files` does, and for none."""
+def files_of(data: str | Path | Sequence[str | Path], part: Part) -> list[str]:
+    """The files that a path or several mean. Raises ScorerError as `input_files` does, and for none."""
+    paths = [data] if isinstance(data, str | Path) else data
     found = [file for path in paths for file in input_files(str(path), split=part.split, subset=part.subset)]
     if not found:
         raise ScorerError("no data: give a file, or - for standard input; in Python also rows or a table")

@@ -61,8 +61,11 @@ def _conversation(record: Record) -> list[Message]:
 
 def _trained(record: Record) -> list[bool]:
     """Whether each message of `_conversation` is a response to train on."""
-    scored = [turn.status != RowStatus.HISTORY_ONLY and turn in record.turns for turn in _turns(record)]
-    return [flag for t, last in zip(_turns(record), scored, strict=True) for flag in (*([True] * len(t.prompt)), last)]
+    flags: list[bool] = []
+    for number, turn in enumerate(_turns(record)):
+        scored = number >= len(record.turns[0].history) and turn.status != RowStatus.HISTORY_ONLY
+        flags += [*([True] * len(turn.prompt)), scored]
+    return flags
 
 
 def _openai(messages: Collection[Message]) -> list[dict[str, Any]]:

@@ -46,11 +46,12 @@ def filter(
     )
     config, score_config = SelectConfig(**selection), ScoreConfig(**scoring)
     directory = run_beside(output) if run is None else str(run)
-    paths = [] if is_in_memory(data) else files_of([data] if isinstance(data, str | Path) else data, Part(**part))
+    paths = [] if is_in_memory(data) else files_of(data, Part(**part))
     check_options(paths, output, config)
     check_measure(config.by, score_config.protocol)
     check_apart(directory, [str(path) for path in (output, config.rejected) if path is not None])
-    dataset = open_dataset(paths or data, directory, score_config, Part(), fresh=given.get("fresh", False))
+    left = Part() if paths else Part(**part)  # of files, the part is chosen already
+    dataset = open_dataset(paths or data, directory, score_config, left, fresh=given.get("fresh", False))
     with dataset:
         check_column(dataset, config.per)
         scored = score(dataset, directory, progress=progress, **given, **scoring)

@@ -2,25 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 from scorer.data.dataset import Dataset
-from tests.lib.hub import COMMIT, CONVERTED, Hub, serving
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Hub]:
-    with serving() as hub:
-        yield hub
-
-
-@pytest.fixture
-def hub(server: Hub) -> Hub:
-    server.clear()
-    return server
+from tests.lib.hub import COMMIT, CONVERTED, Hub
 
 
 def names(paths: list[str]) -> list[str]:

@@ -7,7 +7,7 @@ import hashlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +19,8 @@ import zstandard
 from scorer.data.dataset import Dataset, InputFile, inspect_input
 from scorer.files.raw import RawRecord
 from scorer.files.reader import InputReader
-from scorer.files.writer import RecordWriter
 from scorer.types import RowStatus, ScorerError
-
-JSON_NAMES = [f"data{kind}{packed}" for kind in (".json", ".jsonl", ".ndjson") for packed in ("", ".gz", ".zst")]
-NAMES = [*JSON_NAMES, "data.parquet"]
-ROWS = [{"instruction": f"q{i}", "input": None, "output": "é🙂\x00 ‏ש" * i, "tags": [i]} for i in range(10)]
-
-
-def write(path: Path, rows: Iterable[Any]) -> Path:
-    with RecordWriter(path) as writer:
-        for row in rows:
-            writer.write(row)
-    return path
+from tests.lib.files import JSON_NAMES, NAMES, ROWS, write
 
 
 def read_raw(

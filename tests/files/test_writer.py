@@ -7,7 +7,6 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +18,7 @@ from scorer.data.dataset import Dataset
 from scorer.files.writer import RecordWriter
 from scorer.storage.atomic import replacing
 from scorer.types import ScorerError
-
-JSON_NAMES = [f"data{kind}{packed}" for kind in (".json", ".jsonl", ".ndjson") for packed in ("", ".gz", ".zst")]
-NAMES = [*JSON_NAMES, "data.parquet"]
-ROWS = [{"instruction": f"q{i}", "input": None, "output": "é🙂\x00 ‏ש" * i, "tags": [i]} for i in range(10)]
-
-
-def write(path: Path, rows: Iterable[Any]) -> Path:
-    with RecordWriter(path) as writer:
-        for row in rows:
-            writer.write(row)
-    return path
+from tests.lib.files import JSON_NAMES, NAMES, ROWS, write
 
 
 def values(path: Path) -> list[Any]:

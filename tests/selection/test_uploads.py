@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,24 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.lib.command import Ended, alpaca, end, start
-from tests.lib.hub import Hub, serving
+from tests.lib.hub import Hub
 from tests.lib.runs import make_run
 
 ROWS = alpaca(4)
 BEST = [ROWS[1], ROWS[3]]
 Select = Callable[..., Ended]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Hub]:
-    with serving() as hub:
-        yield hub
-
-
-@pytest.fixture
-def hub(server: Hub) -> Hub:
-    server.clear()
-    return server
 
 
 def run_command(hub: Hub, folder: Path, *arguments: object, token: str = "hf_member", **environment: str) -> Ended:
