@@ -16,6 +16,7 @@ from bench.lib.rows import Rows, encoded, longest
 from scorer.data.dataset import Dataset
 from scorer.models.find import find_model
 from scorer.runs.run import score
+from scorer.runs.shard_file import ShardInfo, write_shard_file
 from scorer.runs.writer import RunWriter
 
 TIMED_ROWS = 5000  # at least; the data are repeated
@@ -86,10 +87,10 @@ def measure(data: str, scored: int, model: str) -> tuple[Costs, Rows]:
 def _shard_bytes(table: pl.DataFrame, folder: Path) -> tuple[float, float]:
     """Bytes of a shard without rows and of each row, from two shards, one with half the rows."""
     shards = RunWriter(folder)
-    (folder / "scores").mkdir(parents=True)
     half = len(table) // 2
-    shards.write_shard(0, table)
-    shards.write_shard(1, table[:half])
+    with shards.locked():
+        for index, rows in enumerate((table, table[:half])):
+            write_shard_file(shards.shard(index), rows, ShardInfo(run_id="", index=index, records=0, rows=rows.height))
     large, small = (path.stat().st_size for path in shards.shards())
     each = (large - small) / (len(table) - half)
     return large - each * len(table), each

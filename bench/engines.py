@@ -261,10 +261,11 @@ def _overhead(sample: Rows, table: pl.DataFrame) -> float:
         run_directory = RunWriter(Path(folder) / "run")
         with run_directory.locked():
             start = time.perf_counter()
-            run_directory.write_shard(0, table)
+            records = table["record_id"].n_unique()
             run_directory.write_manifest(
-                Manifest(identity={"config": {"shard_rows": len(table)}}, ranking={}, records=0)
+                Manifest(identity={"config": {"shard_rows": records}}, ranking={}, records=records)
             )
+            run_directory.write_shard(0, table)
             return sample.seconds + time.perf_counter() - start
 
 

@@ -136,7 +136,9 @@ def whole_path(path: Path, run: Path, cores: int) -> dict[str, float]:
         manifest = Manifest(identity={"config": {"shard_rows": config.shard_rows}}, ranking={}, records=rows)
         directory.write_manifest(manifest)
         job = Job(directory, data, config, find_model(config.model), encoder, engine=NoModel())
-        tokens = sum(shard.tokens for shard in score_locally(job, directory.missing(), Silent()))
+        score_locally(job, directory.missing(), Silent())
+        with directory.snapshot() as table:
+            tokens = sum(info.tokens for info in table.infos)
     seconds = time.perf_counter() - start
     after = resource.getrusage(resource.RUSAGE_SELF)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime

@@ -1,6 +1,6 @@
 """Simulates `scorer score --ray` with object storage: a billion samples on 1, 8 and 64 H100.
 
-    readers --records--> workers (tokenise; pack, compute; write a shard) --"done"--> driver (writes the manifest)
+    readers --records--> workers (tokenise; pack, compute; write a shard) --"done"--> driver
 
 Each reader reads a contiguous range of shards in order. A worker has one device, and holds a few shards. They pass
 through three stages, each of which takes one shard after another: tokenising, the device, and the score table. The
@@ -29,7 +29,6 @@ from bench.lib.shapes import network, shape_config
 from scorer.engines.packed import CUDA_THREADS
 from scorer.runs.ray_driver import WORKERS_A_READER
 from scorer.runs.ray_worker import SHARDS
-from scorer.runs.run import MANIFEST_SECONDS
 
 MODELS = {"gpt2": "GPT-2", "llama-2-7b": "LLaMA-7B"}
 DEVICES = (1, 8, 64)
@@ -69,7 +68,6 @@ class Given:
     concurrent_batches: int = given(
         CUDA_THREADS, "batches", "scorer.engines.packed: threads that pack a batch and wait for the device"
     )
-    manifest_pause: float = given(MANIFEST_SECONDS, "s", "scorer.runs.run: between two writes of the manifest")
     ray_seconds: float = given(0.009, "s a shard", "measured separately: 0.5 MB, Ray Data 2.60, 2 workers on 2 cores")
     start_seconds: float = given(60, "s", "assumed: start of a worker, also after a failure")
     straggler_share: float = given(0.01, "of shards", "assumed")
@@ -162,13 +160,10 @@ def _run_workers(arrivals: list[float], stages: list[float], devices: int, g: Gi
 
 def _driver_seconds(ends: list[float], g: Given) -> tuple[float, float]:
     """When the driver has handled the last shard, and for how long it was busy."""
-    seconds = written = busy = 0.0
+    seconds = 0.0
     for end in sorted(ends):
-        seconds, busy = max(seconds, end) + g.ray_seconds, busy + g.ray_seconds
-        if seconds - written >= g.manifest_pause:
-            written = seconds = seconds + g.request_seconds
-            busy += g.request_seconds
-    return seconds, busy
+        seconds = max(seconds, end) + g.ray_seconds
+    return seconds, len(ends) * g.ray_seconds
 
 
 def _arrivals(shards: int, size: float, readers: int, costs: Costs, g: Given) -> list[float]:
@@ -236,7 +231,7 @@ def _stages(c: Costs, g: Given) -> dict[str, float]:
     return {
         "a reader, JSON Lines": 1 / (c.read_seconds + c.bytes_in / g.stream_bytes),
         "a reader, Parquet": 1 / (c.parquet_read_seconds + c.parquet_bytes_in / g.stream_bytes),
-        f"the driver, shards of {rows:,}": rows / g.ray_seconds / (1 + g.request_seconds / g.manifest_pause),
+        f"the driver, shards of {rows:,}": rows / g.ray_seconds,
         f"the store's PUT, shards of {rows:,}": g.put_rate * rows,
         f"a worker's tokenising, {cores} cores": 1 / c.encode_seconds / (1 - c.encode_parallel * (1 - 1 / cores)),
         f"a worker's packing, {g.concurrent_batches} threads": g.concurrent_batches / c.pack_seconds,

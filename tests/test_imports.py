@@ -49,6 +49,7 @@ TORCH_FREE_WINGS = {"base", "storage", "scores", "files", "data", "encoding", "s
 TORCH_FREE_RUNS = {
     "scorer.runs",
     "scorer.runs.directory",
+    "scorer.runs.shard_file",
     "scorer.runs.extras",
     "scorer.runs.manifest",
     "scorer.runs.progress",

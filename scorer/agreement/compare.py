@@ -130,11 +130,9 @@ def _load(path: Path, by: str | None, lowest: bool | None) -> Scores:
     if is_folder(path):
         run = Run(path)
         ranking = run.manifest.ranking
-        if not run.complete:
-            raise ScorerError(f"{path} is unfinished: run the same command again to finish it")
         if lowest is None and ranking["lowest"] and by in (None, ranking["by"]):
             lowest = True
-        with run.snapshot() as shards:
+        with run.snapshot(finished=True) as shards:
             by = _column(path, shards.schema, by or ranking["by"])
             names = [name for name in (*KEYS, "response", by) if name in shards.schema]
             table = per_record(shards.scores(names))  # no other column is read

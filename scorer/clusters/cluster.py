@@ -24,7 +24,7 @@ from scorer.keywords import ClusterKeywords
 from scorer.models.load import choose_device
 from scorer.options import from_options, keywords
 from scorer.requirements import require
-from scorer.runs.directory import CLUSTERS, EMBEDDINGS, FLAGS, Run, write_table
+from scorer.runs.directory import CLUSTERS, EMBEDDINGS, FLAGS, Run
 from scorer.runs.progress import Progress, shown
 from scorer.runs.writer import RunWriter
 from scorer.types import ScorerError
@@ -71,21 +71,21 @@ def cluster(
         assigned = pl.DataFrame([np.flatnonzero(filled), labels, distances], schema=schema)
         ids = pl.DataFrame({"record_id": pl.int_range(len(filled), eager=True, dtype=pl.Int64)})
         table = ids.join(assigned, on="record_id", how="left", maintain_order="left")
-        write_table(run.path / CLUSTERS, table)
+        run.write_extra(CLUSTERS, table)
         if config.flags:
             _write_flags(run, data, parts, config, receiver)
     return table
 
 
-def _write_flags(run: Run, data: Dataset, parts: Sequence[Matrix], config: ClusterConfig, progress: Progress) -> None:
+def _write_flags(
+    run: RunWriter, data: Dataset, parts: Sequence[Matrix], config: ClusterConfig, progress: Progress
+) -> None:
     instructions, responses = (embed(run, data, kind, config, progress) for kind in ("instruction", "response"))
     pairs = zip(instructions, responses, strict=True)
     far = pl.concat([_far_from_instruction(*pair, config.far_below) for pair in pairs])
     duplicates = pl.Series(near_duplicates(parts, config.duplicate_above))
     ids = pl.int_range(len(far), eager=True, dtype=pl.Int64)
-    write_table(
-        run.path / FLAGS, pl.DataFrame({"record_id": ids, "far_from_instruction": far, "near_duplicate": duplicates})
-    )
+    run.write_extra(FLAGS, pl.DataFrame({"record_id": ids, "far_from_instruction": far, "near_duplicate": duplicates}))
     progress.say(f"flags: {far.sum():,} far_from_instruction, {duplicates.sum():,} near_duplicate")
 
 

@@ -48,8 +48,6 @@ class Encoder:
         else:
             self.writer = TemplateWriter(protocol, tokenizer.eos_token if protocol.score_eos else "")
         self.layout = self._layout(document_token_id)
-        # A longer text surely has more tokens than the limit can see, so it is cut, and a row of any size costs no
-        # more than a long one.
         self.longest = 2 * self.layout.longest_text * max(map(len, tokenizer.get_vocab()))
 
     def set_date(self, began: str) -> None:
@@ -97,8 +95,7 @@ class Encoder:
             np.array(texts.left_out, object)[of_row],
             np.array(texts.special_tokens, bool)[of_row],
         )
-        longest = self.longest
-        ids, offsets = self.special.encode([t if len(t) <= longest else t[:longest] for t in texts.texts])
+        ids, offsets = self.special.encode([t if len(t) <= self.longest else self._cut(t) for t in texts.texts])
         shape = (-1, self.layout.texts)
         pieces = Pieces(
             np.array(texts.rows, np.int64),
@@ -120,6 +117,14 @@ class Encoder:
             texts.leave_out("tools")
         for entries in branches(record, first):
             self.writer.write(record, entries, texts)
+
+    def _cut(self, text: str) -> str:
+        """The beginning of a text, if its tokens are twice as many as the limit can see, so that a row of any size
+        costs no more than a long one. A tokenizer may drop characters, or make one token of many.
+        """
+        beginning = text[: self.longest]
+        ids, _ = self.special.encode([beginning])
+        return beginning if len(ids) >= 2 * self.layout.longest_text else text
 
     def _hidden(self, record: Record) -> Record:
         """The record with special tokens in its texts hidden."""

@@ -70,7 +70,7 @@ def _table_manifest(sources: Sequence[str | Path], table: pl.DataFrame) -> Manif
     return Manifest(
         identity={"config": config, "model_revision": None, "inputs": []},
         model={"name": name, "revision": None, "origin": "tables", "path": absolute(sources[0])},
-        versions={"python": platform.python_version()} | {n: version(n) for n in ("ifd-scorer", "polars")},
+        environments=({"python": platform.python_version()} | {n: version(n) for n in ("ifd-scorer", "polars")},),
         ranking={},
         records=table["record_id"].n_unique(),
     )
@@ -79,8 +79,7 @@ def _table_manifest(sources: Sequence[str | Path], table: pl.DataFrame) -> Manif
 def _read_table(path: Path) -> pl.DataFrame:
     """A run's score table, or a file's, by record_id and turn, with all columns of SCHEMA."""
     if is_folder(path):
-        if not Run(path).complete:
-            raise ScorerError(f"{path} is unfinished: run the same `scorer score` command again to finish it")
+        Run(path).check_finished()
         return Run(path).scores().select(pl.col(name).cast(dtype) for name, dtype in SCHEMA.items()).sort(KEYS)
     table = read_table(path)
     try:

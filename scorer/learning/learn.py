@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from itertools import islice
@@ -30,7 +31,7 @@ from scorer.requirements import require
 from scorer.runs.directory import Run
 from scorer.runs.manifest import Manifest
 from scorer.runs.progress import Progress, Silent, shown
-from scorer.runs.run import check_same_run, score
+from scorer.runs.run import check_same_run, say_removed, score
 from scorer.runs.shards import open_encoder
 from scorer.runs.writer import RunWriter
 from scorer.scores.measures import learning_table
@@ -176,6 +177,8 @@ def learning_manifest(base: Manifest, identity: Mapping[str, Any], epochs: int) 
     return replace(
         base,
         state="running",
+        run_id=uuid.uuid4().hex,
+        shards=(),
         identity=identity,
         fingerprint=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
         ranking={"by": "lp1" if epochs > 1 else "lp1_approx", "lowest": True},
@@ -188,15 +191,12 @@ def finish(run: RunWriter, manifest: Manifest, tables: list[pl.DataFrame], runs:
     shard = table["record_id"].rle_id() // manifest.config["shard_rows"]
     for index, part in enumerate(table.with_columns(shard=shard).partition_by("shard", include_key=False)):
         run.write_shard(index, part)
-    run.write_manifest(
-        replace(
-            manifest,
-            state="complete",
-            status=dict(table["status"].value_counts(sort=True).iter_rows()),
-            tokens=sum(r.tokens for r in runs),
-            seconds=round(sum(r.seconds for r in runs), 3),
-        )
-    )
+    known = {
+        "tokens": sum(r.tokens for r in runs),
+        "seconds": round(sum(r.seconds for r in runs), 3),
+        "environments": manifest.environments,
+    }
+    run.finish(manifest, **known)
 
 
 def check_run_kind(run: Run) -> None:
@@ -205,11 +205,12 @@ def check_run_kind(run: Run) -> None:
         raise ScorerError(f"{run.path} holds a run of another kind: use --fresh to discard it, or another -o")
 
 
-def is_done(run: Run, manifest: Manifest, progress: Progress) -> bool:
+def is_done(run: RunWriter, manifest: Manifest, progress: Progress) -> bool:
     """Whether the run that `manifest` describes is complete. Raises ScorerError where the directory holds another."""
     if not run.begun:
         return False
     check_same_run(run, manifest.identity)
+    say_removed(run.remove_faulty_shards(run.manifest), progress)
     if run.complete:
         progress.say(f"{run.path} is complete already; --fresh would start over")
     return run.complete

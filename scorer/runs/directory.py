@@ -7,14 +7,16 @@
 
 A run directory is a folder, or the objects under an s3:// URL. A shard is whole or absent in either, so the absent ones
 are left to do. The next writer removes what a killed process left half written on a disk.
+
+Before scores are read, every shard is hashed, and compared with what it and the manifest say of it.
 """
 
 from __future__ import annotations
 
 import html
-import io
 import re
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
@@ -25,9 +27,10 @@ import polars as pl
 from scorer.config import Reading
 from scorer.data.dataset import Dataset, inspect_input
 from scorer.data.moved import count_rows, moved
+from scorer.files.kinds import first_line
 from scorer.runs.manifest import Manifest
+from scorer.runs.shard_file import ShardInfo, read_info
 from scorer.scores.summary import COLUMNS, QUANTILES, Summary, summarise
-from scorer.storage.atomic import replacing
 from scorer.storage.paths import exists, is_remote, list_folder, local_copies, store_errors, to_path
 from scorer.types import ScorerError
 
@@ -69,15 +72,20 @@ class Run:
         Raises ScorerError where this is not a run directory, or one of a newer scorer.
         """
         if self._manifest is None:
-            path = self.path / MANIFEST
-            try:
-                with store_errors(self.path):
-                    self._manifest = Manifest.from_json(path.read_text(encoding="utf-8"))
-            except (FileNotFoundError, NotADirectoryError):
-                raise ScorerError(f"{self.path} is not a run directory: it has no {MANIFEST}") from None
-            except (OSError, ValueError) as error:
-                raise ScorerError(f"{path} can't be read ({error}): name another directory") from error
+            self._manifest = self._read_manifest()
         return self._manifest
+
+    def _read_manifest(self) -> Manifest:
+        path = self.path / MANIFEST
+        try:
+            with store_errors(self.path):
+                return Manifest.from_json(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            raise ScorerError(f"{self.path} is not a run directory: it has no {MANIFEST}") from None
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise ScorerError(
+                f"{path} can't be read ({error}): restore it, name another directory, or score again with --fresh"
+            ) from error
 
     @property
     def data(self) -> Dataset:
@@ -123,17 +131,46 @@ class Run:
         """Whether every record has its row; not so where a shard was deleted since."""
         return self.manifest.state == "complete" and not self.missing()
 
+    def check_finished(self) -> None:
+        """Raise ScorerError where records have no row yet."""
+        if not self.complete:
+            raise ScorerError(f"{self.path} is unfinished: run the same command that scored it again to finish it")
+
     @contextmanager
-    def snapshot(self) -> Iterator[ScoreTable]:
+    def snapshot(self, *, finished: bool = False) -> Iterator[ScoreTable]:
         """The score table of the shards that are there now. Those in a store are copied while the block runs.
 
-        Raises ScorerError where there are no shards.
+        finished: those of all records. Raises ScorerError where there are no shards, where one is not what was written,
+        and where another process started the run over since this object read its manifest.
         """
+        known, current = self._manifest, self._read_manifest()
+        if known is not None and known.run_id != current.run_id:
+            raise self._started_over()
+        self._manifest = current
+        if finished:
+            self.check_finished()
         shards = self.shards()
         if not shards:
             raise ScorerError(f"{self.path} holds no scores yet: run `scorer score` to its end first")
+
+        def check_same() -> None:
+            found = self._read_manifest()
+            if (found.run_id, found.records, found.shards) != (current.run_id, current.records, current.shards):
+                raise self._started_over()
+
         with local_copies(shards) as files:
-            yield ScoreTable(self.path, files)
+            infos, faults = inspect_shards(files, current)
+            if faults:
+                name, fault = next(iter(faults.items()))
+                others = f", and {len(faults) - 1:,} other shards are faulty" if len(faults) > 1 else ""
+                raise ScorerError(
+                    f"{self.path / 'scores' / name} {fault}{others}: run the same command that scored it again, which "
+                    "scores what is damaged"
+                )
+            yield ScoreTable(self.path, files, infos, check_same)
+
+    def _started_over(self) -> ScorerError:
+        return ScorerError(f"{self.path} was changed by another process while it was read: run the command again")
 
     def scores(self, columns: Sequence[str] | None = None) -> pl.DataFrame:
         """The score table, one row a turn, in input order: all columns of scorer.scores.measures.SCHEMA, or some."""
@@ -175,10 +212,14 @@ class Run:
 
 
 class ScoreTable:
-    """The score table of a run, read lazily from its shards on this machine's disk."""
+    """The score table of a run, read lazily from its shards on this machine's disk.
 
-    def __init__(self, path: Path, files: list[Path]):
-        self._path, self._files = path, files
+    infos: what each shard says of itself, in their order. check: raises where the run changed since.
+    """
+
+    def __init__(self, path: Path, files: list[Path], infos: list[ShardInfo], check: Callable[[], None]):
+        self._path, self._files, self._check = path, files, check
+        self.infos = infos
 
     @property
     def schema(self) -> pl.Schema:
@@ -190,22 +231,44 @@ class ScoreTable:
         return self.collect(lambda table: table if columns is None else table.select(columns))
 
     def collect(self, query: Callable[[pl.LazyFrame], pl.LazyFrame]) -> pl.DataFrame:
-        """The result of a query, which reads only what it needs. Raises ScorerError for a damaged shard."""
+        """The result of a query, which reads only what it needs. Raises ScorerError where the run changed meanwhile."""
         return self._collect(self._files, query)
+
+    def shard(self, index: int) -> pl.DataFrame:
+        """The rows of one shard."""
+        files = [file for file in self._files if _number(file) == index]
+        return self._collect(files, lambda table: table)
 
     def _collect(self, files: list[Path], query: Callable[[pl.LazyFrame], pl.LazyFrame]) -> pl.DataFrame:
         try:
             return query(pl.scan_parquet(files, glob=False, hive_partitioning=False)).collect(engine="streaming")
-        except (pl.exceptions.PolarsError, FileNotFoundError) as error:
-            raise ScorerError(f"{self._path}: a shard can't be read; score again with --fresh ({error})") from error
+        except (pl.exceptions.PolarsError, OSError) as error:
+            raise ScorerError(f"{self._path}: its scores can't be read ({first_line(error)})") from error
+        finally:
+            self._check()
 
 
-def write_table(path: Path, table: pl.DataFrame) -> None:
-    """Write a Parquet file, whole or not at all. Raises EngineError where the disk is full."""
-    buffer = io.BytesIO()  # an error of Polars' own writer would not say that
-    table.write_parquet(buffer)
-    with replacing(path) as temporary:
-        temporary.write_bytes(buffer.getbuffer())
+def inspect_shards(files: Sequence[Path], manifest: Manifest) -> tuple[list[ShardInfo], dict[str, str]]:
+    """What the shards `files` say of themselves; and by name, what is wrong with those that are not the manifest's."""
+
+    def inspect(file: Path) -> ShardInfo | str:
+        try:
+            info = read_info(file)
+        except (OSError, ValueError) as error:
+            return f"is damaged ({first_line(error)})"
+        index, expected = _number(file), manifest.records_of(_number(file))
+        if info.run_id != manifest.run_id or info.index != index or expected <= 0:
+            return "is no part of this run"
+        if info.records != expected:
+            return f"holds {info.records:,} records in place of {expected:,}"
+        if manifest.shards and [info.rows, info.sha256] != list(manifest.shards[index]):
+            return "is another than was counted"
+        return info
+
+    with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter to other threads
+        found = list(zip(files, pool.map(inspect, files), strict=True))
+    faults = {file.name: info for file, info in found if isinstance(info, str)}
+    return [info for _, info in found if not isinstance(info, str)], faults
 
 
 def _number(shard: Path) -> int:

@@ -18,6 +18,7 @@ import polars as pl
 
 from scorer.files.kinds import first_line
 from scorer.runs.directory import CLUSTERS, EMBEDDINGS, Run
+from scorer.runs.shard_file import read_info
 from scorer.storage.paths import exists, local_copy
 from scorer.types import ScorerError
 
@@ -72,7 +73,9 @@ def read_extra(run: Run, name: str, columns: list[str], option: str = "") -> pl.
         raise ScorerError(f"{path}: no such file; make it with {command}")
     try:
         with local_copy(path) as file:
+            if read_info(file).run_id != run.manifest.run_id:
+                raise ValueError("it is of another run")
             return pl.read_parquet(file, glob=False, hive_partitioning=False).select("record_id", *columns)
-    except (pl.exceptions.PolarsError, OSError) as error:
+    except (pl.exceptions.PolarsError, OSError, ValueError) as error:
         why = first_line(error)
         raise ScorerError(f"{path} can't be read; run {command} again ({why})") from error

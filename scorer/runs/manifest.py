@@ -1,15 +1,18 @@
-"""A run's manifest: what was computed, from what, with which versions, and how far it is."""
+"""A run's manifest: what was computed, from what, with which versions, and the shards of a complete run."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Collection, Mapping
+import uuid
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
 from scorer.data.dataset import InputFile
 
-VERSION = 1  # raised where an older scorer would misread the file
+VERSION = 2  # raised where another scorer would misread the file
+CHECKSUM = "checksum"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,18 +21,21 @@ class Manifest:
 
     identity: format, config (the fields of ScoreConfig), model_revision, served (by a server), inputs (size and hash),
     and for LP learning or tables.
+
+    What is known when all records are scored is empty until then: shards, status, formats, left_out, special_tokens,
+    tokens, seconds, shards_by, and the shards of each environment.
     """
 
     version: int = VERSION
     state: str = "running"  # or complete
+    run_id: str = field(default_factory=lambda: uuid.uuid4().hex)  # of this run and its shards; another one if --fresh
     began: str = ""  # ISO 8601, local time
     fingerprint: str = ""  # SHA-256 of the identity, but for RESUMABLE_FIELDS other than limit
     identity: Mapping[str, Any]
     inputs: tuple[InputFile, ...] = ()
     model: Mapping[str, Any] = field(default_factory=dict)  # name, revision, origin, path
-    versions: Mapping[str, str] = field(default_factory=dict)  # packages that scores depend on
+    environments: Sequence[Mapping[str, Any]] = ()  # device, versions of packages, and how many shards they made
     tokenizer: str = ""  # the library that tokenised, and its version: all give the same ids
-    device: str = ""
     ranking: Mapping[str, Any]  # by: a column of the score table; lowest: whether its low values are worth keeping
     records: int
     input_records: tuple[int, ...] = ()  # rows of each input, up to the limit
@@ -41,6 +47,7 @@ class Manifest:
     seconds: float = 0.0  # all engines together
     shards_by: Mapping[str, int] = field(default_factory=dict)
     server: Mapping[str, Any] | None = None  # what a server says of its model
+    shards: Sequence[Sequence[Any]] = ()  # of each, its rows and its SHA-256: see scorer.runs.shard_file
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -53,6 +60,11 @@ class Manifest:
         """How many shards a finished run has."""
         return int(-(-self.records // self.config["shard_rows"]))
 
+    def records_of(self, index: int) -> int:
+        """How many records a shard has, from record `index * shard_rows` on; 0 or less for one that the run lacks."""
+        rows = int(self.config["shard_rows"])
+        return min(rows, self.records - index * rows)
+
     @property
     def paths(self) -> list[str]:
         """The inputs, in order."""
@@ -64,23 +76,30 @@ class Manifest:
         return values | {"inputs": [i.to_dict() for i in self.inputs], "input_records": list(self.input_records)}
 
     def to_json(self) -> str:
-        """The file's content."""
-        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
+        """The file's content, with a checksum."""
+        values = self.to_dict()
+        return json.dumps(values | {CHECKSUM: _checksum(values)}, indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """The manifest in `text`. Raises ValueError where it is not one, or one of a later version."""
-        content = json.loads(text)
-        if not isinstance(content, dict) or not {"state", "records", "inputs", "ranking", "identity"} <= content.keys():
+        """The manifest in `text`. Raises ValueError where it is not what a scorer of this version wrote."""
+        try:
+            content = json.loads(text)
+        except RecursionError:
+            raise ValueError("it is nested too deep") from None
+        if not isinstance(content, dict) or not {"identity", "records", "ranking"} <= content.keys():
             raise ValueError("it is not the manifest of a run")
-        if content.get("version", VERSION) > VERSION:
-            raise ValueError("a newer scorer wrote it")
-        if "shard_rows" not in (content["identity"].get("config") or {}):
-            raise ValueError("it is not the manifest of a run")
-        known = {f.name: content[f.name] for f in fields(cls) if f.name in content}
-        known["inputs"] = tuple(InputFile(**entry) for entry in content["inputs"])
-        known["input_records"] = tuple(content.get("input_records", ()))
-        return cls(**known)
+        if (found := content.get("version", 1)) != VERSION:
+            raise ValueError(f"it is of version {found}, and this scorer reads {VERSION}")
+        if content.pop(CHECKSUM, None) != _checksum(content):
+            raise ValueError("it is not what scorer wrote: its checksum differs")
+        inputs = tuple(InputFile(**entry) for entry in content.pop("inputs"))
+        return cls(**content | {"inputs": inputs, "input_records": tuple(content["input_records"])})
+
+
+def _checksum(values: Mapping[str, Any]) -> str:
+    """SHA-256 of the values, however the file is laid out."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], ignoring: Collection[str] = ()) -> list[str]:

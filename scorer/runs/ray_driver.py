@@ -26,7 +26,7 @@ from scorer.background import Background
 from scorer.config import Cluster
 from scorer.runs.progress import Progress
 from scorer.runs.ray_worker import SHARDS, Reader, Worker, versions
-from scorer.runs.shards import FinishedShard, Job
+from scorer.runs.shards import Job
 from scorer.storage.paths import absolute
 from scorer.types import EngineError, ScorerError
 
@@ -95,9 +95,7 @@ def _describe_nodes(nodes: Sequence[Mapping[str, float]]) -> str:
     return f"the cluster has {gpus:g} GPUs and {cpus:g} CPUs" + (f" (nodes: {words})" if len(nodes) > 1 else "")
 
 
-def score_on_ray(
-    job: Job, missing: list[int], progress: Progress, *, cluster: Cluster
-) -> Generator[FinishedShard, None, None]:
+def score_on_ray(job: Job, missing: list[int], progress: Progress, *, cluster: Cluster) -> None:
     """The Executor of a Ray cluster.
 
     Raises ScorerError where the cluster can't be reached or is too small, EngineError where it fails.
@@ -120,7 +118,7 @@ def score_on_ray(
             # A pass goes on without shards that died with their workers, but not for ever: where every worker dies, Ray
             # would restart them again and again.
             context.max_errored_blocks = min(4 * size.workers, len(missing) - 1)
-            fault = yield from _one_pass(ray, job, missing, size, progress)
+            fault = _one_pass(ray, job, missing, size, progress)
             # A pass that broke off is a reference cycle that keeps its workers, and these the room for the next ones.
             gc.collect()
             before, missing = missing, job.run.missing()
@@ -134,10 +132,8 @@ def score_on_ray(
                 progress.say(f"Ray: workers died; going on with the {len(missing)} shards that are not done")
 
 
-def _one_pass(
-    ray: Any, job: Job, missing: list[int], size: WorkerPlan, progress: Progress
-) -> Generator[FinishedShard, None, str]:
-    """The shards that one run of Ray Data finishes of those that are missing. Returns what ended it early, or ""."""
+def _one_pass(ray: Any, job: Job, missing: list[int], size: WorkerPlan, progress: Progress) -> str:
+    """Let one run of Ray Data score the missing shards. Returns what ended it early, or ""."""
     try:
         with closing(_rows(ray, _dataset(ray, job, missing, size), size, progress)) as rows:
             for row in rows:
@@ -145,7 +141,6 @@ def _one_pass(
                     kind = EngineError if row["exit_code"] == EngineError.exit_code else ScorerError
                     raise kind(row["error"])
                 progress.advance(row["records"], row["tokens"])
-                yield FinishedShard(row["tokens"], row["seconds"], row["by"])
     except ray.exceptions.RayError as error:
         return _root_cause(str(error))
     return ""

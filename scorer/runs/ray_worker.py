@@ -9,7 +9,6 @@ import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from importlib.metadata import PackageNotFoundError, version
 from threading import Lock
 from typing import Any
 
@@ -18,25 +17,20 @@ import polars as pl
 from scorer.background import Background, Feed
 from scorer.config import SERVERS, ScoreConfig
 from scorer.data.dataset import Dataset, InputFile, input_size
-from scorer.engines.choose import engine_versions, open_engine
+from scorer.engines.choose import open_engine
 from scorer.models.find import ModelFiles, find_model
+from scorer.runs.environment import environment, package_versions
 from scorer.runs.progress import Silent
 from scorer.runs.shards import Shard, ShardScorer, open_encoder, read_shards
-from scorer.runs.writer import RunWriter
+from scorer.runs.writer import RunWriter, Work
 from scorer.types import ScorerError
 
 SHARDS = 4  # held by a worker at a time: one is tokenised, two are with the engine, one is written
-PACKAGES = ("ifd-scorer", "torch", "transformers")  # whose versions a score depends on, beside the engine's
 
 
 def versions(engine: str, files: ModelFiles) -> dict[str, str]:
     """The versions that a score depends on, in this process, without the build (+cpu, +cu128)."""
-    found = engine_versions(engine)
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "none"
+    found = package_versions(engine)
     return {name: text.partition("+")[0] for name, text in found.items()} | {"model": str(files.revision)}
 
 
@@ -69,6 +63,7 @@ class Worker:
         self.config, self.run, self.strict, self.cpus, self.driver = config, RunWriter(run), strict, cpus, driver
         self.name = f"{platform.node()}, process {os.getpid()}"
         self.scorer: ShardScorer | None = None
+        self.environment: Mapping[str, str] = {}
         # Ray calls from SHARDS threads. One of them tokenises at a time, and one thread more runs the engine.
         self.tokenising = Lock()
         self.feed: Feed[Shard] | None = None
@@ -77,7 +72,7 @@ class Worker:
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
         (index,), (payload,) = batch["index"], batch["records"]
         records = pickle.loads(payload)  # written by Reader
-        tokens, seconds, error = 0, 0.0, None
+        tokens, error = 0, None
         try:
             if isinstance(records, ScorerError):
                 raise records
@@ -85,15 +80,13 @@ class Worker:
                 shard = self._open().encode(int(index), records)
                 scored = self._submit(shard)
             seconds, table = scored.result()
-            self.run.write_shard(shard.index, table)
+            self.run.write_shard(shard.index, table, Work(shard.tokens, seconds, self.name, self.environment))
             tokens = shard.tokens
         except ScorerError as fault:
             error = fault
         return {
             "records": [len(records) if error is None else 0],
             "tokens": [tokens],
-            "seconds": [seconds],
-            "by": [self.name],
             "error": [str(error) if error else ""],
             "exit_code": [error.exit_code if error else 0],
         }
@@ -141,6 +134,7 @@ class Worker:
                     f"{self.name}: it has {' and '.join(different)} as where the run began; install the same there"
                 )
             torch.set_num_threads(max(math.ceil(self.cpus), 1))
+            self.environment = environment(config)
             encoder = open_encoder(config, files)
             encoder.set_date(self.run.manifest.began)
             self.scorer = ShardScorer(encoder, open_engine(config, files), strict=self.strict)

@@ -7,14 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
-import time
 from collections.abc import Mapping
-from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -25,7 +21,6 @@ from scorer.engines.choose import (
     check_engine,
     check_length,
     choose_engine,
-    engine_versions,
     resolve_config,
     served_model,
 )
@@ -37,20 +32,17 @@ from scorer.options import keywords
 from scorer.protocols import PROTOCOLS
 from scorer.requirements import require
 from scorer.runs.directory import Run
+from scorer.runs.environment import changes, environment
 from scorer.runs.local import score_locally
 from scorer.runs.manifest import Manifest, differences
 from scorer.runs.progress import Progress, shown
 from scorer.runs.shards import Executor, Job, check_scored, open_encoder, statuses
 from scorer.runs.sources import RUNS, open_dataset
 from scorer.runs.writer import RunWriter
-from scorer.scores.measures import LABELS
-from scorer.scores.summary import count_rows
 from scorer.storage.paths import to_path
 from scorer.types import ScorerError
 
-MANIFEST_SECONDS = 1.0  # between two writings: a store takes longer for one than a GPU for a shard
-UNKNOWN = "unknown"  # in `shards_by`: who scored the shards that a killed process had not counted
-FORMAT = 2  # raised whenever the meaning of a shard changes, so that an older run is not continued
+FORMAT = 3  # raised whenever the meaning of a shard changes, so that an older run is not continued
 # Fields that may change when a run is resumed: how much is computed at once and on how many devices, the path of a
 # model whose revision is the same, and how many records are scored, if they become more.
 RESUMABLE_FIELDS = ("batch_tokens", "model", "limit", "tensor_parallel_size", "gpu_memory_utilization", "max_model_len")
@@ -105,16 +97,18 @@ def score(
         with run.locked():
             if fresh:
                 run.clear()
-            if resumed := resume(run, dataset, identity):
-                if strict:
+            if resumed := resume(run, dataset, identity, receiver):
+                if strict and run.shards():
                     check_scored(dataset.rows(), statuses(run.scores(["record_id", "status"])))
                 if resumed.state == "complete":
                     receiver.say(f"{run.path} is complete already; --fresh would start over")
                     return Run(run.path)
-            manifest = replace(resumed or _new_manifest(model, dataset, identity), fingerprint=fingerprint)
+            manifest = resumed or _new_manifest(model, dataset, identity)
+            manifest = _continued(manifest, model.config, receiver, elsewhere=cluster is not None)
+            manifest = replace(manifest, fingerprint=fingerprint)
             model.encoder.set_date(manifest.began)
             run.write_manifest(manifest)
-            receiver.say(f"loading {model.files.name} ({model.description}; {manifest.device})")
+            receiver.say(f"loading {model.files.name} ({model.description}; {manifest.environments[-1]['device']})")
             job = Job(run, dataset, model.config, model.files, model.encoder, strict)
             executor: Executor = score_locally
             if cluster is not None:
@@ -201,41 +195,66 @@ def _identity(model: Resolved, data: Dataset) -> dict[str, Any]:
     }
 
 
-def resume(run: RunWriter, data: Dataset, identity: dict[str, Any]) -> Manifest | None:
+def resume(run: RunWriter, data: Dataset, identity: dict[str, Any], progress: Progress) -> Manifest | None:
     """The manifest of the run to go on with; None where there is nothing, and the directory is then empty.
 
-    Raises ScorerError where the directory holds another run.
+    Shards that are not what was written are removed. Raises ScorerError where the directory holds another run.
     """
-    if not (run.shards() and run.begun):
-        run.clear()  # a manifest without shards, or shards that no manifest describes
+    shards = run.shards()
+    if shards and not run.begun:
+        raise ScorerError(f"{run.path} has scores and no manifest.json, which says of what: restore it, or use --fresh")
+    if not shards:  # a run without scores binds nobody
+        run.clear()
         if not data.counts:
             data.inspect()
         return None
     check_same_run(run, identity)
-    if data.height != run.manifest.records:
-        return replace(_grown(run, data), identity=identity, inputs=data.inputs)
-    if run.complete:
-        if run.manifest.inputs != data.inputs:  # the same data lies elsewhere now
-            run.write_manifest(replace(run.manifest, inputs=data.inputs))
-        return run.manifest
-    return replace(run.manifest, state="running", identity=identity, inputs=data.inputs)
+    known = run.manifest
+    manifest = replace(known, identity=identity, inputs=data.inputs)
+    if data.height != known.records:
+        manifest = _grown(run, manifest, data)
+    say_removed(run.remove_faulty_shards(manifest), progress)
+    if manifest.state == "complete" and not run.missing():
+        if known.inputs != data.inputs:  # the same data lies elsewhere now
+            manifest = replace(known, inputs=data.inputs)
+            run.write_manifest(manifest)
+        return manifest
+    return replace(manifest, state="running", shards=())
 
 
-def _grown(run: RunWriter, data: Dataset) -> Manifest:
+def say_removed(faults: Mapping[str, str], progress: Progress) -> None:
+    """Tell the user of shards that were removed, if any."""
+    if faults:
+        name, fault = next(iter(faults.items()))
+        others = f", and {len(faults) - 1:,} others are faulty" if len(faults) > 1 else ""
+        progress.say(f"scores/{name} {fault}{others}: removed, and scored again where the run has such records")
+
+
+def _grown(run: RunWriter, manifest: Manifest, data: Dataset) -> Manifest:
     """The manifest of a run that is to have more records. Its last shard is scored again if it is not full.
 
     Clusters and embeddings, which lack the new records, are removed.
     """
-    known = run.manifest
-    if data.height < known.records:
+    if data.height < manifest.records:
         raise ScorerError(
-            f"{run.path} has {known.records:,} records, and --limit {data.limit} is fewer: use another -o, or --fresh"
+            f"{run.path} has {manifest.records:,} records, and --limit {data.limit} is fewer: use another -o, or "
+            "--fresh"
         )
     run.clear_extras()
-    shards_by = dict(known.shards_by)
-    if run.remove_partial_shard() and shards_by:
-        shards_by[max(shards_by, key=lambda name: shards_by[name])] -= 1
-    return replace(known, state="running", records=data.height, input_records=data.counts, shards_by=shards_by)
+    run.remove_partial_shard()
+    return replace(manifest, state="running", records=data.height, input_records=data.counts, shards=())
+
+
+def _continued(manifest: Manifest, config: ScoreConfig, progress: Progress, *, elsewhere: bool) -> Manifest:
+    """The manifest with the environment of this process; the user is told of one that differs from the last."""
+    now, before = environment(config), [dict(entry) for entry in manifest.environments]
+    for entry in before:
+        entry.pop("shards", None)
+    if now in before:
+        before.remove(now)
+    elif before and not elsewhere:
+        progress.say(f"the run goes on with other software or another device: {changes(before[-1], now)}")
+    return replace(manifest, environments=(*before, now))
 
 
 def _new_manifest(model: Resolved, data: Dataset, identity: dict[str, Any]) -> Manifest:
@@ -245,11 +264,7 @@ def _new_manifest(model: Resolved, data: Dataset, identity: dict[str, Any]) -> M
         identity=identity,
         inputs=data.inputs,
         model={"name": files.name, "revision": files.revision, "origin": files.origin, "path": str(files.path)},
-        versions={"python": platform.python_version()}
-        | {name: version(name) for name in ("ifd-scorer", "torch", "transformers", "polars")}
-        | engine_versions(config.engine),
         tokenizer=model.encoder.bulk.name,
-        device=_device_name(config.device),
         ranking={"by": PROTOCOLS[config.protocol].rank_by, "lowest": PROTOCOLS[config.protocol].lowest},
         records=data.height,
         input_records=data.counts,
@@ -257,46 +272,11 @@ def _new_manifest(model: Resolved, data: Dataset, identity: dict[str, Any]) -> M
     )
 
 
-def _device_name(device: str) -> str:
-    if device == "auto":
-        return "the server's"
-    import torch
-
-    if device == "cuda":
-        return torch.cuda.get_device_name() if torch.cuda.is_available() else device
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-
-
 def execute(job: Job, manifest: Manifest, executor: Executor, progress: Progress) -> None:
     """Score the shards that are missing, and complete the manifest. Raises what the executor raises."""
-    run, written = job.run, time.monotonic()
+    run = job.run
     if missing := run.missing():
-        records, rows = manifest.records, job.config.shard_rows
-        progress.begin(records, records - sum(min(rows, records - index * rows) for index in missing))
-        try:
-            with closing(executor(job, missing, progress)) as shards:
-                for shard in shards:
-                    manifest = replace(
-                        manifest,
-                        tokens=manifest.tokens + shard.tokens,
-                        seconds=round(manifest.seconds + shard.seconds, 3),
-                        shards_by=_counted(manifest.shards_by, shard.by, 1),
-                    )
-                    if time.monotonic() - written >= MANIFEST_SECONDS:
-                        run.write_manifest(manifest)
-                        written = time.monotonic()
-        except BaseException:
-            with suppress(ScorerError):  # the error to see is the one that came before
-                run.write_manifest(manifest)
-            raise
+        progress.begin(manifest.records, manifest.records - sum(map(manifest.records_of, missing)))
+        executor(job, missing, progress)
     job.data.check_unchanged()
-    with run.snapshot() as table:
-        counts = count_rows(table.scores([name for name in ("record_id", "status", *LABELS) if name in table.schema]))
-    # Between a shard and the line that counts it a worker may be killed, and between two manifests this process.
-    if (uncounted := len(run.shards()) - sum(manifest.shards_by.values())) > 0:
-        manifest = replace(manifest, shards_by=_counted(manifest.shards_by, UNKNOWN, uncounted))
-    run.write_manifest(replace(manifest, state="complete", **counts))
-
-
-def _counted(shards_by: Mapping[str, int], by: str, count: int) -> dict[str, int]:
-    return {**shards_by, by: shards_by.get(by, 0) + count}
+    run.finish(manifest)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -44,17 +44,8 @@ class Job:
     engine: Engine | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class FinishedShard:
-    """A shard that was written: its tokens, the seconds that the engine took, and the name of who scored it."""
-
-    tokens: int
-    seconds: float
-    by: str
-
-
-# Scores the shards of the given numbers (ascending), and yields each that is written; tells progress of its records.
-Executor = Callable[[Job, list[int], Progress], Generator[FinishedShard, None, None]]
+# Scores the shards of the given numbers (ascending), and tells progress of their records.
+Executor = Callable[[Job, list[int], Progress], None]
 
 
 def read_shards(data: Dataset, shard_rows: int, missing: Sequence[int]) -> Iterator[tuple[int, list[Record]]]:

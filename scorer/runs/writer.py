@@ -3,18 +3,44 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
-from scorer.runs.directory import CLUSTERS, COPIES, EMBEDDINGS, FLAGS, LOCK, MANIFEST, Run, write_table
+from scorer.runs.directory import (
+    CLUSTERS,
+    COPIES,
+    EMBEDDINGS,
+    FLAGS,
+    LOCK,
+    MANIFEST,
+    Run,
+    ScoreTable,
+    inspect_shards,
+)
 from scorer.runs.manifest import Manifest
+from scorer.runs.shard_file import ZEROS, ShardInfo, write_shard_file
+from scorer.scores.measures import LABELS, MEASURES
+from scorer.scores.summary import count_rows
 from scorer.storage.atomic import check_folder, remove_temporaries, replacing, storage_error
 from scorer.storage.lock import check_free, locked
-from scorer.storage.paths import exists, is_remote, list_folder, remove
-from scorer.types import ScorerError
+from scorer.storage.paths import exists, is_remote, list_folder, local_copies, remove
+from scorer.types import EngineError, ScorerError
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """How a shard was scored: see ShardInfo."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+    by: str = "this process"
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 class RunWriter(Run):
@@ -33,10 +59,77 @@ class RunWriter(Run):
             remove([self.shard(index)])
         return partial
 
-    def write_shard(self, index: int, table: pl.DataFrame) -> None:
-        """Write one shard. Raises EngineError where the disk is full, ScorerError where the run's lock was lost."""
+    def remove_faulty_shards(self, manifest: Manifest) -> dict[str, str]:
+        """Remove the shards that are not `manifest`'s, as they were written. What was wrong with each, by name."""
+        shards = self.shards()
+        with local_copies(shards) as files:
+            _, faults = inspect_shards(files, manifest)
+        if faults:
+            self._check()
+            remove(shard for shard in shards if shard.name in faults)
+        return faults
+
+    def write_shard(self, index: int, table: pl.DataFrame, work: Work | None = None) -> None:
+        """Write one shard. Raises EngineError where the disk is full or a record lacks its row, ScorerError where the
+        run's lock was lost.
+        """
+        records, expected = table["record_id"].n_unique(), self.manifest.records_of(index)
+        if records != expected:
+            raise EngineError(f"{self.shard(index)}: {records:,} records were scored in place of {expected:,}")
+        info = ShardInfo(
+            run_id=self.manifest.run_id, index=index, records=records, rows=table.height, **asdict(work or Work())
+        )
         self._check()
-        write_table(self.shard(index), table)
+        write_shard_file(self.shard(index), table, info)
+
+    def write_extra(self, name: str, table: pl.DataFrame) -> None:
+        """Write a table of all records beside the scores, such as clusters."""
+        info = ShardInfo(run_id=self.manifest.run_id, index=0, records=table.height, rows=table.height)
+        write_shard_file(self.path / name, table, info)
+
+    def finish(self, manifest: Manifest, **values: Any) -> None:
+        """Write the manifest of the run, whose shards are all there: counts are those of the shards, or `values`.
+
+        Raises EngineError where a record has no row.
+        """
+        with self.snapshot() as table:
+            self._copy_equal_scores(table)
+        with self.snapshot() as table:
+            infos = table.infos
+            counts = count_rows(table.scores(["record_id", "status", *LABELS]))
+        if (missing := manifest.records - sum(info.records for info in infos)) or self.missing():
+            raise EngineError(f"{self.path}: {missing:,} of {manifest.records:,} records have no row")
+        made = Counter(tuple(sorted(info.environment.items())) for info in infos)
+        found: dict[str, Any] = {
+            "shards": [[info.rows, info.sha256] for info in infos],
+            "tokens": sum(info.tokens for info in infos),
+            "seconds": round(sum(info.seconds for info in infos), 3),
+            "shards_by": dict(Counter(info.by for info in infos)),
+            "environments": [{**dict(items), "shards": count} for items, count in made.items()],
+            **counts,
+        }
+        self.write_manifest(replace(manifest, state="complete", **found | values))
+
+    def _copy_equal_scores(self, table: ScoreTable) -> None:
+        """Give all rows of the same tokens the scores of the first of them.
+
+        The last bits of a score depend on what it was batched with, and would decide which of equal records is kept.
+        """
+        hashes = table.scores(["tokens_hash"])["tokens_hash"].drop_nulls()
+        repeated = hashes.filter(hashes.is_duplicated()).unique().to_frame()
+        if repeated.is_empty():
+            return
+        columns = ["record_id", "tokens_hash", *MEASURES]
+        rows = table.collect(lambda t: t.select(columns).join(repeated.lazy(), on="tokens_hash", how="semi"))
+        first = rows.sort("record_id", maintain_order=True).unique("tokens_hash", keep="first").drop("record_id")
+        pairs = rows.join(first, on="tokens_hash", how="left", suffix=" first")
+        differ = pl.any_horizontal(pl.col(name).ne_missing(pl.col(f"{name} first")) for name in MEASURES)
+        indices = pairs.filter(differ)["record_id"] // self.manifest.config["shard_rows"]
+        infos = {info.index: info for info in table.infos}
+        for index in indices.unique().sort():
+            copied = table.shard(index).update(first, on="tokens_hash")
+            self._check()
+            write_shard_file(self.shard(index), copied, replace(infos[index], sha256=ZEROS))
 
     def write_manifest(self, manifest: Manifest) -> None:
         """Replace the manifest. Raises ScorerError where the run's lock was lost."""

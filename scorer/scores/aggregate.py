@@ -14,7 +14,7 @@ from scorer.types import SCORED, ScorerError
 KEYS = ("record_id", "turn", "status")
 COUNTS = ("prompt_tokens", "response_tokens", "alone_tokens")  # of a record: the sums over its scored turns
 MARGIN, OTHER_RESPONSE = "margin", "other_response"
-NOT_MEASURES = (*KEYS, "rank", "reason")  # the last two name columns of a Selection
+NOT_MEASURES = (*KEYS, "tokens_hash", "rank", "reason")  # the last two name columns of a Selection
 
 
 def measures_of(schema: Mapping[str, pl.DataType]) -> tuple[str, ...]:

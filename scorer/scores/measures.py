@@ -31,11 +31,13 @@ SCHEMA = {
     "response": pl.String,  # chosen, rejected, reasoning, answer and so on; null for what is simply the response
     "left_out": pl.String,  # columns and other parts of the record that are not read, such as "images,tools"
     "special_tokens": pl.Boolean,  # whether the text of the record holds some
+    "tokens_hash": pl.UInt64,  # equal where the scored tokens, and those before them, are equal; null without a score
 }
 LABELS = ("format", "response", "left_out", "special_tokens")
 MEASURES = ("nll_conditioned", "nll_alone", "ppl_conditioned", "ppl_alone", "ifd", "ifd_loss")
 LEARNING = ("lp1", "lp1_approx")  # the measures of `learning_table`
 OK = CODES[RowStatus.OK]
+VIEW_KEY = np.uint64(0x9E3779B97F4A7C15)  # any odd number: the two views are hashed apart
 SCORED_CODES = [code for status, code in CODES.items() if status.scored]
 # Null without an alone view.
 ALONE_COLUMNS = ("alone_tokens", "nll_alone", "ppl_alone", "ifd", "ifd_loss")
@@ -56,6 +58,8 @@ def score_table(
     nll, tokens, fault = np.full((2, rows), np.nan), np.zeros((2, rows), np.int32), np.full((2, rows), OK)
     where = (batch.views, batch.rows)
     nll[where], tokens[where], fault[where] = nll_sums, batch.ends - batch.starts, statuses
+    hashes = np.zeros((2, rows), np.uint64)
+    hashes[where] = batch.span_hashes
     used = (CONDITIONED, ALONE) if two_views else (CONDITIONED,)
     scored = np.isin(turns.statuses, SCORED_CODES)
     if (lacking := np.flatnonzero(scored & (tokens[list(used)] == 0).any(axis=0))).size:
@@ -79,6 +83,7 @@ def score_table(
             "response": pl.Series(turns.responses.tolist(), dtype=pl.String),
             "left_out": pl.Series(turns.left_out.tolist(), dtype=pl.String),
             "special_tokens": turns.special_tokens,
+            "tokens_hash": hashes[CONDITIONED] + VIEW_KEY * hashes[ALONE],
         }
     )
     mean_conditioned = pl.col("nll_conditioned") / pl.col("response_tokens")
@@ -97,7 +102,7 @@ def score_table(
     table = table.with_columns(
         status=pl.when(is_scored & ~finite).then(pl.lit(RowStatus.NON_FINITE.value)).otherwise("status")
     )
-    scores = ("response_tokens", "alone_tokens", *MEASURES)
+    scores = ("response_tokens", "alone_tokens", *MEASURES, "tokens_hash")
     return table.with_columns(pl.when(is_scored).then(pl.col(scores))).select(*SCHEMA)
 
 

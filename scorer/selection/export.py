@@ -66,8 +66,6 @@ def select(
     """
     run = run if isinstance(run, Run) else Run(run)
     manifest = run.manifest
-    if not run.complete:
-        raise ScorerError(f"{run.path} is unfinished: run the same `scorer score` command again to finish it")
     if isinstance(data, str | Path):
         raise ScorerError(f"data: {str(data)!r} is not a list of paths; write [{str(data)!r}]")
     data = [file for path in data for file in input_files(str(path))]
@@ -77,7 +75,7 @@ def select(
     writes = output is not None or config.rejected is not None
     reads_text = config.per is not None or set(config.drop_flagged) & set(TEXT_FLAGS)
     opened = run.data_at(data) if writes or reads_text or data else nullcontext()
-    with opened as records, run.snapshot() as scores:
+    with run.snapshot(finished=True) as scores, opened as records:
         selection = replace(_choose(scores, run, records, config), _open=partial(run.data_at, data))
         if records is not None and data:
             selection = replace(selection, unchecked=unchecked(manifest.inputs, records.inputs))
@@ -149,8 +147,7 @@ def check_options(
         one_of("drop_flagged", name, FLAGS)
     if not scored:
         if config.by is not None:
-            measures = tuple(name for name, dtype in SCHEMA.items() if dtype.is_numeric() and name not in KEYS)
-            one_of("by", config.by, measures)
+            one_of("by", config.by, measures_of(pl.Schema(SCHEMA)))
         if config.diverse is not None or config.per_cluster or set(config.drop_flagged) & set(STORED):
             raise ScorerError("clusters and embeddings come after scores: use `scorer score`, `cluster` and `select`")
 

@@ -12,8 +12,9 @@ import polars as pl
 import pytest
 
 from scorer.agreement.compare import compare
+from scorer.runs.directory import Run
 from tests.lib.command import Commands
-from tests.lib.runs import make_run
+from tests.lib.runs import edit_manifest, make_run, write_clusters
 
 ROWS = [{"instruction": f"q{i}", "output": f"a{i}"} for i in range(8)]
 FIRST = [0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]
@@ -55,7 +56,7 @@ def test_two_runs(command: Commands, runs: tuple[Path, Path], tmp_path: Path) ->
 
 
 def test_per_cluster_of_the_first_run(command: Commands, runs: tuple[Path, Path], tmp_path: Path) -> None:
-    pl.DataFrame({"record_id": range(7), "cluster": [5, 5, 5, 5, 2, 2, 2]}).write_parquet(runs[0] / "clusters.parquet")
+    write_clusters(Run(runs[0]), {"record_id": range(7), "cluster": [5, 5, 5, 5, 2, 2, 2]})
     shown = command("compare", "one", "two", "--at", "50%", "--json", "a.json").shown()
     # 4 of 7, quotas 2 and 2: {0 1} both; {4 5} both
     assert "best 50% per cluster, 4: overlap" in shown
@@ -129,7 +130,6 @@ def test_what_is_refused(command: Commands, runs: tuple[Path, Path], tmp_path: P
     assert "has no record_id" in command("compare", "one", "one.jsonl").line()
     assert "no such file" in command("compare", "one", "nowhere.json").line()
     assert "not a run directory" in command("compare", "one", tmp_path).line()
-    manifest = json.loads((runs[1] / "manifest.json").read_text())
-    (runs[1] / "manifest.json").write_text(json.dumps(manifest | {"state": "running"}))
+    edit_manifest(runs[1], state="running")
     assert "unfinished" in command("compare", *runs).line()
     assert "can't be written" in command("compare", "one", "one", "--json", "/proc/a.json").line()

@@ -86,14 +86,6 @@ def test_the_driver_takes_shards_one_by_one() -> None:
     assert larger.first == DEVICE
 
 
-def test_the_driver_writes_the_manifest_after_a_pause() -> None:
-    # all shards are there at once: 100 of 0.25 s each, and after each fourth a request of 3 s
-    told = given(ray_seconds=0.25, request_seconds=3, manifest_pause=1)
-    outcome = simulate(100_000, 100, RATE, costs(tokens=0), told)
-    assert outcome.hours * 3600 == pytest.approx(3 + 100 * 0.25 + 1 * 3 + 24 * 3)  # the first one after the first shard
-    assert outcome.first == DRIVER
-
-
 def test_a_worker_tokenises_the_next_shard_while_its_device_computes() -> None:
     slow = costs(encode_seconds=0.01, encode_parallel=0.5)  # a row: 5 ms, and 5 ms that all its cores share
     alone = simulate(ROWS, 1, RATE, slow, given(cores_per_device=5))
@@ -125,14 +117,14 @@ def test_packing_and_tables_count_only_where_they_are_slower_than_the_device() -
 def test_a_worker_writes_a_shard_while_others_are_tokenised_and_scored() -> None:
     # a shard: 8 s of tokenising, 10 of the device, 9 of writing. The last one is written when all are scored.
     three = costs(encode_seconds=0.008, encode_parallel=0.0)
-    outcome = simulate(ROWS, 1, RATE, three, given(request_seconds=9, manifest_pause=math.inf))
+    outcome = simulate(ROWS, 1, RATE, three, given(request_seconds=9))
     assert outcome.hours * 3600 == pytest.approx(8 + 1000 * 10 + 9)
     assert outcome.first == DEVICE
     # with two shards at a time the next one but one is taken when a shard is written: two in 8 + 10 + 9 s
-    two = simulate(ROWS, 1, RATE, three, given(request_seconds=9, manifest_pause=math.inf, worker_shards=2))
+    two = simulate(ROWS, 1, RATE, three, given(request_seconds=9, worker_shards=2))
     assert two.hours * 3600 == pytest.approx(500 * (8 + 10 + 9) + 10, abs=1)
     # with a write of 42 s a shard is held for 8 + 10 + 42: four in 60 s
-    slow = simulate(ROWS, 1, RATE, three, given(request_seconds=42, manifest_pause=math.inf))
+    slow = simulate(ROWS, 1, RATE, three, given(request_seconds=42))
     assert slow.hours * 3600 == pytest.approx(250 * 60, rel=0.002)
     assert slow.first == REQUESTS
     assert slow.device_share == pytest.approx(10 / 15, rel=0.002)
@@ -152,7 +144,7 @@ def test_the_stages_of_a_worker_share_its_cores() -> None:
 
 def test_requests_count_a_shard() -> None:
     # four shards at once, each the 0.01 s of its device after the one before: 250 times
-    slow = {"request_seconds": 2.0, "manifest_pause": math.inf}
+    slow = {"request_seconds": 2.0}
     outcome = simulate(ROWS, 1, 1000 * RATE, costs(), given(**slow))
     assert outcome.first == REQUESTS
     assert outcome.hours * 3600 == pytest.approx(250 * (0.01 + 2.0) + 3 * 0.01)

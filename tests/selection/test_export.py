@@ -6,6 +6,7 @@ import gzip
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from scorer.models.find import ModelFiles
 from scorer.runs.directory import Run
 from scorer.types import ScorerError
 from tests.lib.command import Commands, alpaca, read_jsonl
+from tests.lib.runs import edit_manifest
 
 TEXTS = ["naïve 🙂", "תרגם לעברית", "a\tb\\n", "\u2028 line", "NUL \0 it", 'quote " it']
 ROWS: list[Any] = [  # lines 50 to 54 are odd, and of 55 records 50 can be scored
@@ -165,9 +167,7 @@ def test_what_is_refused_leaves_every_file_as_it_was(command: Commands, scored: 
     folder = tmp_path / "copy"
     shutil.copytree(scored, folder)
     data, run = folder / "data.jsonl", folder / "run"
-    manifest = json.loads((run / "manifest.json").read_text())
-    manifest["inputs"][0]["path"] = str(data)
-    (run / "manifest.json").write_text(json.dumps(manifest))
+    edit_manifest(run, inputs=(replace(Run(run).manifest.inputs[0], path=str(data)),))
     before = data.read_bytes()
     refusals = {
         ("-o", data): "would be overwritten",
@@ -191,7 +191,7 @@ def test_what_is_refused_leaves_every_file_as_it_was(command: Commands, scored: 
     data.write_bytes(before)
     command("select", run, "-o", "a.jsonl").done()
     (tmp_path / "a.jsonl").unlink()
-    (run / "manifest.json").write_text(json.dumps({**manifest, "state": "running"}))
+    edit_manifest(run, state="running")
     assert "unfinished" in command("select", run, "-o", "a.jsonl").line()
     (run / "manifest.json").write_text('{"name": "another program\'s"}')
     assert "not the manifest of a run" in command("select", run, "-o", "a.jsonl").line()

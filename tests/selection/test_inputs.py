@@ -9,10 +9,10 @@ import polars as pl
 import pytest
 
 from scorer.runs import extras
-from scorer.runs.directory import Run
+from scorer.runs.directory import FLAGS, Run
 from scorer.selection.inputs import column_groups
 from tests.lib.command import Commands, read_jsonl
-from tests.lib.runs import make_run
+from tests.lib.runs import make_run, write_clusters
 
 COUNT = 20
 LANGUAGES: list[object] = ["de", "fr", None, 3]
@@ -37,8 +37,7 @@ def run(tmp_path: Path) -> Run:
 
 def cluster(run: Run) -> None:
     """Ten records in cluster 1, nine in cluster 0, and one without."""
-    table = {"record_id": range(COUNT - 1), "cluster": [1] * 10 + [0] * 9}
-    pl.DataFrame(table).write_parquet(run.path / "clusters.parquet")
+    write_clusters(run, {"record_id": range(COUNT - 1), "cluster": [1] * 10 + [0] * 9})
 
 
 def embed(run: Run) -> None:
@@ -116,7 +115,7 @@ def test_flags(command: Commands, run: Run, tmp_path: Path) -> None:
     assert dropped == [(2, "refusal"), (5, "empty_or_link_only"), (7, "gibberish")]
     assert "flags.parquet: no such file" in command(*given, "near_duplicate").line()
     stored = {"record_id": [4, 9], "far_from_instruction": [True, False], "near_duplicate": [None, True]}
-    pl.DataFrame(stored).write_parquet(run.path / "flags.parquet")
+    write_clusters(run, stored, FLAGS)
     command(*given, "near_duplicate,far_from_instruction,ifd_above_1").done()
     dropped = [(row["n"], row["scorer"]["reason"]) for row in read_jsonl(tmp_path / "r.jsonl")]
     assert dropped == [(4, "far_from_instruction"), (9, "near_duplicate")]

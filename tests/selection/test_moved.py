@@ -59,17 +59,6 @@ def test_files_that_are_not_those_that_were_scored(away: Run, tmp_path: Path) ->
     assert not (tmp_path / "best.jsonl").exists()
 
 
-def test_runs_of_early_versions(away: Run, tmp_path: Path) -> None:
-    """Their manifests do not say how many rows each file has."""
-    path = tmp_path / "run" / "manifest.json"
-    manifest = json.loads(path.read_text())
-    del manifest["input_records"]
-    path.write_text(json.dumps(manifest))
-    files = [tmp_path / "new" / name for name in ("a.jsonl", "b.jsonl")]
-    scorer.select(tmp_path / "run", tmp_path / "best.jsonl", data=files, keep=2)
-    assert read_jsonl(tmp_path / "best.jsonl") == [ROWS[1], ROWS[3]]
-
-
 def test_runs_of_tables(tmp_path: Path) -> None:
     for epoch, values in enumerate(([9.0, 9.0, 9.0], [8.0, 5.0, 3.0])):
         pl.DataFrame({"record_id": range(3), "ppl_conditioned": values}).write_csv(tmp_path / f"{epoch}.csv")
