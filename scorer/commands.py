@@ -223,7 +223,7 @@ def filter_(data: tuple[str, ...], output: str, run: str | None, **options: Any)
     from scorer.selection.filtering import filter as filter_data
     from scorer.selection.filtering import run_beside
 
-    directory = run or run_beside(output)
+    directory = run_beside(output) if run is None else run
     cluster = _cluster(options)
     selection = _selection(options)
     found = filter_data(data, output, directory, cluster=cluster, progress=True, **options, **selection)
@@ -323,7 +323,7 @@ def report(runs: tuple[str, ...], output: str, pictures: str | None, **options: 
 @cli.command()
 @options_of(ScoreConfig, without=("engine", "shard_rows", *names_of(ScoreConfig, DATA)))
 @command_option("Options", "--host", default="127.0.0.1", help="Address to listen on.")
-@command_option("Options", "--port", type=int, default=8000, help="Port to listen on.")
+@command_option("Options", "--port", type=click.IntRange(1, 65535), default=8000, help="Port to listen on.")
 def serve(host: str, port: int, **options: Any) -> None:
     """Serve a model with vLLM, for scorer score --engine http://HOST:PORT elsewhere.
 
@@ -358,6 +358,7 @@ def fetch(name: str, **options: Any) -> None:
     """Fetch the model NAME, so that a later run needs no network."""
     from scorer.models.find import find_model
 
+    ScoreConfig(model=name, **options)  # checks them
     click.echo(find_model(name, report=lambda message: click.echo(message, err=True), **options).path)
 
 
