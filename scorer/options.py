@@ -55,11 +55,11 @@ def same_option(config: type[Any], name: str) -> Any:
 
 
 def describe(config: type[Any]) -> Iterator[tuple[Field[Any], Any, OptionInfo]]:
-    """The fields of a dataclass of options, in order: the field, its type beside None, its option."""
+    """The fields of a dataclass of options, in order: the field, its type (the one beside None), its option."""
     hints = get_type_hints(config)
     for f in fields(config):
         kinds = get_args(hints[f.name])
-        yield f, kinds[0] if NoneType in kinds else hints[f.name], f.metadata["option"]
+        yield f, kinds[0] if len(kinds) == 2 and NoneType in kinds else hints[f.name], f.metadata["option"]
 
 
 def check_fields(config: Any) -> None:
