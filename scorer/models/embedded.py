@@ -120,6 +120,10 @@ def fetch_embedded(name: str, report: Report | None = None) -> Path:
         return path
     try:
         return _fetch(EMBEDDED[name], report or (lambda message: None))
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ScorerError(
+            f"{cache_dir()}: the cache can't be there, since a file is; set SCORER_CACHE to a folder"
+        ) from error
     except OSError as error:
         message = f"{cache_dir()}: cannot store a model there ({error}); free space or set SCORER_CACHE"
         raise EngineError(message) from error
