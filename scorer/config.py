@@ -67,7 +67,7 @@ def parse_vllm_args(texts: Sequence[str]) -> dict[str, Any]:
     """`enforce_eager=false`, `block_size=32` as a dict of JSON values; what is not JSON is a string."""
     arguments: dict[str, Any] = dict(parse_pairs(texts))
     for key, value in arguments.items():
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             arguments[key] = json.loads(value)
     return arguments
 

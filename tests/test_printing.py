@@ -61,6 +61,7 @@ def test_tables_and_lines_of_the_console() -> None:
 
 
 def test_errors_notes_and_tables_of_commands(command: Commands, tmp_path: Path) -> None:
+    arguments: tuple[str, ...]
     make_run(tmp_path / EVIL, ROWS, ifd=[i / 50 for i in range(40)])
     for arguments in (
         ("select", f"{EVIL}.none", "-o", "a.jsonl"),
@@ -73,12 +74,7 @@ def test_errors_notes_and_tables_of_commands(command: Commands, tmp_path: Path) 
         ("compare", EVIL, f"{EVIL}.jsonl"),
     ):
         assert SHOWN in command(*arguments).line()
-    for arguments in (
-        (f"--{EVIL}",),
-        (EVIL,),
-        ("select", EVIL, EVIL, "-o", "a"),
-        ("score", "x", "-o", "r", "--dtype", EVIL),
-    ):
+    for arguments in ((f"--{EVIL}",), (EVIL,), ("select", EVIL, EVIL, "-o", "a"), ("score", "--dtype", EVIL)):
         assert SHOWN in command(*arguments).usage_error()
     assert command("select", EVIL, "-o", f"{EVIL}.csv").done().startswith(f"kept 4 of 40 records: {SHOWN}.csv\n")
     compared = command("compare", EVIL, EVIL).out.splitlines()

@@ -16,6 +16,7 @@ from scorer.storage.paths import DISK_FULL, exists, is_folder, is_remote, upload
 from scorer.types import EngineError, ScorerError
 
 SUFFIX = ".tmp"
+MAX_NAME = 50  # characters of a name in that of its temporary file: file systems take 255 bytes
 MAX_LINKS = 40  # as Linux follows
 
 
@@ -35,7 +36,7 @@ def replacing(path: Path, *, folder: bool = False) -> Iterator[Path]:
         return
     target = Path(os.path.realpath(path)) if path.is_symlink() else path
     # No other user can guess the name, and have something there.
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}{SUFFIX}")
+    temporary = target.with_name(f".{target.name[:MAX_NAME]}.{secrets.token_hex(8)}{SUFFIX}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         before = None if folder else replaced(target)
@@ -62,11 +63,13 @@ def replacing(path: Path, *, folder: bool = False) -> Iterator[Path]:
 
 
 def replaced(target: Path) -> os.stat_result | None:
-    """What a new file at `target` replaces, if anything. Raises ScorerError where it is no file."""
+    """What a new file at `target` replaces, if anything. Raises ScorerError where it is no file, or no name of one."""
     try:
         found = target.stat()
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        raise storage_error(target, error) from error
     if stat.S_ISDIR(found.st_mode):
         raise ScorerError(f"{target}: is a folder; name a file")
     if not stat.S_ISREG(found.st_mode):

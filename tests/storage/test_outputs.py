@@ -183,6 +183,16 @@ def test_pipes_and_devices_are_written_through(run: Run, tmp_path: Path) -> None
     assert (early.stdout, early.stderr) == ("{1\n", "")
 
 
+def test_names_as_long_as_a_file_system_takes(run: Run, command: Commands, tmp_path: Path) -> None:
+    for name in ("x" * 249 + ".jsonl", "é" * 124 + ".jsonl"):
+        command("select", "run", "-o", name, "--keep", 1).done()
+        assert (tmp_path / name).read_text() == BEST
+    (tmp_path / "loop.jsonl").symlink_to("loop.jsonl")
+    for name in ("x" * 250 + ".jsonl", "loop.jsonl"):
+        assert "can't be written" in command("filter", "run.jsonl", "-o", name, "--run", "new").line()
+    assert not (tmp_path / "new").exists()
+
+
 def test_sockets_are_refused_and_nothing_is_beside_a_pipe(run: Run, command: Commands, tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(tmp_path / "s.jsonl"))
