@@ -6,10 +6,13 @@ Exit codes: 0 done; 1 the machine failed, and the same command resumes; 2 the in
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 from dataclasses import fields
-from errno import ENOSPC
+from errno import EMFILE, ENOSPC
+from io import TextIOWrapper
 from typing import Any, NoReturn
 
 import click
@@ -18,6 +21,7 @@ from click.core import ParameterSource
 from scorer.agreement.config import CompareConfig
 from scorer.config import Cluster, ClusterConfig, Part, ScoreConfig, Training
 from scorer.options import DATA, GROUPS, OUTPUT, SELECTION, OptionInfo, describe
+from scorer.printing import error_line, printable
 from scorer.selection.config import SelectConfig
 from scorer.types import ScorerError
 
@@ -26,31 +30,56 @@ Decorator = Callable[[Decorated], Decorated]
 
 
 def main() -> None:
-    """The console command `scorer`."""
+    """Run the command line, and exit."""
+    _open_streams()
     try:
         cli.main(sys.argv[1:] or ["--help"], "scorer", standalone_mode=False)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except click.ClickException as error:
-        if isinstance(error, click.UsageError) and error.ctx is not None:
-            click.echo(error.ctx.get_usage(), err=True)
-        _end(error.format_message(), error.exit_code)
+        usage = isinstance(error, click.UsageError) and error.ctx and error.ctx.get_usage()
+        _end(error.format_message(), error.exit_code, usage or "")
     except ScorerError as error:
         _end(str(error), error.exit_code)
     except BrokenPipeError:  # such as `scorer models | head -1`
-        sys.stdout = None  # else Python would try to flush it, and complain
         sys.exit(1)
-    except OSError as error:
-        if error.errno != ENOSPC or error.filename is not None:
-            raise
-        sys.stdout = None
-        _end(f"standard output: can't be written ({error.strerror})", 1)
+    except OSError as error:  # of printing, or of a machine without files or memory to spare
+        full = error.errno == ENOSPC and error.filename is None
+        where = "standard output: can't be written (" if full else f"{error.filename or 'this machine'}: fails ("
+        help = "; raise the limit with ulimit -n" if error.errno == EMFILE else ""
+        _end(f"{where}{error.strerror or error}){help}", 1)
     except (click.Abort, KeyboardInterrupt):
         _end("interrupted; the same command resumes a run after its last whole shard", 130)
+    finally:
+        _drop_unwritten()
 
 
-def _end(message: str, exit_code: int) -> NoReturn:
-    click.echo(f"scorer: {' '.join(message.split())}", err=True)
+def _end(message: str, exit_code: int, usage: str = "") -> NoReturn:
+    with suppress(OSError):  # standard error may be full, or its reader gone
+        if usage:
+            click.echo(usage, err=True)
+        click.echo(f"scorer: {error_line(message)}", err=True)
     sys.exit(exit_code)
+
+
+def _open_streams() -> None:
+    """Let no file that is opened later be taken for a standard stream that is closed, and print in any encoding."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDONLY)  # has the lowest free number
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _drop_unwritten() -> None:
+    """Let Python not fail at its exit to write what could not be written before."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class Option(click.Option):
@@ -223,7 +252,7 @@ def filter_(data: tuple[str, ...], output: str, run: str | None, **options: Any)
     from scorer.selection.filtering import filter as filter_data
     from scorer.selection.filtering import run_beside
 
-    directory = run or run_beside(output)
+    directory = run_beside(output) if run is None else run
     cluster = _cluster(options)
     selection = _selection(options)
     found = filter_data(data, output, directory, cluster=cluster, progress=True, **options, **selection)
@@ -323,7 +352,7 @@ def report(runs: tuple[str, ...], output: str, pictures: str | None, **options: 
 @cli.command()
 @options_of(ScoreConfig, without=("engine", "shard_rows", *names_of(ScoreConfig, DATA)))
 @command_option("Options", "--host", default="127.0.0.1", help="Address to listen on.")
-@command_option("Options", "--port", type=int, default=8000, help="Port to listen on.")
+@command_option("Options", "--port", type=click.IntRange(1, 65535), default=8000, help="Port to listen on.")
 def serve(host: str, port: int, **options: Any) -> None:
     """Serve a model with vLLM, for scorer score --engine http://HOST:PORT elsewhere.
 
@@ -358,7 +387,9 @@ def fetch(name: str, **options: Any) -> None:
     """Fetch the model NAME, so that a later run needs no network."""
     from scorer.models.find import find_model
 
-    click.echo(find_model(name, report=lambda message: click.echo(message, err=True), **options).path)
+    ScoreConfig(model=name, **options)  # checks them
+    files = find_model(name, report=lambda message: click.echo(printable(message), err=True), **options)
+    click.echo(printable(str(files.path)))
 
 
 def _cluster(options: dict[str, Any]) -> Cluster | None:

@@ -67,7 +67,7 @@ def parse_vllm_args(texts: Sequence[str]) -> dict[str, Any]:
     """`enforce_eager=false`, `block_size=32` as a dict of JSON values; what is not JSON is a string."""
     arguments: dict[str, Any] = dict(parse_pairs(texts))
     for key, value in arguments.items():
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             arguments[key] = json.loads(value)
     return arguments
 
@@ -158,7 +158,9 @@ class ScoreConfig:
     max_length: int | None = option(MODEL, None, "Maximum tokens of prompt and response.", unset="the protocol's")
     batch_tokens: int | None = option(ENGINE, None, "Tokens per batch.", unset="by engine and device")
     shard_rows: int = option(OUTPUT, 1000, "Records per shard; an unfinished shard is scored again.")
-    limit: int | None = option(DATA, None, "Score only the first N records.", unset="all", metavar="N")
+    limit: int | None = option(
+        DATA, None, "Score only the first N records.", unset="all", metavar="N", maximum=2**63 - 1
+    )
     columns: Mapping[str, str] | None = same_option(Reading, "columns")
     reasoning: str = same_option(Reading, "reasoning")
     tool_calls: str = same_option(Reading, "tool_calls")
@@ -294,5 +296,9 @@ class ClusterConfig(EmbedderConfig):
     iterations: int = option(CLUSTERS, 20, "Iterations of k-means.")
     seed: int = option(CLUSTERS, 42, "Seed for k-means.", minimum=0)
     flags: bool = option(CLUSTERS, False, "Also flag far responses and near-duplicates.")
-    far_below: float = option(CLUSTERS, 0.1, "Flag a response whose cosine with its instruction is below this.")
-    duplicate_above: float = option(CLUSTERS, 0.98, "Flag a record whose cosine with an earlier one is above this.")
+    far_below: float = option(
+        CLUSTERS, 0.1, "Flag a response whose cosine with its instruction is below this.", minimum=-1, maximum=1
+    )
+    duplicate_above: float = option(
+        CLUSTERS, 0.98, "Flag a record whose cosine with an earlier one is above this.", minimum=-1, maximum=1
+    )

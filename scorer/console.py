@@ -19,7 +19,7 @@ from scorer.agreement.compare import Contents, Pair
 from scorer.agreement.statistics import Estimate
 from scorer.models.find import ModelRow
 from scorer.runs.directory import Run
-from scorer.runs.progress import PLAIN, console
+from scorer.runs.progress import PlainConsole, console
 from scorer.scores.summary import QUANTILES
 from scorer.selection.selection import Selection
 from scorer.types import ScorerError
@@ -35,7 +35,7 @@ def _standard_output() -> Console:
     """
     if sys.stdout is None:
         raise ScorerError("standard output is closed: give it a file, or a program to read it")
-    return Console(**PLAIN) if sys.stdout.isatty() else Console(width=PIPE_WIDTH, **PLAIN)
+    return PlainConsole() if sys.stdout.isatty() else PlainConsole(width=PIPE_WIDTH)
 
 
 def _box(output: Console) -> Box | None:

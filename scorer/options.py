@@ -20,13 +20,16 @@ Config = TypeVar("Config")
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
+MAX = 2**31 - 1  # the largest whole number that all libraries take
+
+
 @dataclass(frozen=True, slots=True)
 class OptionInfo:
     """What a field's metadata says about its option.
 
     unset: what `--help` shows as the default where that is None, False or empty. flags: the option's name, if it is not
-    `--` and the field's. minimum: the least whole number. parse: the text of the command line (or with `multiple` the
-    texts) to the field's value; raises ValueError.
+    `--` and the field's. minimum, maximum: of a number; None is 1 for a whole one, and 0 for another. parse: the text
+    of the command line (or with `multiple` the texts) to the field's value; raises ValueError.
     """
 
     group: str
@@ -35,7 +38,8 @@ class OptionInfo:
     flags: str | None = None
     choices: tuple[str, ...] = ()
     metavar: str | None = None
-    minimum: int = 1
+    minimum: float | None = None
+    maximum: float = MAX
     parse: Callable[[Any], Any] | None = None
     multiple: bool = False
 
@@ -51,15 +55,15 @@ def same_option(config: type[Any], name: str) -> Any:
 
 
 def describe(config: type[Any]) -> Iterator[tuple[Field[Any], Any, OptionInfo]]:
-    """The fields of a dataclass of options, in order: the field, its type beside None, its option."""
+    """The fields of a dataclass of options, in order: the field, its type (the one beside None), its option."""
     hints = get_type_hints(config)
     for f in fields(config):
         kinds = get_args(hints[f.name])
-        yield f, kinds[0] if NoneType in kinds else hints[f.name], f.metadata["option"]
+        yield f, kinds[0] if len(kinds) == 2 and NoneType in kinds else hints[f.name], f.metadata["option"]
 
 
 def check_fields(config: Any) -> None:
-    """Raise ScorerError unless each choice, whole number and Boolean of a dataclass of options is valid."""
+    """Raise ScorerError unless each choice, number and Boolean of a dataclass is valid, and no text is empty."""
     for f, kind, found in describe(type(config)):
         value = getattr(config, f.name)
         if value is None and f.default is None:
@@ -68,8 +72,15 @@ def check_fields(config: Any) -> None:
             one_of(f.name, value, found.choices)
         elif kind is bool and not isinstance(value, bool):
             raise ScorerError(f"{f.name}: {value!r} is not True or False")
-        elif kind is int and (type(value) is not int or value < found.minimum):
-            raise ScorerError(f"{f.name}: {value!r} is not a whole number of at least {found.minimum}")
+        elif kind in (int, float):
+            low = found.minimum if found.minimum is not None else 1 if kind is int else 0
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            right = whole or (kind is float and isinstance(value, float))
+            if not right or not low <= value <= found.maximum:  # as is NaN
+                what = "a whole number" if kind is int else "a number"
+                raise ScorerError(f"{f.name}: {value!r} is not {what} of at least {low} and at most {found.maximum}")
+        elif value == "":
+            raise ScorerError(f"{f.name}: is empty; give it a value, or leave it out")
 
 
 def keywords(*sources: Any, without: Collection[str] = ()) -> Callable[[Function], Function]:

@@ -41,6 +41,7 @@ COMMANDS_AT_THEIR_TOP = {
     "scorer.agreement.config",
     "scorer.config",
     "scorer.options",
+    "scorer.printing",
     "scorer.selection.config",
     "scorer.types",
 }

@@ -29,7 +29,8 @@ from scorer.runs.extras import clusters, has_clusters
 from scorer.scores.aggregate import KEYS, check_ids, check_same_ids, measures_of, per_record
 from scorer.scores.measures import LEARNING
 from scorer.selection.export import SCORES_KEY
-from scorer.storage.atomic import check_writable, replacing
+from scorer.storage.atomic import replacing
+from scorer.storage.outputs import check_writable
 from scorer.storage.paths import is_folder, to_path
 from scorer.types import ScorerError
 

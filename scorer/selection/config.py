@@ -168,10 +168,10 @@ class SelectConfig:
     def size(self) -> int | Fraction:
         """How many records are kept."""
         if self.diverse is not None:
-            return parse_keep(self.diverse)
+            return parse_keep(self.diverse, "diverse")
         return parse_keep("10%" if self.keep is None else self.keep)
 
     @property
     def by_rank(self) -> int | Fraction:
         """How many records are kept by rank, before diversity."""
-        return self.size if self.diverse is None else parse_keep("20%" if self.pool is None else self.pool)
+        return self.size if self.diverse is None else parse_keep("20%" if self.pool is None else self.pool, "pool")

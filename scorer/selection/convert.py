@@ -19,7 +19,7 @@ from scorer.files.arrow import framed
 from scorer.files.raw import RawRecord
 from scorer.files.upload import on_hub
 from scorer.files.writer import output_kind
-from scorer.storage.atomic import replacing
+from scorer.storage.atomic import is_stream, replacing
 from scorer.storage.paths import exists, to_path
 from scorer.types import Message, Record, RowStatus, ScorerError, Turn
 
@@ -196,6 +196,8 @@ def check_dataset_info(output: str | Path, form: str) -> None:
         raise ScorerError(f"dataset_info: LLaMA-Factory does not read {output}; write to one of {kinds}")
     if on_hub(output):
         raise ScorerError(f"dataset_info: it is a file beside the output; {output} is on the hub: write to a file here")
+    if is_stream(to_path(output)):
+        raise ScorerError(f"dataset_info: it is a file beside the output, and {output} is none: write to a file")
     _entries(to_path(output).parent / DATASET_INFO)
 
 

@@ -40,6 +40,7 @@ from scorer.selection.flags import FLAGS, SCORE_FLAGS, STORED, TEXT_FLAGS
 from scorer.selection.inputs import column_groups, flags
 from scorer.selection.ranking import select_records
 from scorer.selection.selection import Selection
+from scorer.storage.outputs import check_outside_runs
 from scorer.storage.paths import is_remote, to_path
 from scorer.types import ScorerError, one_of
 
@@ -64,12 +65,12 @@ def select(
     Raises ScorerError where the run is unfinished, where its data changed since, and where a file can't be written;
     EngineError where the hub can't be reached.
     """
+    config = from_options(SelectConfig, options)
     run = run if isinstance(run, Run) else Run(run)
     manifest = run.manifest
     if isinstance(data, str | Path):
         raise ScorerError(f"data: {str(data)!r} is not a list of paths; write [{str(data)!r}]")
     data = [file for path in data for file in input_files(str(path))]
-    config = from_options(SelectConfig, options)
     check_options(list(map(str, data)) or manifest.paths, output, config, scored=True)
     config = _ranked_as(config, manifest.ranking)
     writes = output is not None or config.rejected is not None
@@ -250,8 +251,10 @@ def _file(where: str) -> str:
 
 
 def check_apart(directory: str, outputs: Sequence[str]) -> None:
-    """Raise ScorerError where one of the files `outputs` is the run directory or a folder above it."""
+    """Raise ScorerError where one of the files `outputs` is of the run directory, or is it, or a folder above it."""
     for output in outputs:
+        if not on_hub(output):
+            check_outside_runs(to_path(output), to_path(directory))
         if f"{_file(directory)}/".startswith(f"{_file(output)}/"):
             raise ScorerError(f"{output}: the run directory {directory} would be there; write to another file")
 

@@ -18,6 +18,8 @@ from scorer.selection.config import SelectConfig
 from scorer.selection.export import check_apart, check_measure, check_options, select
 from scorer.selection.inputs import check_column
 from scorer.selection.selection import Selection
+from scorer.storage.atomic import is_stream
+from scorer.storage.paths import to_path
 from scorer.types import ScorerError
 
 
@@ -59,7 +61,9 @@ def filter(
 
 
 def run_beside(output: str | Path) -> str:
-    """The run directory of an output that comes with none. Raises ScorerError for an output on the hub."""
+    """The run directory of an output that comes with none. Raises ScorerError for an output that is no file here."""
     if on_hub(output):
         raise ScorerError(f"run: {output} is on the hub, and the scores stay here; name a directory with --run RUN")
+    if is_stream(to_path(output)):
+        raise ScorerError(f"run: {output} is no file that scores could be kept beside; name a directory with --run RUN")
     return f"{str(output).rstrip('/')}.run"

@@ -24,9 +24,18 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def to_path(path: str | Path) -> Path:
-    """A pathlib.Path, or a UPath for an `s3://` URL. Raises ScorerError for other URLs, and if s3fs is missing."""
+    """A pathlib.Path, or a UPath for an `s3://` URL.
+
+    Raises ScorerError for other URLs, for no path at all and for one that is not UTF-8, and if s3fs is missing.
+    """
     if not isinstance(path, str):
         return path
+    if not path:  # which pathlib takes for the current folder
+        raise ScorerError("a path is empty: name a file or a folder")
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:  # neither a manifest nor Polars and Arrow can hold such a name
+        raise ScorerError(f"{path}: this name is not UTF-8; rename it, or the folder that has it") from error
     scheme, separator, rest = path.partition("://")
     if not separator:
         return Path(path)

@@ -126,7 +126,7 @@ def test_selected_files_by_content(command: Commands, tmp_path: Path) -> None:
 def test_what_is_refused(command: Commands, runs: tuple[Path, Path], tmp_path: Path) -> None:
     assert "name two or more" in command("compare", "one").line()
     assert "a number of records; give shares" in command("compare", *runs, "--at", "5").line()
-    assert "keep: 'x'" in command("compare", *runs, "--at", "5%,x").line()
+    assert "at: 'x'" in command("compare", *runs, "--at", "5%,x").line()
     assert "has no record_id" in command("compare", "one", "one.jsonl").line()
     assert "no such file" in command("compare", "one", "nowhere.json").line()
     assert "not a run directory" in command("compare", "one", tmp_path).line()

@@ -21,7 +21,7 @@ from gguf import GGUFWriter
 from scorer.models.embedded import EMBEDDED, EmbeddedModel, cache_dir, fetch_embedded, on_disk
 from scorer.models.find import ModelFiles, find_model, model_table
 from scorer.models.load import load_causal_lm, load_tokenizer
-from scorer.types import EngineError, ScorerError
+from scorer.types import ScorerError
 
 EXPECTED_IDS = {  # by SmolLM2's vocabulary
     "12345": [33, 34, 35, 36, 37],
@@ -195,7 +195,7 @@ def test_a_cache_that_cannot_be_written_is_named(own_wheel: EmbeddedModel, monke
     in_the_way = cache_dir() / "file"
     in_the_way.write_text("")
     monkeypatch.setenv("SCORER_CACHE", str(in_the_way))
-    with pytest.raises(EngineError, match=r"file: cannot store a model there .* SCORER_CACHE"):
+    with pytest.raises(ScorerError, match=r"file: the cache can't be there.* SCORER_CACHE"):
         fetch_embedded("tiny")
 
 

@@ -197,7 +197,7 @@ def test_diversity_chooses_from_the_best() -> None:
         ({"bucket": "top"}, "bucket: 'top' is not one of low, mid, high"),
         ({"pool": "20%"}, "give --diverse too"),
         ({"diverse": 5}, "leave --keep out"),
-        ({"keep": None, "diverse": 5, "pool": 0}, "keep: '0'"),
+        ({"keep": None, "diverse": 5, "pool": 0}, "pool: '0'"),
         ({"drop_flagged": "refusal"}, "not a tuple"),
     ],
 )
