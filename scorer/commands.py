@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import fields
 from errno import ENOSPC
+from functools import partial
 from typing import Any, NoReturn
 
 import click
@@ -323,7 +324,7 @@ def report(runs: tuple[str, ...], output: str, pictures: str | None, **options: 
 @cli.command()
 @options_of(ScoreConfig, without=("engine", "shard_rows", *names_of(ScoreConfig, DATA)))
 @command_option("Options", "--host", default="127.0.0.1", help="Address to listen on.")
-@command_option("Options", "--port", type=int, default=8000, help="Port to listen on.")
+@command_option("Options", "--port", type=click.IntRange(1, 65535), default=8000, help="Port to listen on.")
 def serve(host: str, port: int, **options: Any) -> None:
     """Serve a model with vLLM, for scorer score --engine http://HOST:PORT elsewhere.
 
@@ -336,7 +337,9 @@ def serve(host: str, port: int, **options: Any) -> None:
 
     config = ScoreConfig(engine="vllm", **options)
     check_serving(config)
-    files = find_model(config.model, revision=config.revision, allow_pickle=config.allow_pickle)
+    find = partial(find_model, config.model, revision=config.revision, allow_pickle=config.allow_pickle)
+    resolve_config(config, find(weights=False))  # refuses what can't run before weights are fetched
+    files = find()
     serve_model(resolve_config(config, files), files, host, port)
 
 

@@ -266,6 +266,7 @@ def set_environment(config: ScoreConfig) -> None:
         if name in _own_variables or name not in os.environ:
             os.environ[name] = value
             _own_variables.add(name)
+    os.environ["SCORER_VLLM_OWNER"] = str(os.getpid())  # vllm_plugin.OWNER; that module imports vLLM
 
 
 @contextmanager
