@@ -72,11 +72,12 @@ class Address:
         """
         connection = self.connection(self.host, self.port, timeout=CONNECT_SECONDS)
         done, late = Event(), Event()
+        stream: socket.socket | None = None  # `connection` forgets it where the answer ends with the connection
 
         def give_up() -> None:
             late.set()
             with suppress(OSError, AttributeError):  # not connected, or just closed
-                connection.sock.shutdown(socket.SHUT_RDWR)
+                (stream or connection.sock).shutdown(socket.SHUT_RDWR)
 
         def watch() -> None:
             quiet, note = waiting
@@ -89,7 +90,8 @@ class Address:
         Thread(target=watch, daemon=True, name="scorer-http-watch").start()
         try:
             connection.connect()
-            connection.sock.settimeout(request.seconds)
+            stream = connection.sock
+            stream.settimeout(request.seconds)
             connection.request(request.method, self.prefix + request.path, request.body, dict(headers))
             response = connection.getresponse()
             body = response.read(request.most_bytes + 1)
@@ -99,7 +101,7 @@ class Address:
                 raise IncompleteRead(body, response.length)
             return Answer(response.status, response.getheader("Location", ""), body)
         except Exception as error:  # whatever a parser of untrusted bytes, or a socket closed under it, may raise
-            if late.is_set() or (isinstance(error, TimeoutError) and connection.sock is not None):
+            if late.is_set() or (isinstance(error, TimeoutError) and stream is not None):
                 raise TooLateError from error
             raise UnreachableError(_reason(error)) from error
         finally:
