@@ -1,4 +1,4 @@
-"""The remote engine against servers that answer wrongly, late, without end or not at all: one error each, never a score."""
+"""The remote engine against servers that answer wrongly, late, without end or not at all: one error each, no score."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ WRONG: dict[str, tuple[Callable[[bytes], bytes | Iterator[bytes]], str]] = {
     "a sum just below what rounding gives": (first_span(1.1 * LEAST_NLL * 5, None), "an NLL is negative"),
     "NaN": (first_span(float("nan"), None), "not JSON"),
     "infinity": (first_span(float("inf"), None), "not JSON"),
-    "a number beyond float64": (lambda body: http(json.dumps(right(body)).replace("2.5", "1e999").encode()), "not JSON"),
+    "beyond float64": (lambda body: http(json.dumps(right(body)).replace("2.5", "1e999").encode()), "not JSON"),
     "a sum that is a string": (first_span("2.5", None), "not a number"),
     "a sum that is a boolean": (first_span(True, None), "not a number"),
     "a sum that is a list": (first_span([2.5], None), "not a number"),
@@ -168,23 +168,23 @@ WRONG: dict[str, tuple[Callable[[bytes], bytes | Iterator[bytes]], str]] = {
     "not UTF-8": (lambda _: http(b'{"identity": "\xff\xfe"}'), "not JSON"),
     "a web page": (lambda _: http(b"<html>Log in", "200 OK", "Content-Type: text/html"), "not JSON (<html>Log in)"),
     "nothing": (lambda _: http(b""), "not JSON"),
-    "compressed": (lambda b: http(gzip.compress(json.dumps(right(b)).encode()), "200 OK", "Content-Encoding: gzip"), "not JSON"),
+    "compressed": (lambda body: http(gzip.compress(body), "200 OK", "Content-Encoding: gzip"), "not JSON"),
     "too long": (lambda _: http(b" " * 100_000), "more than 65,"),
     "a length beyond any memory": (lambda _: http(b"{}").replace(b"h: 2", b"h: 999999999999"), "ended before"),
     "without end": (lambda _: drip(b" " * 100_000, b"HTTP/1.1 200 OK\r\n\r\n"), "more than 65,"),
-    "a slow body": (lambda _: drip(b" ", b"HTTP/1.1 200 OK\r\nContent-Length: 9000\r\n\r\n"), "no whole answer within 1 s"),
-    "a slow body of any length": (lambda _: drip(b" ", b"HTTP/1.1 200 OK\r\n\r\n"), "no whole answer within 1 s"),
-    "a slow header": (lambda _: drip(b"a", b"HTTP/1.1 200 OK\r\nX-A: "), "no whole answer within 1 s"),
+    "a slow body": (lambda _: drip(b" ", b"HTTP/1.1 200 OK\r\nContent-Length: 9000\r\n\r\n"), "no whole answer within"),
+    "a slow body of any length": (lambda _: drip(b" ", b"HTTP/1.1 200 OK\r\n\r\n"), "no whole answer within"),
+    "a slow header": (lambda _: drip(b"a", b"HTTP/1.1 200 OK\r\nX-A: "), "no whole answer within"),
     "headers without end": (lambda _: drip(b"X-A: b\r\n" * 60, b"HTTP/1.1 200 OK\r\n"), "not HTTP"),
-    "slow chunks": (lambda _: drip(b"1\r\n \r\n", CHUNKED), "no whole answer within 1 s"),
-    "silence": (lambda _: silent(), "no whole answer within 1 s"),
+    "slow chunks": (lambda _: drip(b"1\r\n \r\n", CHUNKED), "no whole answer within"),
+    "silence": (lambda _: silent(), "no whole answer within"),
     "a chunk without a size": (lambda _: CHUNKED + b"zz\r\n{}\r\n0\r\n\r\n", "ended before the answer"),
     "a chunk cut off": (lambda _: CHUNKED + b"ff\r\n{}", "ended before the answer"),
     "a body cut off": (lambda body: http(json.dumps(right(body)).encode())[:-9], "ended before the answer"),
     "a connection closed at once": (lambda _: b"", "does not answer"),
     "not HTTP": (lambda _: b"SSH-2.0-OpenSSH_9.6\r\n", "not HTTP"),
-    "a redirect": (lambda _: http(b"", "302 Found", "Location: http://elsewhere.test/x"), "redirects to http://elsewhere.test/x"),
-    "an error of many lines": (lambda _: http(b"<p>\n\x1b[31m" + b"x" * 10_000_000, "500 Error"), r"answers 500: <p> \x1b[31mxxx"),
+    "a redirect": (lambda _: http(b"", "302 Found", "Location: http://elsewhere.test/x"), "redirects to http://elsewhere"),
+    "an error of many lines": (lambda _: http(b"<p>\n\x1b[31m" + b"x" * 10_000_000, "500 Error"), r": <p> \x1b[31mx"),
     "a refusal": (lambda _: http(b'{"detail": "no"}', "422 Unprocessable"), 'answers 422: {"detail": "no"}'),
     "too many requests": (lambda _: http(b"slow down", "429 Too Many Requests"), "answers 429: slow down"),
 }  # fmt: skip
@@ -224,7 +224,7 @@ def test_a_right_answer_is_taken_as_it_is(tiny: Tiny, server: WebServer) -> None
         (http(json.dumps(DESCRIPTION | {"vocab_size": "257"}).encode()), r"does not score \(vocab_size\)"),
         (http(json.dumps(DESCRIPTION | {"max_model_len": True}).encode()), r"does not score \(max_model_len\)"),
         (http(json.dumps(DESCRIPTION | {"shape": None}).encode()), r"does not score \(shape\)"),
-        (http(json.dumps(DESCRIPTION | {"shape": {"vocab_size": 9}, "model": "\x1b[2J"}).encode()), r"serves \\x1b\[2J"),
+        (http(json.dumps(DESCRIPTION | {"shape": {"vocab_size": 9}, "model": "\x1b[2J"}).encode()), r"\\x1b\[2J"),
         (http(b'{"x": "' + b"y" * 100_000), "more than 65,536 bytes"),
         (http(b"", "301 Moved", "Location: https://elsewhere.test"), "redirects to https://elsewhere.test"),
         (http(b"", "401 Unauthorized"), "API key"),
@@ -238,7 +238,9 @@ def test_a_wrong_description(tiny: Tiny, server: WebServer, description: bytes, 
     assert str(raised.value).isprintable()
 
 
-@pytest.mark.parametrize("url", ["http://", "http://a:b", "http://me:secret@host", "http://host/?key=secret", "http://a b"])
+@pytest.mark.parametrize(
+    "url", ["http://", "http://a:b", "http://me:secret@host", "http://host/?key=secret", "http://a b"]
+)
 def test_what_is_no_address(tiny: Tiny, url: str) -> None:
     with pytest.raises(ScorerError, match="not http://HOST:PORT") as raised:
         RemoteEngine(ScoreConfig(engine=url, max_length=1024), tiny("gpt2"), LIMITS)
