@@ -96,9 +96,13 @@ class Server:
             answer = self._ask(Request("GET", "/v1/scorer/model", None, patience, DESCRIPTION_BYTES))
         except EngineError as error:
             raise ScorerError(str(error)) from error
-        wrong = [name for name, kinds in DESCRIPTION.items() if type(answer.get(name, ...)) not in kinds]
+        wrong = [
+            name
+            for name, kinds in DESCRIPTION.items()
+            if type(answer.get(name, ...)) not in kinds or not str(answer[name]).isprintable()  # messages have these
+        ]
         if wrong:  # a page of another server, such as a proxy
-            raise ScorerError(f"{self.url} answers, but does not score ({wrong[0]}): start `scorer serve` there")
+            raise ScorerError(str(self._wrong(f"its description of the model has no {wrong[0]}, or a wrong one")))
         self.model: dict[str, Any] = answer
         if files is not None:
             check_model(self.model, files, self.url)
@@ -175,7 +179,7 @@ class Server:
             logging.getLogger(__name__).warning(message)
 
     def _wrong(self, what: str) -> EngineError:
-        return EngineError(f"{self.url} gave a wrong answer, which is not used: {what}")
+        return EngineError(f"{self.url} answers, but not as `scorer serve` of this version does: {what}")
 
     def close(self) -> None:
         """Nothing to close: each request has a connection of its own."""
@@ -249,5 +253,4 @@ def check_model(served: dict[str, Any], files: ModelFiles, url: str) -> None:
     if known and served["revision"] not in (None, files.revision):
         differs.append("revision")
     if differs:
-        model = shown(served["model"])
-        raise ScorerError(f"{url} serves {model}, not {files.name}: they differ in {shown(differs[0])}")
+        raise ScorerError(f"{url} serves {served['model']}, not {files.name}: they differ in {shown(differs[0])}")
