@@ -92,6 +92,8 @@ class Address:
             connection.connect()
             stream = connection.sock
             stream.settimeout(request.seconds)
+            if late.is_set():  # while there was nothing to shut down
+                raise TimeoutError
             connection.request(request.method, self.prefix + request.path, request.body, dict(headers))
             response = connection.getresponse()
             body = response.read(request.most_bytes + 1)
