@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from dataclasses import fields
 from errno import EMFILE, ENOSPC
+from functools import partial
 from io import TextIOWrapper
 from typing import Any, NoReturn
 
@@ -365,7 +366,9 @@ def serve(host: str, port: int, **options: Any) -> None:
 
     config = ScoreConfig(engine="vllm", **options)
     check_serving(config)
-    files = find_model(config.model, revision=config.revision, allow_pickle=config.allow_pickle)
+    find = partial(find_model, config.model, revision=config.revision, allow_pickle=config.allow_pickle)
+    resolve_config(config, find(weights=False))  # refuses what can't run before weights are fetched
+    files = find()
     serve_model(resolve_config(config, files), files, host, port)
 
 

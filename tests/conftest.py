@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from scorer.models.find import ModelFiles, find_model
 from tests.lib.hub import Hub, serving
 
+os.environ.setdefault("SCORER_SERVER_WAIT", "0")  # a test in which a client waits for a server sets its own
 # The 256 bytes, then the document separator: every text has as many tokens as it has UTF-8 bytes.
 VOCABULARY = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))} | {"<|end|>": 256}
 SIZES = {"vocab_size": 257, "bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 256}

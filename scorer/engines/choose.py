@@ -131,13 +131,18 @@ def resolve_config(
     context = _context_length(files)
     if context is not None:
         check_length(config, context)
-    return replace(
+    resolved = replace(
         config,
         device=device,
         dtype=served["dtype"] if served else choose_dtype(config.dtype, device),
         max_length=config.max_length or min(protocol.max_length, context or protocol.max_length),
         batch_tokens=config.batch_tokens or BATCH_TOKENS.get((config.engine, device)),
     )
+    if config.engine == "vllm" and not elsewhere:
+        from scorer.engines.vllm import check_model
+
+        check_model(resolved, files)
+    return resolved
 
 
 def check_length(config: ScoreConfig, context: int) -> None:

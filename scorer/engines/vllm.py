@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import sys
 import tempfile
 from collections import deque
@@ -139,6 +140,12 @@ def serve(config: ScoreConfig, files: ModelFiles, host: str, port: int) -> NoRet
 
     os.environ[REVISION] = files.revision
     arguments = engine_arguments(config, files)
+    _check_port(host, port)
+    environment = dict(os.environ)  # which vLLM changes as it checks its arguments
+    with tempfile.TemporaryFile() as log, _convert_errors(log, f"vLLM can't serve {files.name}"):
+        from vllm import EngineArgs
+
+        EngineArgs(**arguments).create_engine_config()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     for name, value in (arguments | {"host": host, "port": port}).items():
         flag = name.replace("_", "-")
@@ -146,36 +153,36 @@ def serve(config: ScoreConfig, files: ModelFiles, host: str, port: int) -> NoRet
             command.append(f"--{flag}" if value else f"--no-{flag}")
         else:
             command += [f"--{flag}", json.dumps(value) if isinstance(value, dict | list) else str(value)]
-    os.execv(sys.executable, command)
+    os.execve(sys.executable, command, environment)
+
+
+def _check_port(host: str, port: int) -> None:
+    """Raise ScorerError where a server can't listen there."""
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((host, port))
+    except OSError as error:
+        raise ScorerError(
+            f"can't listen on {host}, port {port} ({error.strerror}): give another --host or --port"
+        ) from error
 
 
 def engine_arguments(config: ScoreConfig, files: ModelFiles) -> dict[str, Any]:
     """The EngineArgs: defaults for prompts without generation, overridden by the user's options.
 
-    Raises ScorerError for a model that vLLM has no class for, and for a max_model_len below max_length.
+    Raises ScorerError as `check_model` does.
     """
-    from vllm import ModelRegistry
-
-    from scorer.engines.vllm_plugin import PREFIX, register
-
     assert config.max_length is not None
     assert config.batch_tokens is not None
     extra = dict(config.vllm_args or {})
-    register()
-    architecture = next(iter(model_settings(files).get("architectures") or ["?"]))
-    if PREFIX + architecture not in ModelRegistry.get_supported_archs():
-        raise ScorerError(f"vLLM has no causal language model for {files.name}, whose architecture is {architecture}")
-    length = config.max_model_len or config.max_length
-    if length < config.max_length:
-        raise ScorerError(
-            f"max_model_len: {length} is less than the {config.max_length} tokens of the longest sequence"
-        )
+    architecture, length = check_model(config, files)
     chunked = extra.get("enable_chunked_prefill", False)
     tokens = config.batch_tokens if chunked else max(config.batch_tokens, length)
     arguments = {
         "model": str(files.path),
         "runner": "pooling",
-        "hf_overrides": {"architectures": [PREFIX + architecture]},
+        "hf_overrides": {"architectures": [architecture]},
         "skip_tokenizer_init": True,  # requests are token ids
         "dtype": config.dtype,  # by default vLLM pools a float32 checkpoint in float16
         "trust_remote_code": config.trust_remote_code,
@@ -193,6 +200,32 @@ def engine_arguments(config: ScoreConfig, files: ModelFiles) -> dict[str, Any]:
     if config.device == "cpu":  # vLLM would reserve nearly all memory
         arguments["kv_cache_memory_bytes"] = CPU_CACHE_BYTES
     return arguments | {name: value for name in OPTIONAL_ARGS if (value := getattr(config, name)) is not None} | extra
+
+
+def check_model(config: ScoreConfig, files: ModelFiles) -> tuple[str, int]:
+    """The name of the model's scoring variant, and the longest sequence. Needs no weights.
+
+    Raises ScorerError for a model that vLLM has no class for, and for a max_model_len below max_length.
+    """
+    check_vllm()
+    set_environment(config)
+    with tempfile.TemporaryFile() as log, _redirect_output(log):
+        from vllm import ModelRegistry
+
+        from scorer.engines.vllm_plugin import PREFIX, register
+
+        register()
+        known = ModelRegistry.get_supported_archs()
+    architecture = next(iter(model_settings(files).get("architectures") or ["?"]))
+    if PREFIX + architecture not in known:
+        raise ScorerError(f"vLLM has no causal language model for {files.name}, whose architecture is {architecture}")
+    assert config.max_length is not None
+    length = config.max_model_len or config.max_length
+    if length < config.max_length:
+        raise ScorerError(
+            f"max_model_len: {length} is less than the {config.max_length} tokens of the longest sequence"
+        )
+    return PREFIX + architecture, length
 
 
 def vllm_version() -> tuple[str, str] | None:
@@ -266,6 +299,7 @@ def set_environment(config: ScoreConfig) -> None:
         if name in _own_variables or name not in os.environ:
             os.environ[name] = value
             _own_variables.add(name)
+    os.environ["SCORER_VLLM_OWNER"] = str(os.getpid())  # vllm_plugin.OWNER; that module imports vLLM
 
 
 @contextmanager

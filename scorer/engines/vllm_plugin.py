@@ -7,9 +7,13 @@ module in each of its processes.
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -26,15 +30,31 @@ SUFFIXES = ("ForCausalLM", "LMHeadModel")  # the names of causal language models
 # and the last token of the last span, which the prompt leaves out.
 SPANS, LAST_TOKEN = "spans", "last"
 PROBE_ROWS = 8
+OWNER = "SCORER_VLLM_OWNER"  # environment variable: the id of the process that starts vLLM
 
 
 def register() -> None:
     """Register the variants by name: the entry point of `vllm.general_plugins`. May be called again."""
+    end_with_parent()
     known = set(ModelRegistry.get_supported_archs())
     for architecture in known:
         name = PREFIX + architecture
         if architecture.endswith(SUFFIXES) and not architecture.startswith(PREFIX) and name not in known:
             ModelRegistry.register_model(name, f"{__name__}:{name}")
+
+
+@cache
+def end_with_parent() -> None:
+    """In a process that vLLM started: end when its parent does. vLLM's own engine outlives a kill -9 of the parent."""
+    parent = multiprocessing.parent_process()
+    if parent is None or os.environ.get(OWNER) in (None, str(os.getpid())):
+        return  # a process of the user's
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    Thread(target=watch, daemon=True, name="scorer-vllm-parent").start()
 
 
 def scoring_request(token_ids: Sequence[int], spans: Sequence[Sequence[int]]) -> tuple[dict[str, Any], PoolingParams]:

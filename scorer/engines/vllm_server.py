@@ -11,8 +11,12 @@ import hashlib
 import json
 import math
 import os
+import socket
+import time
 from argparse import Namespace
+from contextlib import suppress
 from importlib.metadata import version
+from threading import Thread
 from typing import Annotated, Any
 
 from fastapi import APIRouter, FastAPI, HTTPException, Request
@@ -48,20 +52,24 @@ async def model(request: Request) -> dict[str, Any]:
 
 @router.post("/score")
 async def score(body: ScoreRequest, request: Request) -> dict[str, Any]:
-    """`rows`: for each sequence, [NLL sum in nats, tokens] of each span; an infinite or undefined sum is null."""
+    """`rows`: for each sequence, [NLL sum in nats, tokens] of each span; an infinite or undefined sum is null.
+
+    `request` is the SHA-256 of the body that they are the answer to.
+    """
     served = request.app.state.scorer_model
     for sequence in body.sequences:
         if error := _check(sequence, served):
             raise HTTPException(422, error)
     rows = await asyncio.gather(*(_score(request.app.state.scorer_engine, s) for s in body.sequences))
-    return {"identity": served["identity"], "rows": rows}
+    digest = hashlib.sha256(await request.body()).hexdigest()
+    return {"identity": served["identity"], "request": digest, "rows": rows}
 
 
-async def _score(engine: Any, sequence: Sequence) -> list[list[float | None]]:
+async def _score(engine: Any, sequence: Sequence) -> list[tuple[float | None, int]]:
     prompt, params = scoring_request(sequence.token_ids, sequence.spans)
     async for output in engine.encode(prompt, params, f"scorer-{random_uuid()}"):
         rows = output.outputs.data[: len(sequence.spans)].tolist()
-    return [[nll if math.isfinite(nll) else None, tokens] for nll, tokens in rows]
+    return [(nll if math.isfinite(nll) else None, int(tokens)) for nll, tokens in rows]
 
 
 def _check(sequence: Sequence, served: dict[str, Any]) -> str | None:
@@ -74,6 +82,17 @@ def _check(sequence: Sequence, served: dict[str, Any]) -> str | None:
     if bounds[0] < 1 or bounds[-1] > len(ids) or bounds != sorted(bounds):
         return f"spans are not ascending and disjoint within tokens 1 to {len(ids)}"
     return None
+
+
+def _tell_when_ready(host: str, port: int) -> None:
+    """Say on standard error that the server answers; vLLM calls no plugin at that time."""
+    while True:
+        with suppress(OSError), socket.create_connection((host, port), 1):
+            shown = f"[{host}]" if ":" in host else host
+            # not sys.stderr, to which vLLM adds the name of its process
+            os.write(2, f"scorer: ready at http://{shown}:{port}\n".encode())
+            return
+        time.sleep(0.2)
 
 
 class ScoringEndpoint:
@@ -101,5 +120,6 @@ class ScoringEndpoint:
             "versions": {name: version(name) for name in ("torch", "transformers", "ifd-scorer")},
         }
         digest = hashlib.sha256(json.dumps(served, sort_keys=True).encode()).hexdigest()
+        Thread(target=_tell_when_ready, args=(args.host, args.port), daemon=True, name="scorer-ready").start()
         state.scorer_model = served | {"model": config.model, "identity": digest}
         state.scorer_engine = engine_client

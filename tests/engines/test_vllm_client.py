@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,7 +22,7 @@ import urllib3
 
 from scorer.models.find import ModelFiles
 from scorer.runs.directory import Run
-from tests.lib.command import CONSOLE_SCRIPT, SECONDS, Commands, alpaca, shards, wait
+from tests.lib.command import CONSOLE_SCRIPT, SECONDS, Commands, alpaca, end, shards, start, wait
 
 pytestmark = pytest.mark.slow
 Tiny = Callable[[str], ModelFiles]
@@ -141,13 +142,43 @@ def test_a_served_model_scores_and_comes_back_in_the_middle(tiny: Tiny, tmp_path
         assert ended.code == 130, ended
         assert "Traceback" not in ended.err
         before = shards(tmp_path / "cut")
-        cut = command.start(*in_parts, VLLM_API_KEY=KEY)
+        cut = command.start(*in_parts, VLLM_API_KEY=KEY, SCORER_SERVER_WAIT="600")
         wait(lambda: shards(tmp_path / "cut") >= before + 3)
-        kill_all(server)
+        family = server.children(recursive=True)
+        server.kill()  # kill -9 of one process ends the others
+        _, alive = psutil.wait_procs([server, *family], timeout=30)
+        assert not alive, alive
         assert cut.process.exitcode is None, "it ended before the server did"
-    with serving(files, port, tmp_path / "server2.log"):
-        cut.end().done()
-        assert_same(Run(tmp_path / "cut").scores(), expected)
+    early = command.start(*common, "-o", "early", "--engine", url, VLLM_API_KEY=KEY, SCORER_SERVER_WAIT="600")
+    log = tmp_path / "server2.log"
+    with serving(files, port, log) as server:
+        for waiting, run in ((cut, "cut"), (early, "early")):
+            notes = re.findall(
+                r"(?m)^(http\S+) does not answer \(.*\); waiting for it for up to 600 s$", waiting.end().done()
+            )
+            assert notes == [url]
+            assert_same(Run(tmp_path / run).scores(), expected)
+        wait(lambda: f"scorer: ready at {url}\n" in log.read_text())
+        family = signal_all(server, signal.SIGINT)  # as a terminal does
+        _, alive = psutil.wait_procs(family, timeout=10)
+        assert not alive, alive
+
+
+def test_what_cannot_be_served_is_one_line(tiny: Tiny, tmp_path: Path) -> None:
+    """Before weights are loaded: vLLM itself would print its log and a traceback."""
+    unknown = tmp_path / "perceptron"
+    shutil.copytree(tiny("gpt2").path, unknown, ignore=shutil.ignore_patterns("*.safetensors"))
+    settings = json.loads((unknown / "config.json").read_text()) | {"architectures": ["PerceptronForCausalLM"]}
+    (unknown / "config.json").write_text(json.dumps(settings))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        for arguments, words in (
+            (("--model", unknown), "whose architecture is PerceptronForCausalLM"),
+            (("--vllm-arg", "block_size=large"), "block_size"),
+            (("--max-model-len", 2000), "2000"),  # of 1024 positions
+            (("--port", taken.getsockname()[1]), "Address already in use"),
+        ):
+            given = ("serve", "--model", tiny("gpt2").path, "--device", "cpu", "--port", free_port(), *arguments)
+            assert words in end(start(tmp_path, *given, VLLM_LOGGING_LEVEL="ERROR")).line()
 
 
 def test_what_is_no_scoring_server_is_refused(tiny: Tiny, tmp_path: Path) -> None:
@@ -170,6 +201,6 @@ def test_what_is_no_scoring_server_is_refused(tiny: Tiny, tmp_path: Path) -> Non
             for page in ("<p>Log in", '{"error": 1}'):  # which answers every path, as proxies do
                 (tmp_path / "v1" / "scorer").mkdir(parents=True, exist_ok=True)
                 (tmp_path / "v1" / "scorer" / "model").write_text(page)
-                assert "answers, but does not score" in ask()
+                assert "answers, but not as `scorer serve`" in ask()
         finally:
             web.kill()
