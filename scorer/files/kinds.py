@@ -83,9 +83,9 @@ def check_signature(path: Path, suffix: str, start: bytes) -> None:
             raise ScorerError(f"{path}: its content is {kind}, whatever its name says; {advice}")
 
 
-def first_line(error: Exception) -> str:
-    """The first line of the error's text."""
-    return str(error).partition("\n")[0]
+def first_line(error: BaseException) -> str:
+    """The first line of the error's text, up to 200 characters of it."""
+    return str(error).partition("\n")[0][:200]
 
 
 def _longest(name: str, suffixes: tuple[str, ...]) -> str | None:
