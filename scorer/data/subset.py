@@ -111,7 +111,7 @@ class Subset:
         for raw in self._data.rows(start, stop):
             if raw.record_id in wanted:
                 if raw.status is RowStatus.BAD_JSON and raw.record_id not in self._broken:
-                    raise ScorerError(f"{raw.source}: was scored, and is read as no JSON now: score it again")
+                    raise ScorerError(f"{raw.source}: was scored, but is read as bad_json now: score it again")
                 yield raw
 
 

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from scorer.files.arrow_types import LISTS, text_type
 from scorer.files.kinds import ARROW_SUFFIXES, first_line, known_suffix
-from scorer.files.tables import BATCH_ROWS, ipc_batches, parquet_batches, parquet_file, table_errors
+from scorer.files.tables import BATCH_ROWS, check_batch, ipc_batches, parquet_batches, parquet_file, table_errors
 from scorer.requirements import DATASET, require
 from scorer.storage.paths import local_copy
 from scorer.types import ScorerError
@@ -40,7 +40,7 @@ def rows_at(path: Path, positions: Sequence[int]) -> pa.Table:
 
     def chosen(batch: pa.RecordBatch, start: int) -> pa.RecordBatch:
         first, last = np.searchsorted(wanted, [start, start + batch.num_rows])
-        batch.validate(full=True)
+        check_batch(batch)
         return batch.take(pa.array(wanted[first:last] - start))
 
     def is_wanted(start: int, end: int) -> bool:
@@ -154,15 +154,15 @@ def _leaves(array: Any) -> Iterator[pa.Array]:
 
 
 def _is_far(array: pa.Array) -> bool:
-    """Whether an array holds a time outside the years -9999 to 32767, of which Arrow writes another, or no text."""
+    """Whether an array holds a time outside the years -9999 to 32767, or a day, of which Arrow makes a false text."""
     kind = array.type
-    if not (pa.types.is_timestamp(kind) or pa.types.is_date(kind)):
+    if not pa.types.is_temporal(kind) or pa.types.is_duration(kind) or pa.types.is_interval(kind):
         return False
+    first, last = (0, 86_399) if pa.types.is_time(kind) else (FIRST, LAST)
     seconds = {"date32[day]": 1 / 86400, "date64[ms]": 1000}.get(str(kind)) or UNITS[kind.unit]
-    numbers = array.view(pa.int32() if pa.types.is_date32(kind) else pa.int64())
-    bounds = pc.min_max(numbers).as_py()
+    bounds = pc.min_max(array.view(pa.int32() if kind.bit_width == 32 else pa.int64())).as_py()
     low, high = bounds["min"] or 0, bounds["max"] or 0
-    return bool(low < FIRST * seconds or high > LAST * seconds)
+    return bool(low < first * seconds or high >= (last + 1) * seconds)
 
 
 def check_flat(where: str, table: pa.Table) -> None:

@@ -17,7 +17,7 @@ import orjson
 from scorer.files import json_texts
 from scorer.files.kinds import check_signature, first_line, is_array
 from scorer.files.raw import FileRows, Found, RawRecord, Rows, count_and_look, first_fit
-from scorer.files.streams import DOCUMENT_BYTES, check_line, decompressed, pieces
+from scorer.files.streams import DOCUMENT_BYTES, LINE_BYTES, check_line, decompressed, pieces
 from scorer.types import RowStatus, ScorerError
 
 BOM = b"\xef\xbb\xbf"
@@ -73,13 +73,15 @@ class JsonRows(FileRows):
             head.append(line if head else line.removeprefix(BOM))
             if not (text := head[-1].strip()):
                 if len(head) > BLANK_LINES or len(line) > DOCUMENT_BYTES >> 3:
-                    raise ScorerError(f"{self.source.path}: is blank from line 1 to {len(head):,}; write it again")
+                    raise ScorerError(f"{self.source.path}: is blank up to line {len(head):,}; write it again")
                 continue
             if filled == [] and is_array(suffix):
                 self._check_start(text)
             filled.append(text)
             if self.source.records_at is not None:
                 break
+            if len(line) == LINE_BYTES and text.startswith(b"["):
+                break  # longer than any record
             # An object that is alone on its line is not opened there: `{` by itself begins a document.
             if not is_array(suffix) and not filled[0].startswith(b"[") and filled[0] != b"{":
                 return True, head, stream
@@ -156,11 +158,12 @@ class JsonRows(FileRows):
         """The text of a document; "" where it is blank."""
         path = self.source.path
         held, size = [], 0
-        for number, piece in enumerate(chain(head, stream), 1):
+        for piece in chain(head, stream):
             held.append(piece)
             size += len(piece)
             if size > DOCUMENT_BYTES:
-                most = f"the {DOCUMENT_BYTES >> 20:,} MiB that a JSON document may have end in line {number:,}"
+                line = 1 + sum(piece.count(b"\n") for piece in held)
+                most = f"it is over {DOCUMENT_BYTES >> 20:,} MiB, the limit of a JSON document, in line {line:,}"
                 raise ScorerError(f"{path}: {most}; write one record a line")
         data = b"".join(held)
         if not data.strip():

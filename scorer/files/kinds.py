@@ -45,6 +45,8 @@ SIGNATURES = {  # the first bytes of a file -> what it is, and what to do
     b"SQLite format 3\x00": ("an SQLite database", DATABASE),
     b"version https://git-lfs": ("a pointer of Git LFS, not the data", "run git lfs pull"),
     b"<!DOCTYPE html": ("a web page, not the data", "download the file itself"),
+    b"\xff\xfe\x00\x00": ("UTF-32", "convert it to UTF-8 (iconv -f UTF-32 -t UTF-8)"),
+    b"\x00\x00\xfe\xff": ("UTF-32", "convert it to UTF-8 (iconv -f UTF-32 -t UTF-8)"),
     b"\xff\xfe": ("UTF-16", "convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)"),
     b"\xfe\xff": ("UTF-16", "convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)"),
 }

@@ -6,7 +6,9 @@ pyarrow reads both: it raises for a damaged file, where Polars may end the proce
 from __future__ import annotations
 
 import contextlib
+import os
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -41,6 +43,9 @@ class TableRows(FileRows):
         last = None if stop is None else stop - first_id
         with table_errors(self.source.path, self.kind):
             for offset, batch in self._batches(skip, last):
+                if len(set(batch.schema.names)) < batch.num_columns:
+                    twice = Counter(batch.schema.names).most_common(1)[0][0]
+                    raise ScorerError(f"{self.source.path}: two columns have the name '{twice}'; rename one")
                 end = offset + batch.num_rows if last is None else min(offset + batch.num_rows, last)
                 for row in range(max(skip, offset), end, BATCH_ROWS):
                     part = batch.slice(row - offset, min(BATCH_ROWS, end - row))
@@ -73,7 +78,7 @@ class ParquetRows(TableRows):
             return sum(file.metadata.row_group(group).num_rows for group in range(file.num_row_groups))
 
     def _batches(self, start: int, stop: int | None) -> Batches:
-        size = max(1, self.source.local.stat().st_size)
+        size = max(1, os.fstat(self.source.file.fileno()).st_size)
         with parquet_file(self.source.file) as file:
             most = max(1, min(BATCH_ROWS, file.metadata.num_rows * PARQUET_BATCH_BYTES // size))
             yield from parquet_batches(file, most, lambda first, end: end > start and (stop is None or first < stop))
@@ -104,9 +109,7 @@ def python_rows(batch: Any) -> list[dict[str, Any]]:
 
     from scorer.files.arrow_types import read_type
 
-    batch.validate(full=True)
-    if len(set(batch.schema.names)) < batch.num_columns:
-        raise ScorerError(f"two columns have one name ({', '.join(batch.schema.names[:20])}); rename one")
+    check_batch(batch)
     columns = {}
     for field, column in zip(batch.schema, batch.columns, strict=True):
         # ScorerError: there is no such type. ArrowException: a time zone that is not known here, for example.
@@ -117,17 +120,28 @@ def python_rows(batch: Any) -> list[dict[str, Any]]:
     ]
 
 
+def check_batch(batch: Any) -> None:
+    """Raise pyarrow.ArrowInvalid for values that are not of their type: false offsets would end the process.
+
+    Any number will do for a date or a time: what has no text is for those to say who make text of it.
+    """
+    import pyarrow as pa
+
+    for column in batch.columns:
+        column.validate(full=not pa.types.is_primitive(column.type))
+
+
 @contextlib.contextmanager
 def table_errors(path: Path, kind: str) -> Iterator[None]:
     """Turn what pyarrow raises for a file of a kind into ScorerError, which names the file."""
     try:
         yield
-    except EngineError:
+    except ScorerError:
         raise
-    except ScorerError as error:
-        raise error if str(error).startswith(str(path)) else ScorerError(f"{path}: {error}") from error
     except MemoryError as error:
         raise EngineError(f"{path}: this machine has too little memory for it ({first_line(error)})") from error
+    except NotImplementedError as error:
+        raise ScorerError(f"{path}: a column has a type that can't be selected from ({first_line(error)})") from error
     except Exception as error:  # of a damaged file pyarrow raises errors of any class
         raise ScorerError(f"{path}: cannot be read as {kind} ({first_line(error)}); {DAMAGED}") from error
 

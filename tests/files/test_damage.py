@@ -26,7 +26,7 @@ ROWS = [
     for i in range(12)
 ]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
-CSV = "instruction,output\n".encode() + b"".join(b'"Say ""%d"",\nnow","It."\n' % i for i in range(12))
+CSV = b"instruction,output\n" + b"".join(b'"Say ""%d"",\nnow","It."\n' % i for i in range(12))
 TABLE = pa.table({name: [row[name] for row in ROWS] for name in ROWS[0]})
 
 
@@ -106,6 +106,15 @@ def read_and_write(path: Path) -> None:
                         writer.write(raw.value, text=raw.text)
 
 
+def refusal(path: Path) -> str:
+    """What a user is told of a file; "" where it can be read."""
+    try:
+        read_and_write(path)
+    except ScorerError as error:
+        return str(error)
+    return ""
+
+
 def outcomes(folder: Path, seeds: range) -> dict[str, int]:
     """How many mutations were read, and how many refused; each refusal is one line."""
     found = {"read": 0, "refused": 0}
@@ -114,13 +123,10 @@ def outcomes(folder: Path, seeds: range) -> dict[str, int]:
         name, content = SEEDS[seed % len(SEEDS)]
         path = folder / name
         path.write_bytes(mutated(content, draw))
-        try:
-            read_and_write(path)
-            found["read"] += 1
-        except ScorerError as error:
-            assert str(error).isprintable(), seed
-            assert str(path) in str(error), seed
-            found["refused"] += 1
+        told = refusal(path)
+        found["refused" if told else "read"] += 1
+        assert told.isprintable(), seed
+        assert str(path) in told or not told, seed
     return found
 
 

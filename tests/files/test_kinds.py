@@ -188,7 +188,7 @@ def test_no_column_keeps_the_others_from_being_read(tmp_path: Path, name: str) -
 def test_columns_of_one_name(tmp_path: Path) -> None:
     pq.write_table(pa.table([["a"], ["b"], ["c"]], ["instruction", "output", "output"]), tmp_path / "whole.parquet")
     told = refusal(tmp_path / "a.parquet", (tmp_path / "whole.parquet").read_bytes())
-    assert "two columns have one name" in told
+    assert "two columns have the name 'output'" in told
 
 
 # One object on one line of JSON Lines is a record, whatever it holds.
@@ -251,6 +251,18 @@ def test_objects_that_are_nested_too_deep(tmp_path: Path) -> None:
     assert "cannot be read" in refusal(tmp_path / "data.json", '{"a": \n' * 990 + "1" + "}" * 990)
 
 
+def test_a_document_has_the_depth_limit_of_a_line(tmp_path: Path) -> None:
+    for levels, told in ((100, "no list of objects"), (101, "nests deeper than 100 levels"), (9000, "nests deeper")):
+        assert told in refusal(tmp_path / "data.json", '{"a":\n' * levels + "1" + "}" * levels)
+
+
+def test_a_header_of_many_columns(tmp_path: Path) -> None:
+    header = ",".join(f"c{i}" for i in range(100_000))
+    told = refusal(tmp_path / "data.csv", f"{header}\n{header}\n")
+    assert "c0, c1" in told
+    assert len(told) < 1000
+
+
 def test_several_values_that_are_not_all_objects(tmp_path: Path) -> None:
     assert "not all objects" in refusal(tmp_path / "data.json", "{\n}\n[2]")
 
@@ -283,6 +295,7 @@ def test_kinds_that_are_not_read(tmp_path: Path, name: str, told: str) -> None:
         ("data.jsonl.gz", gzip.compress(b"PAR1\x15\x04PAR1", mtime=0), "is Parquet"),
         ("data.parquet", b"ARROW1\x00\x00", "is Arrow"),
         ("data.csv", b"PK\x03\x04", "an Excel workbook"),
+        ("data.jsonl", "{}".encode("utf-32"), "UTF-32"),
         ("data.parquet", b"version https://git-lfs.github.com/spec/v1\n", "run git lfs pull"),
         ("data.jsonl", b"<!DOCTYPE html>", "a web page"),
         ("data.json", b"instruction,output\nSay it.,It.\n", "it starts with 'instruction,output'"),
