@@ -151,7 +151,8 @@ def parquet_file(file: BinaryIO | Path) -> Iterator[Any]:
     """A `pyarrow.parquet.ParquetFile`. A file that is open already stays open."""
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(file, page_checksum_verification=True) as opened:
+    # pre_buffer would read ahead in threads, which abort a process that ends while they do.
+    with pq.ParquetFile(file, pre_buffer=False, page_checksum_verification=True) as opened:
         yield opened
 
 
@@ -172,11 +173,12 @@ def ipc_batches(file: BinaryIO) -> tuple[Any, Iterator[Any]]:
     """The schema and the record batches of an Arrow IPC file or stream."""
     import pyarrow as pa
 
-    file.seek(0)
-    is_file = file.read(6) == b"ARROW1"
-    file.seek(0)
+    # A file of pyarrow's own: it reads one of Python's in threads, which abort a process that ends while they do.
+    source = pa.OSFile(f"/dev/fd/{file.fileno()}")
+    is_file = source.read(6) == b"ARROW1"
+    source.seek(0)
     if is_file:
-        reader = pa.ipc.open_file(file)
+        reader = pa.ipc.open_file(source)
         return reader.schema, (reader.get_batch(number) for number in range(reader.num_record_batches))
-    stream = pa.ipc.open_stream(file)
+    stream = pa.ipc.open_stream(source)
     return stream.schema, iter(stream)
