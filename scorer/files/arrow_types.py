@@ -65,6 +65,8 @@ def _flat_read_type(where: str, kind: pa.DataType) -> pa.DataType:
         return pa.string()
     if any(is_kind(kind) for is_kind in BINARY):
         return pa.large_binary()
+    if pa.types.is_null(kind):
+        return pa.int8()  # of which all are null: pyarrow's cast of nulls to nulls fails inside lists
     if pa.types.is_string_view(kind):
         return pa.large_string()
     return pa.float32() if pa.types.is_float16(kind) else kind

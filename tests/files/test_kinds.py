@@ -154,6 +154,7 @@ ODD_COLUMNS: dict[str, pa.Array] = {
     "half": pa.array([0.5], pa.float16()),
     "twice": pa.StructArray.from_arrays([pa.array([1]), pa.array([2])], ["a", "a"]),
     "view": pa.array(["a"], pa.string_view()),
+    "nulls": pa.array([[None, None]], pa.large_list(pa.field("element", pa.null()))),
     "lists": pa.array([[1]], pa.list_view(pa.int64())),
     "calendar": pa.array([pa.MonthDayNano([1, 2, 3])]),
     "spans": pa.RunEndEncodedArray.from_arrays(pa.array([1], pa.int32()), pa.array(["a"])),
@@ -173,7 +174,7 @@ def test_no_column_keeps_the_others_from_being_read(tmp_path: Path, name: str) -
     for path in paths:
         [row] = read(path)
         assert {key: row[key] for key in SAMPLE} == SAMPLE
-        if name in ("ns", "map", "kind", "blob", "u64", "half", "view"):
+        if name in ("ns", "map", "kind", "blob", "u64", "half", "view", "nulls"):
             assert row[name] == {
                 "ns": "2116-02-20 23:53:38.427387905",
                 "map": [{"key": "a", "value": 1}],
@@ -182,6 +183,7 @@ def test_no_column_keeps_the_others_from_being_read(tmp_path: Path, name: str) -
                 "u64": 2**63 + 5,
                 "half": 0.5,
                 "view": "a",
+                "nulls": [None, None],
             }[name]  # fmt: skip
 
 
