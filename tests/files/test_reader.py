@@ -316,7 +316,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
             writer.write_table(table.combine_chunks(), max_chunksize=size)
     rows.head(2000).write_parquet(tmp_path / "small.parquet")
     _, small = peak(tmp_path / "small.parquet")
-    # Parquet: a column chunk as it is on disk, and some rows. Arrow: the whole file, mapped; the system may free it.
+    # Parquet: a column chunk as it is on disk, and some rows. Arrow: a record batch, and some rows.
     allowed = {"d.parquet": 160, "d.jsonl": 40, "d.csv": 40, "one.arrow": 200, "many.arrow": 200}
     for name, most in allowed.items():
         count, mib = peak(tmp_path / name)
