@@ -13,6 +13,11 @@ class ScorerError(Exception):
 
     exit_code = 2
 
+    def __init__(self, text: str):
+        # Names and contents of files are quoted, and may hold any character.
+        shown = (c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in text)
+        super().__init__(text if text.isprintable() else "".join(shown))
+
 
 class EngineError(ScorerError):
     """The machine failed, not the input (an engine died, a disk is full): the same command resumes."""
@@ -25,7 +30,7 @@ class RowStatus(StrEnum):
 
     OK = "ok"
     TRUNCATED = "truncated"  # scored, on the tokens that the length limit left
-    BAD_JSON = "bad_json"  # the line is not JSON, or not UTF-8
+    BAD_JSON = "bad_json"  # the line is not JSON, not UTF-8, or nested deeper than 100 levels
     UNKNOWN_FORMAT = "unknown_format"  # none of the known columns, or a role that no format has
     MISSING_FIELD = "missing_field"  # a column of its format is absent or null
     NOT_TEXT = "not_text"  # a number, a list, or a string that is not valid Unicode

@@ -26,6 +26,7 @@ CONTENT = (
     *("chosen", "rejected", "response", "output", "completion", "answer"),
 )
 PROMPT_HINTS = ("instruct", "prompt", "question", "query", "input", "problem", "human", "user", "ask")
+SHOWN = 50  # columns, in an error
 RESPONSE_HINTS = ("response", "answer", "output", "completion", "solution", "reply", "target", "assistant")
 
 
@@ -154,8 +155,9 @@ def fit_of(row: Mapping[str, Any], reading: Reading) -> Fit | None:
 @lru_cache(1024)  # a file has few sets of keys; trying all formats takes longer than the rest of a row
 def _detected(keys: tuple[str, ...], filled: tuple[str, ...]) -> Fit | None:
     strong = tuple(format for format in FORMATS if not format.weak)
-    whole = any(all(key in keys for key in format.required) for format in strong)
-    return _fit(keys, filled, strong if whole else FORMATS)
+    there = frozenset(keys)
+    whole = any(all(key in there for key in format.required) for format in strong)
+    return _fit(there, frozenset(filled), strong if whole else FORMATS)
 
 
 def _fit(keys: Collection[str], filled: Collection[str], formats: Sequence[Format]) -> Fit | None:
@@ -201,7 +203,7 @@ def unknown_format(path: Path, first: RawRecord, reading: Reading) -> ScorerErro
     row, columns = as_row(first.value) or {}, reading.columns
     missed = f"has {' and '.join(columns.values())}" if columns else "has a known format"
     held = (
-        f"holds {', '.join(row)}"
+        f"holds {', '.join(list(row)[:SHOWN])}{', ...' if len(row) > SHOWN else ''}"
         if row
         else "is not JSON"
         if first.status is RowStatus.BAD_JSON

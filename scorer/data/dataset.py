@@ -7,6 +7,7 @@ the same copy of an object, and the same parse of a JSON document.
 from __future__ import annotations
 
 import hashlib
+import resource
 import shutil
 import sys
 import tempfile
@@ -26,7 +27,8 @@ from scorer.files.streams import read_errors
 from scorer.storage.paths import absolute, is_remote, object_info, to_path
 from scorer.types import Record, ScorerError
 
-OPEN_FILES = 64  # of one dataset; an input beyond them is opened again when it is read again
+# Of one dataset, of the files that a process may have open; an input beyond them is opened again when it is read again.
+OPEN_FILES = max(1, min(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8))
 KEPT_ARRAY_BYTES = 256 << 20  # on disk: JSON documents up to it stay parsed (five times that) from counting to reading
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
+from scorer.files.json_texts import too_deep
 from scorer.types import RowStatus
 
 ROLES = {
@@ -80,11 +81,16 @@ def text_fault(value: Any) -> RowStatus | None:
         return RowStatus.MISSING_FIELD
     if not isinstance(value, str):
         return RowStatus.NOT_TEXT
+    return None if is_unicode(value) else RowStatus.NOT_TEXT
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text holds no lone surrogate."""
     try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:  # a lone surrogate
-        return RowStatus.NOT_TEXT
-    return None
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def split_reasoning(text: str) -> tuple[str, str]:
@@ -165,9 +171,11 @@ def parsed_json(value: Any) -> Any:
     """The list or object that a JSON string holds; any other value as it is."""
     if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
         return value
+    if too_deep(value.encode("utf-8", "surrogatepass")):
+        return value
     try:
         return json.loads(value)
-    except (ValueError, RecursionError):
+    except ValueError:
         return value
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import accumulate, chain, groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from scorer.data.dataset import Dataset
 from scorer.files.arrow import for_text, framed, is_table_file, rows_at, stacked
 from scorer.files.raw import RawRecord
 from scorer.storage.paths import to_path
-from scorer.types import ScorerError
+from scorer.types import RowStatus, ScorerError
 
 BATCH_ROWS = 10_000  # of a table, that are Python values at a time
 
@@ -33,10 +33,13 @@ class _Part(NamedTuple):
 
 
 class Subset:
-    """The rows `ids` of a dataset, in that order. Files without any of them are not opened to write them."""
+    """The rows `ids` of a dataset, in that order. Files without any of them are not opened to write them.
 
-    def __init__(self, data: Dataset, ids: Sequence[int]):
-        self._data, self._ids = data, list(ids)
+    broken: the ids of those that were no JSON when they were scored. Any other that is none now raises ScorerError.
+    """
+
+    def __init__(self, data: Dataset, ids: Sequence[int], *, broken: Collection[int] = ()):
+        self._data, self._ids, self._broken = data, list(ids), frozenset(broken)
         self._sorted = sorted(self._ids)
 
     def __len__(self) -> int:
@@ -48,9 +51,8 @@ class Subset:
         return self._data.reading
 
     def raw(self) -> Iterator[RawRecord]:
-        """The rows as scoring read them: parsed JSON, or rows of Parquet with Python's dates and decimals."""
-        wanted = set(self._ids)
-        return self._ordered((raw.record_id, raw) for raw in self._data.rows() if raw.record_id in wanted)
+        """The rows as scoring read them: parsed JSON, or of a table's rows what Python holds."""
+        return self._ordered((raw.record_id, raw) for raw in self._read(set(self._ids)))
 
     def records(self) -> Iterator[RawRecord]:
         """The rows with the text of each: all JSON has one. Of a table's rows, `value` is what JSON can hold.
@@ -103,8 +105,14 @@ class Subset:
             for i, position, value in zip(part.ids, part.positions, values, strict=True):
                 yield RawRecord(i, f"{part.path}[{position}]", value)
             return
-        wanted, last = set(part.ids), part.ids[-1]
-        yield from (raw for raw in self._data.rows(part.start, last + 1) if raw.record_id in wanted)
+        yield from self._read(set(part.ids), part.start, part.ids[-1] + 1)
+
+    def _read(self, wanted: Collection[int], start: int = 0, stop: int | None = None) -> Iterator[RawRecord]:
+        for raw in self._data.rows(start, stop):
+            if raw.record_id in wanted:
+                if raw.status is RowStatus.BAD_JSON and raw.record_id not in self._broken:
+                    raise ScorerError(f"{raw.source}: was scored, but is read as bad_json now: score it again")
+                yield raw
 
 
 def _object(raw: RawRecord, wrapped: bool) -> dict[str, Any]:

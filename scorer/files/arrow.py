@@ -6,21 +6,24 @@ What stays in Arrow passes through no Python value, so every type of column and 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 
+from scorer.files.arrow_types import LISTS, text_type
 from scorer.files.kinds import ARROW_SUFFIXES, first_line, known_suffix
-from scorer.files.tables import ipc_batches
+from scorer.files.tables import BATCH_ROWS, check_batch, ipc_batches, parquet_batches, parquet_file, table_errors
 from scorer.requirements import DATASET, require
 from scorer.storage.paths import local_copy
 from scorer.types import ScorerError
 
-BINARY = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary, pa.types.is_binary_view)
+UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}  # in a second
+FIRST, LAST = -377_705_116_800, 971_890_963_199  # seconds from 1970 to the years -9999 and 32767
 
 
 def is_table_file(path: Path) -> bool:
@@ -37,34 +40,28 @@ def rows_at(path: Path, positions: Sequence[int]) -> pa.Table:
 
     def chosen(batch: pa.RecordBatch, start: int) -> pa.RecordBatch:
         first, last = np.searchsorted(wanted, [start, start + batch.num_rows])
+        check_batch(batch)
         return batch.take(pa.array(wanted[first:last] - start))
 
-    try:
-        with local_copy(path) as copy:
-            if known_suffix(path) == ".parquet":
-                with pq.ParquetFile(copy) as file:
-                    batches = [chosen(batch, start) for start, batch in _parquet_batches(file, wanted)]
-                    return pa.Table.from_batches(batches, schema=file.schema_arrow)
-            with ipc_batches(copy) as (schema, stream):
-                ends, batches = 0, []
-                for batch in stream:
-                    batches.append(chosen(batch, ends))
-                    ends += batch.num_rows
-                # The file is mapped only as long as it is open, so what is kept is copied.
-                return pa.Table.from_batches([batch for batch in batches if batch.num_rows], schema=schema)
-    except (pa.ArrowException, OSError) as error:
-        raise ScorerError(f"{path}: cannot be read as a table ({first_line(error)})") from error
+    def is_wanted(start: int, end: int) -> bool:
+        return bool(np.ptp(np.searchsorted(wanted, [start, end])))
 
-
-def _parquet_batches(file: pq.ParquetFile, wanted: Any) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """The batches of the row groups that hold a wanted row, each with the position of its first row."""
-    end = 0
-    for group in range(file.num_row_groups):
-        start, end = end, end + file.metadata.row_group(group).num_rows
-        if np.diff(np.searchsorted(wanted, [start, end])).any():
-            for batch in file.iter_batches(row_groups=[group]):
-                yield start, batch
-                start += batch.num_rows
+    is_parquet = known_suffix(path) == ".parquet"
+    with local_copy(path) as copy, table_errors(path, "Parquet" if is_parquet else "Arrow"):
+        if is_parquet:
+            with parquet_file(copy) as file:
+                groups = parquet_batches(
+                    file, BATCH_ROWS, lambda *bounds: bool(np.ptp(np.searchsorted(wanted, bounds)))
+                )
+                batches = [chosen(batch, start) for start, batch in groups]
+                return pa.Table.from_batches(batches, schema=file.schema_arrow)
+        with open(copy, "rb") as stream:
+            schema, stored = ipc_batches(stream)
+            end, batches = 0, []
+            for batch in stored:
+                batches.append(chosen(batch, end))
+                end += batch.num_rows
+            return pa.Table.from_batches(batches, schema=schema)
 
 
 def stacked(where: str, tables: Sequence[pa.Table]) -> pa.Table:
@@ -90,14 +87,26 @@ def framed(where: str, rows: Sequence[Any]) -> pa.Table:
     unlike = f"{where}: these records do not fit into the columns of one table; write to JSON Lines (.jsonl)"
     try:
         frame = pl.from_dicts(rows, infer_schema_length=None) if rows else pl.DataFrame()
+        if any("\0" in name for name in _names(pl.Struct(frame.schema))):
+            raise ValueError("a key holds the character 0")  # for which Polars would print a trace
         table = frame.to_arrow()
-    # ValueError: lone surrogates. PanicException: a name that holds the character 0.
+    # ValueError: lone surrogates.
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException, TypeError, ValueError, OverflowError) as error:
         raise ScorerError(f"{unlike} ({first_line(error)})") from error
     # Polars makes text of a number in a column of texts, and rounds large integers in a column of fractions.
     if frame.height != len(rows) or not all(map(_same, rows, frame.iter_rows(named=True))):
         raise ScorerError(unlike)
     return table
+
+
+def _names(kind: Any) -> Iterator[str]:
+    """The names of the fields in a type of Polars."""
+    if isinstance(kind, pl.Struct):
+        for field in kind.fields:
+            yield field.name
+            yield from _names(field.dtype)
+    elif isinstance(kind, pl.List | pl.Array):
+        yield from _names(kind.inner)
 
 
 def _same(value: Any, framed: Any) -> bool:
@@ -118,37 +127,42 @@ def for_text(where: str, table: pa.Table) -> pa.Table:
     columns = []
     for field, column in zip(table.schema, table.columns, strict=True):
         name = f"{where}: column '{field.name}'"
+        if any(map(_is_far, _leaves(column.combine_chunks()))):
+            raise ScorerError(f"{name} holds times of years that text can't hold; leave it out, or write to .parquet")
         try:
-            columns.append(column.cast(_text_type(name, field.type)))
+            columns.append(column.cast(text_type(name, field.type)))
         except pa.ArrowException as error:  # such as intervals
             raise ScorerError(f"{name} holds {field.type}, which text can't hold; write to .parquet") from error
     return pa.table(columns, names=table.column_names)
 
 
-def _text_type(where: str, kind: pa.DataType) -> pa.DataType:
-    """The type of what JSON holds for values of a type; types that it holds as they are come back."""
-    types = pa.types
-    if isinstance(kind, pa.BaseExtensionType):
-        return _text_type(where, kind.storage_type)
-    if types.is_dictionary(kind):
-        return _text_type(where, kind.value_type)
-    if types.is_struct(kind):
-        return pa.struct([(field.name, _text_type(f"{where}, {field.name}", field.type)) for field in kind])
-    if types.is_map(kind):
-        return pa.list_(pa.struct([(f.name, _text_type(where, f.type)) for f in (kind.key_field, kind.item_field)]))
-    if types.is_nested(kind):  # lists of any make
-        return pa.large_list(_text_type(where, kind.value_type))
-    return _flat_text_type(where, kind)
+def _leaves(array: Any) -> Iterator[pa.Array]:
+    """The arrays without others inside that an array is made of."""
+    kind = array.type
+    if isinstance(array, pa.ExtensionArray):
+        yield from _leaves(array.storage)
+    elif pa.types.is_dictionary(kind):
+        yield from _leaves(array.dictionary)
+    elif pa.types.is_map(kind):
+        yield from chain(_leaves(array.keys), _leaves(array.items))
+    elif pa.types.is_struct(kind):
+        yield from chain.from_iterable(map(_leaves, array.flatten()))
+    elif any(is_list(kind) for is_list in LISTS):
+        yield from _leaves(array.flatten())
+    else:
+        yield array
 
 
-def _flat_text_type(where: str, kind: pa.DataType) -> pa.DataType:
-    refused = {"binary data": BINARY, "durations": (pa.types.is_duration,)}
-    for what, kinds in refused.items():
-        if any(is_kind(kind) for is_kind in kinds):
-            raise ScorerError(f"{where} holds {what}, which text can't hold; leave it out, or write to .parquet")
-    if pa.types.is_temporal(kind) or pa.types.is_decimal(kind):
-        return pa.string()
-    return pa.float32() if pa.types.is_float16(kind) else kind
+def _is_far(array: pa.Array) -> bool:
+    """Whether an array holds a time outside the years -9999 to 32767, or a day, of which Arrow makes a false text."""
+    kind = array.type
+    if not pa.types.is_temporal(kind) or pa.types.is_duration(kind) or pa.types.is_interval(kind):
+        return False
+    first, last = (0, 86_399) if pa.types.is_time(kind) else (FIRST, LAST)
+    seconds = {"date32[day]": 1 / 86400, "date64[ms]": 1000}.get(str(kind)) or UNITS[kind.unit]
+    bounds = pc.min_max(array.view(pa.int32() if kind.bit_width == 32 else pa.int64())).as_py()
+    low, high = bounds["min"] or 0, bounds["max"] or 0
+    return bool(low < first * seconds or high >= (last + 1) * seconds)
 
 
 def check_flat(where: str, table: pa.Table) -> None:

@@ -7,18 +7,18 @@ not say in which line a fault is.
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from scorer.files.kinds import check_signature, plain
 from scorer.files.raw import FileRows, Found, RawRecord, Rows, count_and_look
-from scorer.files.streams import decompressed
+from scorer.files.streams import LINE_BYTES, check_line, decompressed, pieces
 from scorer.types import ScorerError
 
 BOM = "\ufeff"
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
-CELL_CHARACTERS = 1 << 28  # at most: a quote that nothing closes would take the rest of the file into memory
 
 
 class CsvRows(FileRows):
@@ -47,9 +47,9 @@ class CsvRows(FileRows):
     def _read(self, file: BinaryIO) -> Iterator[dict[str, str]]:
         path, suffix = self.source.path, self.source.suffix
         delimiter = DELIMITERS[plain(suffix)]
-        csv.field_size_limit(CELL_CHARACTERS)
-        reader = csv.reader(_decoded(path, decompressed(file, suffix)), delimiter=delimiter, strict=True)
-        cells = _cells(path, reader)
+        csv.field_size_limit(LINE_BYTES)
+        lines = _Lines(path, pieces(decompressed(file, suffix)))
+        cells = _cells(path, csv.reader(lines, delimiter=delimiter, strict=True), lines)
         number, header = next(cells, (0, []))
         _check_header(path, header, delimiter)
         for number, row in cells:
@@ -61,10 +61,10 @@ class CsvRows(FileRows):
             yield dict(zip(header, row, strict=True))
 
 
-def _cells(path: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
+def _cells(path: Path, reader: Any, lines: _Lines) -> Iterator[tuple[int, list[str]]]:
     """The rows that are not blank, each with the 1-based number of its first line."""
     while True:
-        number = reader.line_num + 1
+        number = lines.begin_row()
         try:
             row = next(reader, None)
         except csv.Error as error:
@@ -80,19 +80,38 @@ def _check_header(path: Path, header: list[str], delimiter: str) -> None:
     """Raise ScorerError where a header names a column twice, or is no header of such a file."""
     if header and header[0].lstrip().startswith(("{", "[")):
         raise ScorerError(f"{path}: starts with {header[0].lstrip()[0]}, as JSON does; name it .json or .jsonl")
-    if twice := next((name for name in header if header.count(name) > 1), None):
+    if len(set(header)) < len(header):
+        twice = Counter(header).most_common(1)[0][0]
         raise ScorerError(f"{path}: the header names the column '{twice}' twice; rename one")
     if len(header) == 1 and (other := next((mark for mark in ",\t;|" if mark in header[0]), None)):
         wrong = f"the cells are separated by {other!r}, not {delimiter!r}"
         raise ScorerError(f"{path}: {wrong}; write it with commas (.csv) or tabs (.tsv)")
 
 
-def _decoded(path: Path, lines: Iterable[bytes]) -> Iterator[str]:
-    for number, line in enumerate(lines, 1):
-        if number == 1:
-            check_signature(path, "", line)
-        try:
-            text = line.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise ScorerError(f"{path}: is not UTF-8 at line {number}; save it as UTF-8") from error
-        yield text.removeprefix(BOM) if number == 1 else text
+class _Lines:
+    """The lines of a file as text, up to LINE_BYTES of them for one row.
+
+    A quote that nothing closes would otherwise take the rest of the file into memory.
+    """
+
+    def __init__(self, path: Path, lines: Iterator[bytes]):
+        self._path, self._lines = path, lines
+        self._number = self._first = self._size = 0
+
+    def begin_row(self) -> int:
+        """The 1-based number of the next line, with which a row begins."""
+        self._first, self._size = self._number + 1, 0
+        return self._first
+
+    def __iter__(self) -> Iterator[str]:
+        for line in self._lines:
+            self._number += 1
+            self._size += len(line)
+            if self._number == 1:
+                check_signature(self._path, "", line)
+            check_line(self._path, self._first, self._size)
+            try:
+                text = line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise ScorerError(f"{self._path}: is not UTF-8 at line {self._number}; save it as UTF-8") from error
+            yield text.removeprefix(BOM) if self._number == 1 else text

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any, BinaryIO, cast
 
@@ -16,11 +17,14 @@ import orjson
 from scorer.files import json_texts
 from scorer.files.kinds import check_signature, first_line, is_array
 from scorer.files.raw import FileRows, Found, RawRecord, Rows, count_and_look, first_fit
-from scorer.files.streams import decompressed
+from scorer.files.streams import DOCUMENT_BYTES, LINE_BYTES, check_line, decompressed, pieces
 from scorer.types import RowStatus, ScorerError
 
 BOM = b"\xef\xbb\xbf"
+BLANK_LINES = 1 << 20  # before the first that is not blank: they are held
 
+TOO_DEEP = f"it nests deeper than {json_texts.MAX_DEPTH} levels"
+Parser = Callable[[bytes], Any]  # raises ValueError
 _Parsed = tuple[Any, RowStatus, bytes | None]  # value, status and line of a RawRecord
 
 
@@ -41,7 +45,7 @@ class JsonRows(FileRows):
         def parsed(record_id: int, numbered: tuple[int, bytes]) -> RawRecord:
             return RawRecord(record_id, f"{self.source.path}:{numbered[0]}", *_parse_fast(numbered[1]))
 
-        return count_and_look(_numbered(chain(head, stream)), parsed, limit, self.source.fits)
+        return count_and_look(self._numbered(chain(head, stream)), parsed, limit, self.source.fits)
 
     def rows(self, first_id: int, start: int, stop: int | None, *, exact: bool) -> Rows:
         """The records, with `line` if `exact`; unless so, lines are parsed faster."""
@@ -60,7 +64,7 @@ class JsonRows(FileRows):
     def _sniff(self, file: BinaryIO) -> tuple[bool, list[bytes], Iterator[bytes]]:
         """Whether the file has one record a line, the lines that were read to tell, and the rest, decompressed."""
         suffix = self.source.suffix
-        stream = decompressed(file, suffix)
+        stream = pieces(decompressed(file, suffix))
         head: list[bytes] = []
         filled: list[bytes] = []
         for line in stream:
@@ -68,10 +72,16 @@ class JsonRows(FileRows):
                 check_signature(self.source.path, "", line)
             head.append(line if head else line.removeprefix(BOM))
             if not (text := head[-1].strip()):
+                if len(head) > BLANK_LINES or len(line) > DOCUMENT_BYTES >> 3:
+                    raise ScorerError(f"{self.source.path}: is blank up to line {len(head):,}; write it again")
                 continue
+            if filled == [] and is_array(suffix):
+                self._check_start(text)
             filled.append(text)
             if self.source.records_at is not None:
                 break
+            if len(line) == LINE_BYTES and text.startswith(b"["):
+                break  # longer than any record
             # An object that is alone on its line is not opened there: `{` by itself begins a document.
             if not is_array(suffix) and not filled[0].startswith(b"[") and filled[0] != b"{":
                 return True, head, stream
@@ -79,11 +89,18 @@ class JsonRows(FileRows):
                 return _parse_fast(filled[0])[1] is RowStatus.OK, head, stream
         return False, head, stream
 
+    def _numbered(self, lines: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+        """The lines that are not blank, with their 1-based numbers."""
+        for number, line in enumerate(lines, 1):
+            check_line(self.source.path, number, len(line))
+            if line.strip():
+                yield number, line
+
     def _line_rows(
         self, lines: Iterable[bytes], first_id: int, start: int, stop: int | None, parse: Callable[[bytes], _Parsed]
     ) -> Rows:
         next_id, name = first_id, str(self.source.path)
-        for number, line in _numbered(lines):
+        for number, line in self._numbered(lines):
             if stop is not None and next_id >= stop:
                 break
             if next_id >= start:
@@ -129,18 +146,31 @@ class JsonRows(FileRows):
             found = found[key]
         return cast(list[Any], found)
 
+    def _check_start(self, text: bytes) -> None:
+        if not text.startswith((b"[", b"{")):
+            line = text.partition(b"\n")[0][:60].decode("utf-8", "replace").strip()
+            raise ScorerError(
+                f"{self.source.path}: is not JSON: it starts with {line!r}; write [record, ...] or one record a line, "
+                "or name it .csv if it is CSV"
+            )
+
     def _text(self, head: list[bytes], stream: Iterator[bytes]) -> str:
         """The text of a document; "" where it is blank."""
         path = self.source.path
-        data = b"".join((*head, *stream))
+        held, size = [], 0
+        for piece in chain(head, stream):
+            held.append(piece)
+            size += len(piece)
+            if size > DOCUMENT_BYTES:
+                line = 1 + sum(piece.count(b"\n") for piece in held)
+                most = f"it is over {DOCUMENT_BYTES >> 20:,} MiB, the limit of a JSON document, in line {line:,}"
+                raise ScorerError(f"{path}: {most}; write one record a line")
+        data = b"".join(held)
         if not data.strip():
             return ""
-        if not data.lstrip().startswith((b"[", b"{")):
-            line = data.lstrip().partition(b"\n")[0][:60].decode("utf-8", "replace").strip()
-            raise ScorerError(
-                f"{path}: is not JSON: it starts with {line!r}; write [record, ...] or one record a line, "
-                "or name it .csv if it is CSV"
-            )
+        self._check_start(data.lstrip())
+        if json_texts.too_deep(data):
+            raise ScorerError(f"{path}: JSON that cannot be read ({TOO_DEEP}); write one record a line")
         try:
             return data.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -155,7 +185,7 @@ class JsonRows(FileRows):
         except json.JSONDecodeError as error:
             problem, advice = f"line {error.lineno}, column {error.colno} ({error.msg})", "mend it, or write"
             raise ScorerError(f"{path}: invalid JSON at {problem}; {advice} one record a line") from error
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:  # such as an integer of more digits than Python reads
             problem = first_line(error)
             raise ScorerError(f"{path}: JSON that cannot be read ({problem}); write one record a line") from error
 
@@ -220,22 +250,25 @@ def _lists(document: dict[str, Any], before: str = "") -> Iterator[tuple[str, li
             yield before + key, value
 
 
-def _numbered(lines: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
-    """The lines that are not blank, with their 1-based numbers."""
-    return ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+def _exact(line: bytes) -> Any:
+    return json.loads(line.decode("utf-8"))
 
 
-def _parse(line: bytes) -> _Parsed:
+EXACT: tuple[Parser, ...] = (_exact, orjson.loads)
+FAST: tuple[Parser, ...] = (orjson.loads, _exact)
+
+
+def _parse(line: bytes, parsers: Sequence[Parser] = EXACT) -> _Parsed:
+    """A line is JSON if either parser reads it, so that its status does not depend on which of them is the first.
+
+    json reads NaN, infinities and lone surrogates too; orjson is faster, and makes floats of integers of over 64 bits.
+    """
     line = line.rstrip(b"\r\n")
-    try:
-        return json.loads(line.decode("utf-8")), RowStatus.OK, line
-    except (ValueError, RecursionError):  # ValueError: not UTF-8, not JSON, an integer of too many digits
-        return line.decode("utf-8", "backslashreplace"), RowStatus.BAD_JSON, None
+    if not json_texts.too_deep(line):
+        for parse in parsers:
+            with contextlib.suppress(ValueError):  # no JSON, not UTF-8, an integer of too many digits
+                return parse(line), RowStatus.OK, line
+    return line.decode("utf-8", "backslashreplace"), RowStatus.BAD_JSON, None
 
 
-def _parse_fast(line: bytes) -> _Parsed:
-    """The same, but an integer of more than 64 bits becomes a float."""
-    try:
-        return orjson.loads(line), RowStatus.OK, line.rstrip(b"\r\n")
-    except ValueError:  # json takes more: NaN, infinity, lone surrogates
-        return _parse(line)
+_parse_fast = partial(_parse, parsers=FAST)

@@ -11,7 +11,26 @@ FILLED = re.compile(r"[^ \t\n\r]")  # the others may stand between values
 LINE_END = re.compile(r"[ \t]*[\r\n][ \t\r\n]*")  # never inside a string, where JSON has escapes for them
 DECODER = json.JSONDecoder()
 
+MAX_DEPTH = 100  # of arrays and objects inside one another: what every parser and writer of JSON and tables can take
+STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
+NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+
 Element = tuple[Any, str]  # a value and its text, on one line
+
+
+def too_deep(text: bytes) -> bool:
+    """Whether arrays and objects are nested deeper than MAX_DEPTH in a text, which may be no JSON.
+
+    The text tells, before it is parsed: how deep a parser gets depends on the parser and on who calls it.
+    """
+    if text.count(b"[") + text.count(b"{") <= MAX_DEPTH:
+        return False
+    depth = 0
+    for bracket in STRING.sub(b"", text).translate(None, NOT_BRACKETS):
+        depth += 1 if bracket in b"[{" else -1
+        if depth > MAX_DEPTH:
+            return True
+    return False
 
 
 def values(text: str) -> Iterator[Element]:

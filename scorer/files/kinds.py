@@ -45,6 +45,8 @@ SIGNATURES = {  # the first bytes of a file -> what it is, and what to do
     b"SQLite format 3\x00": ("an SQLite database", DATABASE),
     b"version https://git-lfs": ("a pointer of Git LFS, not the data", "run git lfs pull"),
     b"<!DOCTYPE html": ("a web page, not the data", "download the file itself"),
+    b"\xff\xfe\x00\x00": ("UTF-32", "convert it to UTF-8 (iconv -f UTF-32 -t UTF-8)"),
+    b"\x00\x00\xfe\xff": ("UTF-32", "convert it to UTF-8 (iconv -f UTF-32 -t UTF-8)"),
     b"\xff\xfe": ("UTF-16", "convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)"),
     b"\xfe\xff": ("UTF-16", "convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)"),
 }
@@ -83,9 +85,9 @@ def check_signature(path: Path, suffix: str, start: bytes) -> None:
             raise ScorerError(f"{path}: its content is {kind}, whatever its name says; {advice}")
 
 
-def first_line(error: Exception) -> str:
-    """The first line of the error's text."""
-    return str(error).partition("\n")[0]
+def first_line(error: BaseException) -> str:
+    """The first line of the error's text, up to 200 characters of it."""
+    return str(error).partition("\n")[0][:200]
 
 
 def _longest(name: str, suffixes: tuple[str, ...]) -> str | None:

@@ -10,9 +10,8 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, cast
 
 import polars as pl
 
@@ -31,7 +30,7 @@ from scorer.files.kinds import (
 from scorer.files.raw import FileRows, Fits, Rows, Source
 from scorer.files.raw import RawRecord as RawRecord  # its users import it from here
 from scorer.files.streams import BUFFER_BYTES, HashedFile, read_errors
-from scorer.files.tables import ArrowRows, ParquetRows
+from scorer.files.tables import ArrowRows, ParquetRows, parquet_file, table_errors
 from scorer.storage.paths import exists, is_folder, is_remote, local_copy, object_info
 from scorer.types import ScorerError
 
@@ -130,18 +129,18 @@ def read_table(path: Path) -> pl.DataFrame:
     """
     check_input(path)
     suffix = plain(known_suffix(path))
-    read: dict[str, Callable[[Path], pl.DataFrame]] = {
-        ".csv": lambda copy: pl.read_csv(copy, separator=DELIMITERS[suffix], glob=False, infer_schema_length=None),
-        ".parquet": lambda copy: pl.read_parquet(copy, glob=False, hive_partitioning=False),
-    }
-    read[".tsv"] = read[".csv"]
     try:
-        if suffix not in read:
-            with contextlib.closing(InputReader(path)) as reader:
-                return pl.from_dicts([raw.value for raw in reader.rows()], infer_schema_length=None)
-        with local_copy(path) as copy:
-            return read[suffix](copy)
-    except (OSError, pl.exceptions.PolarsError, TypeError, ValueError, OverflowError) as error:
+        if suffix == ".parquet":
+            with local_copy(path) as copy, table_errors(path, "Parquet"), parquet_file(copy) as file:
+                return cast(pl.DataFrame, pl.from_arrow(file.read()))
+        if suffix in DELIMITERS:
+            with local_copy(path) as copy:
+                return pl.read_csv(copy, separator=DELIMITERS[suffix], glob=False, infer_schema_length=None)
+        with contextlib.closing(InputReader(path)) as reader:
+            return pl.from_dicts([raw.value for raw in reader.rows()], infer_schema_length=None)
+    except (ScorerError, MemoryError):
+        raise
+    except (Exception, pl.exceptions.PanicException) as error:  # whatever a file makes Polars raise
         raise ScorerError(f"{path}: can't be read as a table ({first_line(error)})") from error
 
 

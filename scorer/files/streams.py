@@ -11,13 +11,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-import polars as pl
 import zstandard
 
 from scorer.files.kinds import first_line
-from scorer.types import ScorerError
+from scorer.types import EngineError, ScorerError
 
 BUFFER_BYTES = 1 << 16
+ZSTD_BYTES = 1 << 11  # at a time: zeros come out thirty thousand times as long
+# A few bytes on a disk may be any number when they are decompressed, and a file that is no text may have no line ends.
+LINE_BYTES = 256 << 20  # of a line, or of a row of CSV
+DOCUMENT_BYTES = 1 << 30  # of a JSON document, which is parsed whole
 DAMAGED = "the file is truncated or damaged; fetch or write it again"
 
 
@@ -35,10 +38,23 @@ def read_errors(path: Path) -> Iterator[None]:
         yield
     except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
         raise ScorerError(f"{path}: cannot be decompressed ({error}); {DAMAGED}") from error
-    except pl.exceptions.PolarsError as error:
-        raise ScorerError(f"{path}: cannot be read as Parquet ({first_line(error)}); {DAMAGED}") from error
+    except MemoryError as error:
+        raise EngineError(f"{path}: this machine has too little memory for it") from error
     except OSError as error:
         raise ScorerError(f"{path}: cannot be read ({error.strerror or first_line(error)}); check the file") from error
+
+
+def pieces(stream: BinaryIO) -> Iterator[bytes]:
+    """The lines of a stream; one that is longer than LINE_BYTES, in pieces of that length."""
+    return iter(lambda: stream.readline(LINE_BYTES), b"")
+
+
+def check_line(path: Path, number: int, size: int) -> None:
+    """Raise ScorerError where a line or row, of which `size` bytes are read, has LINE_BYTES or more."""
+    if size >= LINE_BYTES:
+        raise ScorerError(
+            f"{path}: line {number} has {LINE_BYTES >> 20} MiB or more; leave it out, or split the record"
+        )
 
 
 class HashedFile(io.RawIOBase):
@@ -71,7 +87,7 @@ class _ZstdReader(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         while not self._ready:
             ended = self._frame is None or self._frame.eof
-            data = (self._frame.unused_data if ended and self._frame else b"") or self._file.read(1 << 14)
+            data = (self._frame.unused_data if ended and self._frame else b"") or self._file.read(ZSTD_BYTES)
             if not data and not ended:
                 raise EOFError("the last Zstandard frame is not whole")
             if not data:

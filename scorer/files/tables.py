@@ -1,109 +1,184 @@
-"""Parquet and Arrow files, some thousand rows at a time: each row is a dictionary of Python values."""
+"""Parquet and Arrow files, some thousand rows at a time: each row is a dictionary of Python values.
+
+pyarrow reads both: it raises for a damaged file, where Polars may end the process or print what went wrong inside it.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import os
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, cast
-
-import polars as pl
+from typing import Any, BinaryIO, ClassVar
 
 from scorer.files.kinds import first_line
 from scorer.files.raw import FileRows, Found, RawRecord, Rows, first_fit
 from scorer.files.streams import DAMAGED
-from scorer.types import ScorerError
+from scorer.types import EngineError, ScorerError
 
 BATCH_ROWS = 10_000
-PARQUET_BATCH_BYTES = 16 << 20  # on disk; every batch decodes its row group from the start, so not too small
+PARQUET_BATCH_BYTES = 16 << 20  # on disk
+
+Batches = Iterator[tuple[int, Any]]  # record batches, each with the 0-based position of its first row
 
 
-class ParquetRows(FileRows):
-    """The rows of a Parquet file. The compressed bytes of one row group are in memory."""
+class TableRows(FileRows):
+    """The rows of a file of columns. Dates, times and decimals are their text, as in JSON that is written of them."""
 
-    def scan(self, file: BinaryIO, limit: int | None, *, keep: bool) -> Found:
-        """Count the rows by the footer."""
-        return Found(self._height(), *first_fit(self.rows(0, 0, limit, exact=True), self.source.fits))
-
-    def rows(self, first_id: int, start: int, stop: int | None, *, exact: bool) -> Rows:
-        """The rows; those that are skipped are not decoded."""
-        # Slices and not LazyFrame.collect_batches: that one is marked unstable, and with the file in one row group it
-        # held twice as much (900,000 rows, 300 MB on disk: 1,130 MiB at the peak against 410).
-        frame, height = self._frame(), self._height()
-        end = height if stop is None else min(height, stop - first_id)
-        size = max(1, self.source.local.stat().st_size)
-        batch = max(1, min(BATCH_ROWS, height * PARQUET_BATCH_BYTES // size))
-        for offset in range(max(0, start - first_id), end, batch):
-            rows = frame.slice(offset, min(batch, end - offset)).collect(engine="in-memory")
-            for row, value in enumerate(rows.iter_rows(named=True), offset):
-                yield RawRecord(first_id + row, f"{self.source.path}[{row}]", value)
-        return first_id + end
-
-    def _frame(self) -> pl.LazyFrame:
-        return pl.scan_parquet(self.source.local, glob=False, hive_partitioning=False)
-
-    def _height(self) -> int:
-        return cast(int, self._frame().select(pl.len()).collect().item())
-
-
-class ArrowRows(FileRows):
-    """The rows of an Arrow IPC file or stream, which is mapped into memory and never read as a whole.
-
-    pyarrow reads the batches, since Polars has no reader of streams by batches; Polars makes Python values of them, as
-    it does for Parquet.
-    """
+    kind: ClassVar[str]
 
     def scan(self, file: BinaryIO, limit: int | None, *, keep: bool) -> Found:
-        """Count the rows by the headers of the batches."""
-        with self._errors(), ipc_batches(self.source.local) as (_, batches):
-            count = sum(batch.num_rows for batch in batches)
-        return Found(count, *first_fit(self.rows(0, 0, limit, exact=True), self.source.fits))
+        """Count the rows by what the file says of its parts."""
+        with table_errors(self.source.path, self.kind):
+            found = Found(self._height, *first_fit(self.rows(0, 0, limit, exact=True), self.source.fits))
+        self.source.file.seek(0)  # `file` reads from there, and the caller hashes it from its start
+        return found
 
     def rows(self, first_id: int, start: int, stop: int | None, *, exact: bool) -> Rows:
         """The rows; those that are skipped are not made Python values."""
-        offset, skip = 0, max(0, start - first_id)
+        end, skip = 0, max(0, start - first_id)
         last = None if stop is None else stop - first_id
-        with self._errors(), ipc_batches(self.source.local) as (_, batches):
-            for batch in batches:
-                end = batch.num_rows if last is None else min(batch.num_rows, last - offset)
-                for row in range(max(0, skip - offset), end, BATCH_ROWS):
-                    part = batch.slice(row, min(BATCH_ROWS, end - row))
-                    part.validate(full=True)  # Polars trusts the offsets of texts: false ones would end the process
-                    for number, value in enumerate(self._frame(part).iter_rows(named=True), offset + row):
+        with table_errors(self.source.path, self.kind):
+            for offset, batch in self._batches(skip, last):
+                if len(set(batch.schema.names)) < batch.num_columns:
+                    twice = Counter(batch.schema.names).most_common(1)[0][0]
+                    raise ScorerError(f"{self.source.path}: two columns have the name '{twice}'; rename one")
+                end = offset + batch.num_rows if last is None else min(offset + batch.num_rows, last)
+                for row in range(max(skip, offset), end, BATCH_ROWS):
+                    part = batch.slice(row - offset, min(BATCH_ROWS, end - row))
+                    for number, value in enumerate(python_rows(part), row):
                         yield RawRecord(first_id + number, f"{self.source.path}[{number}]", value)
-                offset += end
-                if last is not None and offset >= last:
+                if end == last:
                     break
-        return first_id + offset
+            else:
+                end = self._height if last is None else min(self._height, last)
+        return first_id + end
 
-    def _frame(self, batch: Any) -> pl.DataFrame:
-        try:
-            return pl.DataFrame(pl.from_arrow(batch, rechunk=False))
-        except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
-            problem = f"a column has a type that Polars can't read ({first_line(error)[:120]})"
-            raise ScorerError(f"{self.source.path}: {problem}; leave it out, or write another type") from error
+    @cached_property
+    @abstractmethod
+    def _height(self) -> int:
+        """The number of rows."""
 
-    @contextlib.contextmanager
-    def _errors(self) -> Iterator[None]:
-        import pyarrow as pa
+    @abstractmethod
+    def _batches(self, start: int, stop: int | None) -> Batches:
+        """The batches that hold the rows from `start` to `stop`, and maybe more."""
 
-        try:
-            yield
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            problem = f"cannot be read as Arrow ({first_line(error)})"
-            raise ScorerError(f"{self.source.path}: {problem}; {DAMAGED}") from error
+
+class ParquetRows(TableRows):
+    """The rows of a Parquet file. The compressed bytes of one row group are in memory."""
+
+    kind = "Parquet"
+
+    @cached_property
+    def _height(self) -> int:
+        with parquet_file(self.source.file) as file:
+            return sum(file.metadata.row_group(group).num_rows for group in range(file.num_row_groups))
+
+    def _batches(self, start: int, stop: int | None) -> Batches:
+        size = max(1, os.fstat(self.source.file.fileno()).st_size)
+        with parquet_file(self.source.file) as file:
+            most = max(1, min(BATCH_ROWS, file.metadata.num_rows * PARQUET_BATCH_BYTES // size))
+            yield from parquet_batches(file, most, lambda first, end: end > start and (stop is None or first < stop))
+
+
+class ArrowRows(TableRows):
+    """The rows of an Arrow IPC file or stream. One record batch is in memory."""
+
+    kind = "Arrow"
+
+    @cached_property
+    def _height(self) -> int:
+        return sum(batch.num_rows for _, batch in self._batches(0, None))
+
+    def _batches(self, start: int, stop: int | None) -> Batches:
+        end = 0
+        for batch in ipc_batches(self.source.file)[1]:
+            yield end, batch
+            end += batch.num_rows
+
+
+def python_rows(batch: Any) -> list[dict[str, Any]]:
+    """The rows of a record batch. A column is left out whose type, or whose values, Python can't hold.
+
+    Raises pyarrow.ArrowInvalid for values that are not of their type, such as texts that are not UTF-8.
+    """
+    import pyarrow as pa
+
+    from scorer.files.arrow_types import read_type
+
+    check_batch(batch)
+    columns = {}
+    for field, column in zip(batch.schema, batch.columns, strict=True):
+        # ScorerError: there is no such type. ArrowException: a time zone that is not known here, for example.
+        with contextlib.suppress(ScorerError, pa.ArrowException):
+            columns[field.name] = column.cast(read_type(field.name, field.type)).to_pylist()
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)] or [
+        {} for _ in range(batch.num_rows)
+    ]
+
+
+def check_batch(batch: Any) -> None:
+    """Raise pyarrow.ArrowInvalid for values that are not of their type: false offsets would end the process.
+
+    Any number will do for a date or a time: what has no text is for those to say who make text of it.
+    """
+    import pyarrow as pa
+
+    for column in batch.columns:
+        column.validate(full=not pa.types.is_primitive(column.type))
 
 
 @contextlib.contextmanager
-def ipc_batches(path: Path) -> Iterator[tuple[Any, Iterator[Any]]]:
-    """The schema and the record batches of an Arrow IPC file or stream, mapped from the disk while the block runs."""
+def table_errors(path: Path, kind: str) -> Iterator[None]:
+    """Turn what pyarrow raises for a file of a kind into ScorerError, which names the file."""
+    try:
+        yield
+    except ScorerError:
+        raise
+    except MemoryError as error:
+        raise EngineError(f"{path}: this machine has too little memory for it ({first_line(error)})") from error
+    except NotImplementedError as error:
+        raise ScorerError(f"{path}: a column has a type that can't be selected from ({first_line(error)})") from error
+    except Exception as error:  # of a damaged file pyarrow raises errors of any class
+        raise ScorerError(f"{path}: cannot be read as {kind} ({first_line(error)}); {DAMAGED}") from error
+
+
+@contextlib.contextmanager
+def parquet_file(file: BinaryIO | Path) -> Iterator[Any]:
+    """A `pyarrow.parquet.ParquetFile`. A file that is open already stays open."""
+    import pyarrow.parquet as pq
+
+    # pre_buffer would read ahead in threads, which abort a process that ends while they do.
+    with pq.ParquetFile(file, pre_buffer=False, page_checksum_verification=True) as opened:
+        yield opened
+
+
+def parquet_batches(file: Any, most: int, wanted: Callable[[int, int], bool]) -> Batches:
+    """The batches, of `most` rows at most, of the row groups of a Parquet file for whose bounds `wanted` is true."""
+    end = 0
+    for group in range(file.num_row_groups):
+        start, end = end, end + file.metadata.row_group(group).num_rows
+        if wanted(start, end):
+            for batch in file.iter_batches(most, row_groups=[group], use_threads=False):
+                yield start, batch
+                start += batch.num_rows
+            if start != end:
+                raise EOFError(f"row group {group} has {end - start:,} rows less than its footer says")
+
+
+def ipc_batches(file: BinaryIO) -> tuple[Any, Iterator[Any]]:
+    """The schema and the record batches of an Arrow IPC file or stream."""
     import pyarrow as pa
 
-    with pa.memory_map(str(path)) as mapped:
-        if mapped.read(6) == b"ARROW1":
-            file = pa.ipc.open_file(mapped)
-            yield file.schema, (file.get_batch(number) for number in range(file.num_record_batches))
-        else:
-            mapped.seek(0)
-            stream = pa.ipc.open_stream(mapped)
-            yield stream.schema, iter(stream)
+    # A file of pyarrow's own: it reads one of Python's in threads, which abort a process that ends while they do.
+    source = pa.OSFile(f"/dev/fd/{file.fileno()}")
+    is_file = source.read(6) == b"ARROW1"
+    source.seek(0)
+    if is_file:
+        reader = pa.ipc.open_file(source)
+        return reader.schema, (reader.get_batch(number) for number in range(reader.num_record_batches))
+    stream = pa.ipc.open_stream(source)
+    return stream.schema, iter(stream)

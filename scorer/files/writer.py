@@ -31,6 +31,10 @@ FOLDER = "/"  # how a path ends that is a folder for `datasets.load_from_disk`
 def _write_parquet(table: pa.Table, temporary: Path) -> None:
     with temporary.open("wb") as stream:  # Arrow's own files do not say that a disk is full
         pq.write_table(table, stream, compression="zstd")
+    try:
+        pq.read_schema(temporary)
+    except OSError as error:  # pyarrow writes lists that are nested deeper than it reads
+        raise ValueError(error) from error
 
 
 def _write_arrow(table: pa.Table, temporary: Path) -> None:

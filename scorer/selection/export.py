@@ -31,7 +31,7 @@ from scorer.protocols import PROTOCOLS
 from scorer.requirements import require
 from scorer.runs.directory import Run, ScoreTable
 from scorer.runs.extras import clusters, embedding_parts, embeddings
-from scorer.scores.aggregate import KEYS, measures_of, per_record
+from scorer.scores.aggregate import KEYS, OTHER_RESPONSE, measures_of, per_record
 from scorer.scores.measures import ALONE_COLUMNS, LEARNING, SCHEMA
 from scorer.selection.config import SelectConfig
 from scorer.selection.convert import ConvertedRows, check_dataset_info, update_dataset_info
@@ -42,7 +42,7 @@ from scorer.selection.ranking import select_records
 from scorer.selection.selection import Selection
 from scorer.storage.outputs import check_outside_runs
 from scorer.storage.paths import is_remote, to_path
-from scorer.types import ScorerError, one_of
+from scorer.types import RowStatus, ScorerError, one_of
 
 SCORES_KEY = "scorer"  # the key of a record's scores and reason
 
@@ -170,10 +170,11 @@ def _write_all(
     if config.rejected is not None and config.with_scores:
         rejected = _with_scores(rejected, shards, config)
     kept = Subset(data, selection.kept["record_id"].to_list())
+    unread = rejected.filter(pl.col("reason").is_in([RowStatus.BAD_JSON.value, OTHER_RESPONSE]))["record_id"].to_list()
     converted = None if config.form is None else ConvertedRows(kept, config.form)
     outputs = (
         (output, converted or kept, selection.kept if config.with_scores else None),
-        (config.rejected, Subset(data, rejected["record_id"].to_list()), rejected),
+        (config.rejected, Subset(data, rejected["record_id"].to_list(), broken=unread), rejected),
     )
     targets = [str(path) for path, *_ in outputs if path is not None]
     with ExitStack() as here, uploading(targets) as copies, ExitStack() as staged:

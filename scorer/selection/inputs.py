@@ -9,6 +9,7 @@ from typing import Any
 import polars as pl
 
 from scorer.data.dataset import Dataset
+from scorer.data.messages import is_unicode
 from scorer.runs.directory import FLAGS, Run
 from scorer.runs.extras import read_extra
 from scorer.selection.flags import SCORE_FLAGS, TEXT_FLAGS, score_flags, text_flags
@@ -24,7 +25,9 @@ def column_groups(data: Dataset, column: str) -> pl.DataFrame:
     for record_id, value in _column(data, column):
         ids.append(record_id)
         values.append(
-            value if value is None or isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
+            value  # a lone surrogate, which no table holds, is escaped by JSON
+            if value is None or (isinstance(value, str) and is_unicode(value))
+            else json.dumps(value, sort_keys=True, default=str)
         )
     if not any(value is not None for value in values):
         raise _no_value(data, column)

@@ -42,7 +42,11 @@ class Selection:
     _open: Callable[[], Dataset] | None = field(default=None, repr=False, compare=False)
 
     def records(self) -> Iterator[Any]:
-        """The kept records as they came, in the order of `kept`: JSON values, or rows of a table as dictionaries."""
+        """The kept records, in the order of `kept`: JSON values as they came, or rows of a table as dictionaries.
+
+        Of a table, dates, times and decimals are text here, and columns that Python can't hold are absent; `to_polars`
+        and `to_dataset` keep every type.
+        """
         with self._data() as data:
             yield from (raw.value for raw in self._subset(data).raw())
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import polars as pl
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import zstandard
 
@@ -106,6 +107,7 @@ TABLE = {
     "price": [decimal.Decimal("1.50"), None, None],
     "blob": [b"\xff", b"", None],
 }
+READ = TABLE | {"day": ["2024-02-29", None, None], "price": ["1.50", None, None]}
 
 
 @pytest.mark.parametrize("make", [pa.ipc.new_file, pa.ipc.new_stream])
@@ -117,7 +119,7 @@ def test_arrow_has_the_values_of_parquet(tmp_path: Path, name: str, make: Any, m
     with make(path, table.schema) as writer:
         writer.write_table(table.combine_chunks(), max_chunksize=7)
     pl.DataFrame(pl.from_arrow(table)).write_parquet(tmp_path / "same.parquet")
-    rows = [dict(zip(TABLE, row, strict=True)) for row in zip(*TABLE.values(), strict=True)] * 4
+    rows = [dict(zip(READ, row, strict=True)) for row in zip(*READ.values(), strict=True)] * 4
     assert read(path) == read(tmp_path / "same.parquet") == rows
     for start in range(12):
         for limit in (None, 1, 5, 7, 11):
@@ -136,13 +138,59 @@ def test_damaged_arrow(tmp_path: Path, make: Any) -> None:
         assert "truncated or damaged" in refusal(path, content)
 
 
-def test_an_arrow_column_that_has_no_python_value(tmp_path: Path) -> None:
-    spans = pa.RunEndEncodedArray.from_arrays(pa.array([1], pa.int32()), pa.array(["a"]))
-    table = pa.table({"instruction": ["Say it."], "output": ["It."], "spans": spans})
-    with pa.ipc.new_stream(tmp_path / "whole.arrow", table.schema) as writer:
+FAR = 2**62  # microseconds: in the year 148,104
+ODD_COLUMNS: dict[str, pa.Array] = {
+    "day": pa.array([2**31 - 1], pa.date32()),
+    "at": pa.array([FAR], pa.timestamp("us")),
+    "utc": pa.array([FAR], pa.timestamp("us", "UTC")),
+    "nowhere": pa.array([0], pa.timestamp("us", "Nowhere/At_all")),
+    "ns": pa.array([FAR + 1], pa.timestamp("ns")),
+    "gap": pa.array([FAR], pa.duration("ns")),
+    "inside": pa.array([[{"at": FAR}]], pa.list_(pa.struct([("at", pa.timestamp("us"))]))),
+    "map": pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int64())),
+    "kind": pa.array(["a"]).dictionary_encode(),
+    "blob": pa.array([b"\xff"]),
+    "u64": pa.array([2**63 + 5], pa.uint64()),
+    "half": pa.array([0.5], pa.float16()),
+    "twice": pa.StructArray.from_arrays([pa.array([1]), pa.array([2])], ["a", "a"]),
+    "view": pa.array(["a"], pa.string_view()),
+    "nulls": pa.array([[None, None]], pa.large_list(pa.field("element", pa.null()))),
+    "lists": pa.array([[1]], pa.list_view(pa.int64())),
+    "calendar": pa.array([pa.MonthDayNano([1, 2, 3])]),
+    "spans": pa.RunEndEncodedArray.from_arrays(pa.array([1], pa.int32()), pa.array(["a"])),
+    "union": pa.UnionArray.from_sparse(pa.array([0], pa.int8()), [pa.array([1]), pa.array(["a"])]),
+}
+
+
+@pytest.mark.parametrize("name", ODD_COLUMNS)
+def test_no_column_keeps_the_others_from_being_read(tmp_path: Path, name: str) -> None:
+    table = pa.table({"instruction": ["Say it."], name: ODD_COLUMNS[name], "output": ["It."]})
+    with pa.ipc.new_stream(tmp_path / "a.arrow", table.schema) as writer:
         writer.write_table(table)
-    told = refusal(tmp_path / "data.arrow", (tmp_path / "whole.arrow").read_bytes())
-    assert told.startswith("a column has a type that Polars can't read")
+    paths = [tmp_path / "a.arrow"]
+    if name not in ("lists", "calendar", "spans", "union"):  # which Parquet hasn't
+        pq.write_table(table, tmp_path / "a.parquet")
+        paths.append(tmp_path / "a.parquet")
+    for path in paths:
+        [row] = read(path)
+        assert {key: row[key] for key in SAMPLE} == SAMPLE
+        if name in ("ns", "map", "kind", "blob", "u64", "half", "view", "nulls"):
+            assert row[name] == {
+                "ns": "2116-02-20 23:53:38.427387905",
+                "map": [{"key": "a", "value": 1}],
+                "kind": "a",
+                "blob": b"\xff",
+                "u64": 2**63 + 5,
+                "half": 0.5,
+                "view": "a",
+                "nulls": [None, None],
+            }[name]  # fmt: skip
+
+
+def test_columns_of_one_name(tmp_path: Path) -> None:
+    pq.write_table(pa.table([["a"], ["b"], ["c"]], ["instruction", "output", "output"]), tmp_path / "whole.parquet")
+    told = refusal(tmp_path / "a.parquet", (tmp_path / "whole.parquet").read_bytes())
+    assert "two columns have the name 'output'" in told
 
 
 # One object on one line of JSON Lines is a record, whatever it holds.
@@ -205,6 +253,18 @@ def test_objects_that_are_nested_too_deep(tmp_path: Path) -> None:
     assert "cannot be read" in refusal(tmp_path / "data.json", '{"a": \n' * 990 + "1" + "}" * 990)
 
 
+def test_a_document_has_the_depth_limit_of_a_line(tmp_path: Path) -> None:
+    for levels, told in ((100, "no list of objects"), (101, "nests deeper than 100 levels"), (9000, "nests deeper")):
+        assert told in refusal(tmp_path / "data.json", '{"a":\n' * levels + "1" + "}" * levels)
+
+
+def test_a_header_of_many_columns(tmp_path: Path) -> None:
+    header = ",".join(f"c{i}" for i in range(100_000))
+    told = refusal(tmp_path / "data.csv", f"{header}\n{header}\n")
+    assert "c0, c1" in told
+    assert len(told) < 1000
+
+
 def test_several_values_that_are_not_all_objects(tmp_path: Path) -> None:
     assert "not all objects" in refusal(tmp_path / "data.json", "{\n}\n[2]")
 
@@ -237,6 +297,7 @@ def test_kinds_that_are_not_read(tmp_path: Path, name: str, told: str) -> None:
         ("data.jsonl.gz", gzip.compress(b"PAR1\x15\x04PAR1", mtime=0), "is Parquet"),
         ("data.parquet", b"ARROW1\x00\x00", "is Arrow"),
         ("data.csv", b"PK\x03\x04", "an Excel workbook"),
+        ("data.jsonl", "{}".encode("utf-32"), "UTF-32"),
         ("data.parquet", b"version https://git-lfs.github.com/spec/v1\n", "run git lfs pull"),
         ("data.jsonl", b"<!DOCTYPE html>", "a web page"),
         ("data.json", b"instruction,output\nSay it.,It.\n", "it starts with 'instruction,output'"),

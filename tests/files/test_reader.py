@@ -13,6 +13,7 @@ from typing import Any
 
 import polars as pl
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import zstandard
 
@@ -83,8 +84,55 @@ def test_lines_are_numbered_from_one_and_blank_ones_are_no_records(tmp_path: Pat
 
 def test_deep_json_and_endless_integers_are_bad_rows(tmp_path: Path) -> None:
     path = tmp_path / "d.jsonl"
-    path.write_text('{"a": 1}\n' + "[" * 100_000 + "\n" + '{"a": ' + "1" * 5000 + "}\n")
-    assert [raw.status for raw in read_raw([path])] == [RowStatus.OK, RowStatus.BAD_JSON, RowStatus.BAD_JSON]
+    lines = {
+        '{"a": 1}': "ok",
+        "[" * 100_000: "bad_json",
+        '{"a": ' + "1" * 5000 + "}": "bad_json",
+        "[" * 100 + "]" * 100: "ok",
+        "[" * 101 + "]" * 101: "bad_json",
+        '{"a":' * 981 + "1" + "}" * 981: "bad_json",
+        "[" + "[]," * 500 + '"' + "[{" * 500 + '\\\\"]': "ok",  # many, one beside another, and in a text
+        '{"a": ' + "[" * 101 + "]" * 101 + ', "a": 1}': "bad_json",  # in a value that another replaces
+    }
+    path.write_text("\n".join(lines))
+    for exact in (True, False):
+        with Dataset([path]) as data:
+            assert [raw.status for raw in data.rows(exact=exact)] == list(lines.values())
+
+
+def deeper(levels: int, then: Callable[[], Any]) -> Any:
+    return deeper(levels - 1, then) if levels else then()
+
+
+def test_whether_a_line_is_json_does_not_depend_on_who_reads_it(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text("[" * 100 + "]" * 100)
+    assert deeper(700, lambda: next(iter(read_raw([path]))).status) is RowStatus.OK
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_lines_and_documents_have_a_limit(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    packs: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
+    pack = packs[suffix]
+    monkeypatch.setattr("scorer.files.streams.LINE_BYTES", 1 << 20)
+    monkeypatch.setattr("scorer.files.json_files.LINE_BYTES", 1 << 20)
+    monkeypatch.setattr("scorer.files.json_files.DOCUMENT_BYTES", 4 << 20)
+    for name, begin, more, told in (
+        ("d.jsonl", b'{"a": 1}\n', b"\0", "line 2 has 1 MiB or more"),
+        ("d.jsonl", b'\n{"a": "', b"a", "line 2 has 1 MiB or more"),
+        ("d.jsonl", b"", b" ", "is blank up to line"),
+        ("d.json", b"", b"\0", "it starts with"),
+        ("d.json", b"[1,\n", b"2,\n", "over 4 MiB, the limit of a JSON document, in line"),
+        ("d.json", b"[", b"2,", "over 4 MiB, the limit of a JSON document, in line 1"),
+        ("d.csv", b"a,b\n", b"\0", "line 2 has 1 MiB or more"),
+        ("d.csv", b"a,b\n", b'"\n",', "line 2 has 1 MiB or more"),
+    ):
+        path = tmp_path / f"{name}{suffix}"
+        path.write_bytes(pack(begin + more * ((5 << 20) // len(more))))
+        assert told in refusal(path)
+    path = tmp_path / "d.json"
+    path.write_text(f'["{"a" * (2 << 20)}"]')  # one line, of a document
+    assert len(values(path)[0]) == 2 << 20
 
 
 @pytest.mark.parametrize("suffix", ["json", "jsonl"])
@@ -268,7 +316,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
             writer.write_table(table.combine_chunks(), max_chunksize=size)
     rows.head(2000).write_parquet(tmp_path / "small.parquet")
     _, small = peak(tmp_path / "small.parquet")
-    # Parquet: a column chunk as it is on disk, and some rows. Arrow: the whole file, mapped; the system may free it.
+    # Parquet: a column chunk as it is on disk, and some rows. Arrow: a record batch, and some rows.
     allowed = {"d.parquet": 160, "d.jsonl": 40, "d.csv": 40, "one.arrow": 200, "many.arrow": 200}
     for name, most in allowed.items():
         count, mib = peak(tmp_path / name)
@@ -295,3 +343,43 @@ def test_a_file_of_another_length_moves_no_ids(write_jsonl: Callable[..., Path],
     assert seen == [0, 1][:count]
     assert [row.value["n"] for row in read_raw([first, second], counts=[count, 1])][-1] == 9
     assert len(list(read_raw([first, second], counts=[count, 1], limit=1))) == 1
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.csv", "d.parquet", "d.arrow"])
+def test_files_that_are_cut_or_removed_while_they_are_read(tmp_path: Path, name: str) -> None:
+    rows = [{"instruction": hashlib.sha256(str(i).encode()).hexdigest(), "output": str(i)} for i in range(60_000)]
+    path, table = write(tmp_path / name, rows), pa.Table.from_pylist(rows)
+    if name == "d.parquet":
+        pq.write_table(table, path, row_group_size=1000)
+    if name == "d.arrow":
+        with pa.ipc.new_file(path, table.schema) as writer:
+            writer.write_table(table, max_chunksize=1000)
+    with Dataset([path]) as data:
+        data.inspect()
+        found = data.rows()
+        next(found)
+        os.truncate(path, path.stat().st_size // 2)
+        with pytest.raises(ScorerError, match=r"truncated or damaged|changed while it was read|no CSV|cells, where"):
+            list(found)
+    path = write(tmp_path / name, rows)
+    with Dataset([path]) as data:
+        data.inspect()
+        path.unlink()  # what is open stays
+        assert len(list(data.rows())) == len(rows)
+
+
+FEW_FILES = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (32, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+from scorer.data.dataset import Dataset
+with Dataset(sys.argv[1:]) as data:
+    data.inspect()
+    print(len(list(data.rows())), data.height)
+"""
+
+
+def test_many_files_where_few_may_be_open(write_jsonl: Callable[..., Path]) -> None:
+    paths = [write_jsonl([{"instruction": "a", "output": "b"}], f"{i}.jsonl") for i in range(50)]
+    command = [sys.executable, "-c", FEW_FILES, *map(str, paths)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["50", "50"]

@@ -8,6 +8,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+from scorer.data.dataset import Dataset
 from scorer.runs import extras
 from scorer.runs.directory import FLAGS, Run
 from scorer.selection.inputs import column_groups
@@ -82,6 +83,14 @@ def test_per_column(command: Commands, run: Run, tmp_path: Path) -> None:
     line = command("select", "run", "-o", "b.jsonl", "--per", "language").line()
     assert "no record of" in line
     assert "'language'" in line
+
+
+def test_per_column_of_values_that_no_table_holds(tmp_path: Path) -> None:
+    path = tmp_path / "odd.jsonl"
+    path.write_text("".join(f'{{"k":{value}}}\n' for value in ('"\\ud800"', '"a\\u0000"', '{"\\ud800":1}', "null")))
+    with Dataset([path]) as data:
+        groups = column_groups(data, "k")["group"].to_list()
+    assert groups == ['"\\ud800"', "a\0", '{"\\ud800": 1}', None]
 
 
 def test_diverse(command: Commands, run: Run, tmp_path: Path) -> None:

@@ -197,6 +197,88 @@ def test_what_text_can_not_hold_is_named(tmp_path: Path) -> None:
                 scorer.select(run, tmp_path / "a.jsonl", keep=1)
 
 
+def test_times_that_text_would_show_as_others_are_refused(tmp_path: Path) -> None:
+    columns = {
+        "utc": pa.array([2**63 - 1], pa.timestamp("us", "UTC")),
+        "at": pa.array([{"at": -(2**62)}], pa.struct([("at", pa.timestamp("us"))])),
+        "day": pa.array([[2**31 - 1]], pa.list_(pa.date32())),
+        "time": pa.array([86_400], pa.int32()).view(pa.time32("s")),
+    }
+    for name, column in columns.items():
+        table = pa.table({"instruction": ["a"], "output": ["b"], name: column})
+        with pa.ipc.new_file(tmp_path / f"{name}.arrow", table.schema) as writer:
+            writer.write_table(table)
+        run = run_of(tmp_path / name, [tmp_path / f"{name}.arrow"], [1], ifd=[0.5])
+        with pytest.raises(ScorerError, match=f"column '{name}' holds times"):
+            scorer.select(run, tmp_path / "a.jsonl", keep=1)
+        scorer.select(run, tmp_path / "a.arrow", keep=1)
+        with pa.ipc.open_file(tmp_path / "a.arrow") as file:
+            assert file.read_all().equals(table, check_metadata=True)
+
+
+def test_several_tables_keep_types_and_metadata(tmp_path: Path) -> None:
+    field = pa.field("n", pa.uint64(), metadata={"unit": "tokens"})
+    schema = pa.schema([pa.field("instruction", pa.large_string()), field], metadata=METADATA)
+    paths = [tmp_path / "a.parquet", tmp_path / "b.parquet"]
+    tables = [pa.table([[text] * 2, [2**63 + 5, i]], schema=schema) for i, text in enumerate("ab")]
+    for path, table in zip(paths, tables, strict=True):
+        pq.write_table(table, path)
+    run = run_of(tmp_path / "run", paths, [2, 2], ifd=[0.9, 0.1, 0.8, 0.2])
+    scorer.select(run, tmp_path / "c.parquet", keep=2)
+    came = pa.concat_tables([table.slice(0, 1) for table in tables])
+    assert parquet(tmp_path / "c.parquet").equals(came, check_metadata=True)
+
+
+NUMBERS = (
+    '{"instruction":"a","output":"b","n":0.12345678901234567890123,"m":1E5,"x":1e400,"z":-0,"z":-0.0,'
+    '"i":123456789012345678901234567890}'
+)
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.json"])
+def test_numbers_and_keys_that_stand_twice_keep_their_text(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text(f"[\n{NUMBERS},\n{NUMBERS}]" if name == "d.json" else f"{NUMBERS}\n{NUMBERS}\n")
+    run = run_of(tmp_path / "run", [tmp_path / name], [2], ifd=[0.5, 0.6])
+    for output, text in (("a.jsonl", f"{NUMBERS}\n"), ("a.json", f"[\n{NUMBERS}\n]\n")):
+        scorer.select(run, tmp_path / output, keep=1)
+        assert (tmp_path / output).read_text() == text
+
+
+def odd_run(folder: Path, line: str) -> Run:
+    (folder / "odd.jsonl").write_text(line + "\n")
+    return run_of(folder / "odd", [folder / "odd.jsonl"], [1], ifd=[0.5])
+
+
+@pytest.mark.parametrize(("key", "told"), [("\\u0000", "holds the character 0"), ("\\ud800", "surrogates not allowed")])
+def test_keys_that_no_table_holds(tmp_path: Path, capfd: pytest.CaptureFixture[str], key: str, told: str) -> None:
+    for line in (f'{{"instruction":"a","output":"b","{key}":1}}', f'{{"output":"b","x":[{{"{key}":1}}]}}'):
+        run = odd_run(tmp_path, line)
+        for name in ("a.parquet", "a.arrow", "a.csv"):
+            with pytest.raises(ScorerError, match=told):
+                scorer.select(run, tmp_path / name, keep=1)
+        scorer.select(run, tmp_path / "a.jsonl", keep=1)
+        assert (tmp_path / "a.jsonl").read_text() == f"{line}\n"
+    assert capfd.readouterr() == ("", "")
+
+
+def test_lists_that_parquet_would_hold_and_not_give_back(tmp_path: Path) -> None:
+    run = odd_run(tmp_path, f'{{"instruction":"a","x":{"[" * 60 + "]" * 60}}}')
+    with pytest.raises(ScorerError, match=r"JSON Lines .*too deeply nested"):
+        scorer.select(run, tmp_path / "a.parquet", keep=1)
+    assert not (tmp_path / "a.parquet").exists()
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet", "a.csv"])
+def test_what_was_scored_and_is_no_json_now_is_refused(tmp_path: Path, name: str) -> None:
+    run = odd_run(tmp_path, '{"instruction":"a","output":"b","x":' + "[" * 600 + "]" * 600 + "}")
+    for form in (None, "alpaca") if name != "a.csv" else (None,):
+        with pytest.raises(ScorerError, match=r"odd\.jsonl:1: was scored, but is read as bad_json now"):
+            scorer.select(run, tmp_path / name, keep=1, form=form)
+    with pytest.raises(ScorerError, match="read as bad_json now"):
+        scorer.select(run, rejected=tmp_path / name, keep=1, max_ifd=0.1, with_scores=True)
+    assert not (tmp_path / name).exists()
+
+
 def test_dates_from_python(tmp_path: Path) -> None:
     table = pa.table({"instruction": ["a"], "output": ["b"], "day": [datetime.date(2024, 2, 29)]})
     pq.write_table(table, tmp_path / "d.parquet")

@@ -1,0 +1,72 @@
+"""Types of Arrow's columns -> the types of what JSON, or a Python value, holds of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pyarrow as pa
+
+from scorer.files.json_texts import MAX_DEPTH
+from scorer.types import ScorerError
+
+BINARY = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary, pa.types.is_binary_view)
+LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)  # pyarrow's casts of views lose items
+FLAT = (pa.types.is_primitive, pa.types.is_null, pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+
+Flat = Callable[[str, pa.DataType], pa.DataType]  # of a type without others inside
+
+
+def text_type(where: str, kind: pa.DataType) -> pa.DataType:
+    """The type of what JSON holds for values of a type: text for dates, times and decimals, with every digit.
+
+    Raises ScorerError, which begins with `where`, for binary values, durations and types that JSON can't hold.
+    """
+    return _mapped(where, kind, _flat_text_type, MAX_DEPTH)
+
+
+def read_type(where: str, kind: pa.DataType) -> pa.DataType:
+    """The same, but binary values stay, and durations are the text of their number."""
+    return _mapped(where, kind, _flat_read_type, MAX_DEPTH)
+
+
+def _mapped(where: str, kind: pa.DataType, flat: Flat, levels: int) -> pa.DataType:
+    types = pa.types
+
+    def inside(kind: pa.DataType, name: str = "") -> pa.DataType:
+        return _mapped(f"{where}, {name}" if name else where, kind, flat, levels - 1)
+
+    if isinstance(kind, pa.BaseExtensionType):
+        return inside(kind.storage_type)
+    if types.is_dictionary(kind):
+        return inside(kind.value_type)
+    if types.is_struct(kind) and levels and len({field.name for field in kind}) == kind.num_fields:
+        return pa.struct([(field.name, inside(field.type, field.name)) for field in kind])
+    if types.is_map(kind) and levels:
+        return pa.list_(pa.struct([(f.name, inside(f.type)) for f in (kind.key_field, kind.item_field)]))
+    if any(is_kind(kind) for is_kind in LISTS) and levels:
+        return pa.large_list(inside(kind.value_type))
+    if types.is_nested(kind):
+        raise ScorerError(f"{where} holds {str(kind)[:60]}, which text can't hold; write to .parquet")
+    return flat(where, kind)
+
+
+def _flat_text_type(where: str, kind: pa.DataType) -> pa.DataType:
+    refused = {"binary data": BINARY, "durations": (pa.types.is_duration,)}
+    for what, kinds in refused.items():
+        if any(is_kind(kind) for is_kind in kinds):
+            raise ScorerError(f"{where} holds {what}, which text can't hold; leave it out, or write to .parquet")
+    return _flat_read_type(where, kind)
+
+
+def _flat_read_type(where: str, kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_interval(kind) or not any(is_kind(kind) for is_kind in (*FLAT, *BINARY, pa.types.is_decimal)):
+        raise ScorerError(f"{where} holds {str(kind)[:60]}, which text can't hold; write to .parquet")
+    if pa.types.is_temporal(kind) or pa.types.is_decimal(kind):
+        return pa.string()
+    if any(is_kind(kind) for is_kind in BINARY):
+        return pa.large_binary()
+    if pa.types.is_null(kind):
+        return pa.int8()  # of which all are null: pyarrow's cast of nulls to nulls fails inside lists
+    if pa.types.is_string_view(kind):
+        return pa.large_string()
+    return pa.float32() if pa.types.is_float16(kind) else kind
