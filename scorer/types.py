@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from scorer.printing import printable
+
 
 class ScorerError(Exception):
     """An error that the user can mend; its text says how. The command line prints it on one line."""
@@ -14,9 +16,7 @@ class ScorerError(Exception):
     exit_code = 2
 
     def __init__(self, text: str):
-        # Names and contents of files are quoted, and may hold any character.
-        shown = (c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in text)
-        super().__init__(text if text.isprintable() else "".join(shown))
+        super().__init__(printable(text))  # names and contents of files are quoted, and may hold any character
 
 
 class EngineError(ScorerError):

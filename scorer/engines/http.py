@@ -13,6 +13,7 @@ from http.client import HTTPConnection, HTTPException, HTTPSConnection, Incomple
 from threading import Event, Thread
 from urllib.parse import urlsplit
 
+from scorer.printing import printable
 from scorer.types import ScorerError
 
 CONNECT_SECONDS = 5.0
@@ -120,9 +121,8 @@ def _reason(error: Exception) -> str:
 
 
 def shown(text: str | bytes) -> str:
-    """Text of a server for a message: on one line, cut, and without characters that would steer a terminal."""
+    """Text of a server for a message: on one line, and cut."""
     if isinstance(text, bytes):
         text = text[: 4 * SHOWN_CHARACTERS].decode(errors="replace")
-    line = " ".join(text[: 4 * SHOWN_CHARACTERS].split())
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in line)
+    line = printable(" ".join(text[: 4 * SHOWN_CHARACTERS].split()))
     return line if len(line) <= SHOWN_CHARACTERS else f"{line[:SHOWN_CHARACTERS]}..."

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import processors
+from tokenizers import Regex, normalizers, processors
 
 from scorer.config import ScoreConfig
 from scorer.encoding.encoder import Encoder
@@ -421,6 +421,23 @@ def test_input_goes_to_the_user_and_not_to_the_system() -> None:
     record = talk(Turn((Message("system", "S"), Message("user", "A")), "one", "in"))
     _, sequences = encoder("chat", tokenizer=chat_tokenizer()).encode([record])
     assert shown(sequences)[0] == conditioned("<system>S<user>A\nin<assistant>one", "one")
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "filler"),
+    [
+        (normalizers.BertNormalizer(strip_accents=False, lowercase=False), "\x01"),  # drops control characters
+        (normalizers.Replace(Regex("[ ]+"), " "), " "),
+    ],
+)
+@pytest.mark.parametrize("protocol", ["superfiltering", "aligned", "small2large"])
+def test_a_text_is_cut_by_its_tokens_alone(protocol: str, normalizer: Any, filler: str) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizer
+    encode = encoder(protocol, 400, tokenizer).encode
+    plain, padded = (encode([single(f"Is {more}it?", f"It {more}is.")]) for more in ("", filler * 200_000))
+    assert padded == plain
+    assert rows(plain[0])[0][1] == "ok"
 
 
 def test_a_template_that_trims() -> None:
