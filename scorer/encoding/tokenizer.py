@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 import orjson
 from tokenizers.pre_tokenizers import ByteLevel
 
+from scorer.faults import faults_of
 from scorer.protocols import PROTOCOLS, Protocol
 from scorer.tokens import Array, bounds_of, ranges
 
@@ -42,20 +44,31 @@ class BulkTokenizer:
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
-        texts = hard_texts(tokenizer)
-        self.name = f"transformers {version('transformers')}"
-        self.encode: Encode = partial(_encode_in_chunks, partial(_transformers_ids, tokenizer))
-        expected = self.encode(texts)
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        if backend is None:
-            return
-        by_tokenizers = partial(_encode_in_chunks, partial(_tokenizers_ids, backend))
-        if not _same(by_tokenizers(texts), expected):
-            return
-        self.name, self.encode = f"tokenizers {version('tokenizers')}", by_tokenizers
-        by_fastokens = _by_fastokens(backend, by_tokenizers)
-        if by_fastokens is not None and _same(by_fastokens(texts), expected):
-            self.name, self.encode = f"fastokens {version('fastokens')}", by_fastokens
+        self._what = f"{tokenizer.name_or_path or 'this model'}: the tokenizer does not work"
+        with self.checked():
+            self.name, self.encode = _fastest(tokenizer)
+
+    def checked(self) -> AbstractContextManager[None]:
+        """In the block the tokenizer's errors, which may be any and come at any text, are ScorerError."""
+        return faults_of(self._what)
+
+
+def _fastest(tokenizer: Any) -> tuple[str, Encode]:
+    """The library that gives the right ids for all of `hard_texts`, with its version, and its function."""
+    texts = hard_texts(tokenizer)
+    name = f"transformers {version('transformers')}"
+    encode: Encode = partial(_encode_in_chunks, partial(_transformers_ids, tokenizer))
+    expected = encode(texts)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return name, encode
+    by_tokenizers = partial(_encode_in_chunks, partial(_tokenizers_ids, backend))
+    if not _same(by_tokenizers(texts), expected):
+        return name, encode
+    by_fastokens = _by_fastokens(backend, by_tokenizers)
+    if by_fastokens is not None and _same(by_fastokens(texts), expected):
+        return f"fastokens {version('fastokens')}", by_fastokens
+    return f"tokenizers {version('tokenizers')}", by_tokenizers
 
 
 def hard_texts(tokenizer: Any) -> list[str]:

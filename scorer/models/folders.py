@@ -23,6 +23,9 @@ SAFE_WEIGHTS, SAFE_INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED_WEIGHTS = "pytorch_model*.bin*"  # and the index of sharded ones
 PICKLED = "its weights are pickled (*.bin), which can run code when read; give --allow-pickle if you trust them"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+# Counts in a configuration which libraries do not check: a layer is made for each, before any is compared.
+COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "num_attention_heads", "n_head", "num_key_value_heads")
+LARGEST_COUNT = 10_000
 JSON_BYTES = 64 << 20  # the index of the largest models has a tenth of it
 
 
@@ -89,6 +92,9 @@ def check_folder(folder: Path, allow_pickle: bool, weights: bool = True) -> None
     settings = settings_of(folder)
     if "adapter_config.json" in names:  # some libraries would apply it, some would not
         raise ScorerError(f"{folder}: it has an adapter (adapter_config.json); merge it into the weights, or remove it")
+    for name in COUNTS:
+        if isinstance(count := settings.get(name), int) and not 0 < count <= LARGEST_COUNT:
+            raise ScorerError(f"{folder / 'config.json'}: {name} can't be {count}; copy the model again")
     if settings.get("transformers_weights"):
         raise ScorerError(f"{folder / 'config.json'}: transformers_weights is not supported; use {SAFE_WEIGHTS}")
     if weights:

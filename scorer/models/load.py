@@ -54,7 +54,7 @@ def choose_dtype(dtype: str, device: str) -> str:
 def load_tokenizer(files: ModelFiles, *, trust_remote_code: bool = False) -> Any:
     """The transformers tokenizer. Raises ScorerError if there is none or it does not load."""
     check_tokenizer(files.path)
-    with loading(files.path):
+    with loading(files.path, "tokenizer"):
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(files.path, trust_remote_code=trust_remote_code, local_files_only=True)
