@@ -30,6 +30,7 @@ SEPARATOR, LONG_S = "\u180e", "ſ"
 ALIKE = re.compile(r"\\[dDsSrnt]|\\p\{[CLMNPSZ][a-z]?\}|\(\?!\\S\)|\(\?i?:|\\\W")
 # Blocks of 128 characters: those of nearly every script, and few of the many Han characters, syllables and hieroglyphs.
 BLOCKS = (*range(0, 0x3400, 128), 0x4E00, *range(0xA480, 0xAC80, 128), *range(0xF900, 0x12000, 128))
+MOST_IDS = 1 << 22  # ten times the largest vocabulary
 CHARACTERS = 1 << 20  # tokenised at once by tokenizers, whose encodings take fifty times as much memory as their text
 # Texts -> their ids end to end, int32, and where each begins, int64 [len(texts) + 1].
 Encode = Callable[[list[str]], tuple[Array, Array]]
@@ -133,7 +134,7 @@ def _by_fastokens(backend: Any, by_tokenizers: Encode) -> Encode | None:
     definition = orjson.loads(backend.to_str())
     definition |= {"decoder": None, "post_processor": None}  # not for ids, and some are unknown to fastokens
     first_added = _complete(definition)
-    if any(re.search(r"\\|\(\?|\[:", ALIKE.sub("", regex)) for regex in _regexes(definition)):
+    if first_added is None or any(re.search(r"\\|\(\?|\[:", ALIKE.sub("", regex)) for regex in _regexes(definition)):
         return None
     try:
         fast = fastokens.Tokenizer.from_json_str(orjson.dumps(definition).decode())
@@ -169,16 +170,19 @@ def _regexes(part: Any) -> Iterator[str]:
             yield from _regexes(value)
 
 
-def _complete(definition: dict[str, Any]) -> int:
+def _complete(definition: dict[str, Any]) -> int | None:
     """Add the bytes that a byte-level vocabulary lacks, without which fastokens refuses a text that holds one.
 
-    tokenizers leaves such bytes out, so a text with an id from the returned one on is not for fastokens.
+    tokenizers leaves such bytes out, so a text with an id from the returned one on is not for fastokens. None where the
+    ids are too many to fill their gaps.
     """
     vocabulary = definition["model"].get("vocab")
     added = [token["id"] for token in definition["added_tokens"]]
     if not isinstance(vocabulary, dict):
         return np.iinfo(np.int32).max
     first = max([*vocabulary.values(), *added], default=-1) + 1
+    if first > MOST_IDS:
+        return None
     if "ByteLevel" in orjson.dumps(definition["pre_tokenizer"]).decode():
         lacking = sorted(set(ByteLevel.alphabet()) - vocabulary.keys())
         vocabulary |= {symbol: first + i for i, symbol in enumerate(lacking)}

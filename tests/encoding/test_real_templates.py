@@ -93,7 +93,8 @@ def test_where_a_response_begins_and_ends(name: str) -> None:
 def test_the_text_is_that_of_transformers(name: str) -> None:
     chat = template(name)
     tools = [{"type": "function", "function": {"name": "sky", "description": "<ö>", "parameters": {"type": "object"}}}]
-    for messages in ([USER, ANSWER], [USER, THOUGHT, USER, CALLS]):
+    talks: list[list[dict[str, Any]]] = [[USER, ANSWER], [USER, THOUGHT, USER, CALLS]]
+    for messages in talks:
         for some in ([], tools):
             own = chat._tokenizer.apply_chat_template(
                 messages, tools=some or None, tokenize=False, strftime_now=chat.now.strftime

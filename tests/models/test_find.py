@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -213,7 +214,19 @@ def test_the_base_model_s_file_of_the_hub_loads(tmp_path: Path) -> None:
         ("model.safetensors", "short", "does not load.*SafetensorError"),
         ("model.safetensors.index.json", "[1]", "not an index of weights"),
         ("tokenizer.json", None, "no tokenizer"),
-        ("tokenizer.json", "{", "does not load"),
+        ("tokenizer.json", "{", "the tokenizer does not load"),
+        ("config.json", "[" * 100_000, r"config\.json: cannot be read \(RecursionError"),
+        ("config.json", '{"model_type": "gpt2", "n_layer": 1000000000000}', r"config\.json: n_layer can't be 10000"),
+        ("config.json", '{"model_type": "gpt2", "n_head": 0}', r"config\.json: n_head can't be 0"),
+        ("config.json", '{"model_type": "gpt2", "n_layer": "two"}', "does not load"),
+        ("config.json", '{"model_type": "gpt2", "vocab_size": -1}', "does not load"),
+        ("config.json", '{"auto_map": {"AutoConfig": "a.B"}}', "does not load"),
+        ("config.json", '{"model_type": "gpt2", "transformers_weights": "a.safetensors"}', "not supported"),
+        ("generation_config.json", "[" * 100_000, "the model does not load"),
+        ("model.safetensors", "\x00" * 8, "the model does not load"),
+        ("model.safetensors", "\x7f" * 100, "the model does not load"),
+        ("tokenizer_config.json", '{"tokenizer_class": 3}', "the tokenizer does not load"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": 3}', "the tokenizer does not load"),
     ],
 )
 def test_a_broken_folder_is_named_on_one_line(tmp_path: Path, file: str, content: str | None, message: str) -> None:
@@ -226,6 +239,18 @@ def test_a_broken_folder_is_named_on_one_line(tmp_path: Path, file: str, content
         load_all(tmp_path)
     assert str(tmp_path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "chat_template.jinja", "model.safetensors"])
+def test_what_is_no_file_is_named_and_not_waited_for(tmp_path: Path, file: str) -> None:
+    path = tiny_gpt2(tmp_path) / file
+    for make in (os.mkfifo, os.mkdir, lambda path: os.symlink(path, path)):
+        path.unlink(missing_ok=True)
+        make(path)
+        with pytest.raises(ScorerError, match=rf"{file}: not a file"):
+            find_model(str(tmp_path))
+        if path.is_dir():
+            path.rmdir()
 
 
 def test_settings_are_an_object_or_refused(tmp_path: Path) -> None:
