@@ -219,7 +219,8 @@ def test_a_tokenizer_that_fails_is_one_line(model: Any, message: str) -> None:
         Encoder(BulkTokenizer(tokenizer), PROTOCOLS["aligned"], 64)
 
 
-def test_ids_far_apart_are_not_filled() -> None:
+def test_ids_far_apart_are_not_filled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("scorer.encoding.tokenizer.MOST_IDS", 290)
     vocabulary = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))} | {
         "<s>": 2_000_000_000
     }
