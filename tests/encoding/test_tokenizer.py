@@ -221,9 +221,8 @@ def test_a_tokenizer_that_fails_is_one_line(model: Any, message: str) -> None:
 
 def test_ids_far_apart_are_not_filled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("scorer.encoding.tokenizer.MOST_IDS", 290)
-    vocabulary = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))} | {
-        "<s>": 2_000_000_000
-    }
+    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {symbol: i for i, symbol in enumerate(symbols)} | {"<s>": 300}
     backend = Tokenizer(models.BPE(vocabulary, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bulk = BulkTokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>"))
