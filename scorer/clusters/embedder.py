@@ -6,6 +6,7 @@ Knows neither where the texts come from nor what the embeddings are for.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
@@ -14,15 +15,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 
 from scorer.config import EmbedderConfig
 from scorer.models.find import ModelFiles
-from scorer.models.folders import embedder_modules
+from scorer.models.folders import embedder_modules, weight_files
 from scorer.models.load import choose_device
 from scorer.models.quiet import loading, quiet
 from scorer.types import ScorerError
 
 Matrix = np.ndarray[tuple[int, int], np.dtype[np.float32]]
+LAYER = re.compile(r"\.(\d+)\.")  # of a tensor's name the first number is that of its layer
 BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}  # padded
 
 
@@ -49,6 +52,9 @@ class Embedder:
                 trust_remote_code=config.trust_remote_code,
                 model_kwargs=options,
             )
+            for (kind, path), module in zip(embedder_modules(files.path), self.model, strict=True):
+                if kind == "Transformer":
+                    _check_layers(weight_files(path, config.allow_pickle), module)
             _limit(self.model[0], config.max_tokens)
             # The first call sets options of the tokenizer, which is not safe in several threads.
             self.width = len(self.model.encode("a", show_progress_bar=False))
@@ -116,6 +122,24 @@ def _limit(first: Any, max_tokens: int) -> None:
             module.tokenizer.enable_truncation(max_tokens)
         else:
             module.max_seq_length = min(max_tokens, getattr(module, "max_seq_length", None) or max_tokens)
+
+
+def _check_layers(weights: Sequence[Path], module: Any) -> None:
+    """Raise ScorerError where safetensors have other layers than the network, which would make them up or ignore them.
+
+    Their other tensors may differ, as those of a head that is not used for embeddings.
+    """
+    names: list[str] = []
+    for path in weights:
+        if path.suffix != ".safetensors":
+            return
+        with safe_open(path, "pt") as file:
+            names += file.keys()
+    stored, own = (
+        {match[1] for name in some if (match := LAYER.search(name))} for some in (names, module.state_dict())
+    )
+    if stored != own:
+        raise ScorerError(f"{weights[0].parent}: config.json has {len(own)} layers, the weights have {len(stored)}")
 
 
 def _check_no_foreign_code(folder: Path) -> None:

@@ -9,19 +9,17 @@ from datetime import datetime
 from functools import cached_property, partial
 from typing import Any
 
-from jinja2 import TemplateError
-
+from scorer.encoding.templates import RENDERER, ChatTemplateError, EndlessTemplateError
 from scorer.types import ScorerError
 
-# A template raises errors of its own, and makes Python raise others.
-TEMPLATE_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 STAND_IN = "stand-in-for-the-response"
 SPECIAL_FIELDS = ("tool_calls", "reasoning_content")  # a template that does not read them leaves them out
 
+ENDLESS = 3  # so many renderings without an end are not the fault of one record
 ChatMessage = Mapping[str, Any]
 
 
-class HiddenResponseError(ValueError):
+class HiddenResponseError(ChatTemplateError):
     """The text of a template does not show where the response begins."""
 
 
@@ -35,7 +33,7 @@ class ChatTemplate:
         if not tokenizer.chat_template:
             raise ScorerError("protocol chat: the model has no chat template; use one that is tuned to chat")
         self._tokenizer, self.now = tokenizer, datetime.now()
-        self._source = str(tokenizer.chat_template)
+        self._source, self._endless = str(tokenizer.chat_template), 0
 
     def reads(self, name: str) -> bool:
         """Whether the template reads a field of messages, or `tools`."""
@@ -59,7 +57,7 @@ class ChatTemplate:
         call = {"type": "function", "id": "call", "function": {"name": "find", "arguments": {"key": "argument"}}}
         asks, calls = {"role": "user", "content": "text"}, {"role": "assistant", "content": "", "tool_calls": [call]}
         for form in (partial(_call_form, content=c, as_json=j) for c in ("", None) for j in (False, True)):
-            with suppress(*TEMPLATE_ERRORS):
+            with suppress(ChatTemplateError):
                 if "argument" in self._render([asks, form(calls)], []):
                     return form
         return None
@@ -70,7 +68,7 @@ class ChatTemplate:
         A stand-in for the content shows where it goes, so that a block of reasoning that the template opens and closes
         by itself is before the response. What it writes for the message only (its reasoning, its tool calls) belongs to
         the response; what it writes after any content, such as a token that ends the turn, does not. Raises
-        TEMPLATE_ERRORS, among them HiddenResponseError.
+        ChatTemplateError, ScorerError where the template computes without an end again and again.
         """
         whole = self._render([*history, message], tools)
         before, found, after = self._render([*history, {"role": "assistant", "content": STAND_IN}], tools).rpartition(
@@ -88,10 +86,25 @@ class ChatTemplate:
         raise HiddenResponseError
 
     def _render(self, messages: Sequence[ChatMessage], tools: Sequence[Any]) -> str:
-        text: str = self._tokenizer.apply_chat_template(
-            list(messages), tools=list(tools) or None, tokenize=False, strftime_now=self.now.strftime
-        )
-        return text
+        try:
+            source = self._tokenizer.get_chat_template(None, list(tools) or None)
+        except ValueError as error:  # of several templates, none is for this
+            raise ChatTemplateError(str(error)) from error
+        variables = {
+            **self._tokenizer.special_tokens_map,
+            "messages": list(messages),
+            "tools": list(tools) or None,
+            "documents": None,
+            "add_generation_prompt": False,
+            "strftime_now": self.now.strftime,
+        }
+        try:
+            return RENDERER.render(source, variables)
+        except EndlessTemplateError as error:
+            self._endless += 1
+            if self._endless < ENDLESS:
+                raise
+            raise ScorerError(f"protocol chat: the model's chat template has no end: {error}; use another") from error
 
 
 def _call_form(message: ChatMessage, *, content: str | None, as_json: bool) -> ChatMessage:

@@ -39,16 +39,18 @@ class Encoder:
     ):
         self.bulk, self.protocol, self.max_length = bulk, protocol, max_length
         self.tokenizer = tokenizer = bulk.tokenizer
-        self.special, self.split_special_tokens = SpecialTokens(bulk), split_special_tokens
-        if protocol.score_eos and tokenizer.eos_token is None:
-            raise ScorerError(f"protocol {protocol.name} scores the EOS token, and the model has none")
+        self.split_special_tokens = split_special_tokens
         self.writer: Writer
-        if protocol.template is None:
-            self.writer = ChatWriter(ChatTemplate(tokenizer))
-        else:
-            self.writer = TemplateWriter(protocol, tokenizer.eos_token if protocol.score_eos else "")
-        self.layout = self._layout(document_token_id)
-        self.longest = 2 * self.layout.longest_text * max(map(len, tokenizer.get_vocab()))
+        with bulk.checked():
+            self.special = SpecialTokens(bulk)
+            if protocol.score_eos and tokenizer.eos_token is None:
+                raise ScorerError(f"protocol {protocol.name} scores the EOS token, and the model has none")
+            if protocol.template is None:
+                self.writer = ChatWriter(ChatTemplate(tokenizer))
+            else:
+                self.writer = TemplateWriter(protocol, tokenizer.eos_token if protocol.score_eos else "")
+            self.layout = self._layout(document_token_id)
+            self.longest = 2 * self.layout.longest_text * max(map(len, tokenizer.get_vocab()))
 
     def set_date(self, began: str) -> None:
         """What a chat template takes for now, as ISO 8601: the same for all parts of a run."""
@@ -95,7 +97,8 @@ class Encoder:
             np.array(texts.left_out, object)[of_row],
             np.array(texts.special_tokens, bool)[of_row],
         )
-        ids, offsets = self.special.encode([t if len(t) <= self.longest else self._cut(t) for t in texts.texts])
+        with self.bulk.checked():
+            ids, offsets = self.special.encode([t if len(t) <= self.longest else self._cut(t) for t in texts.texts])
         shape = (-1, self.layout.texts)
         pieces = Pieces(
             np.array(texts.rows, np.int64),

@@ -13,7 +13,8 @@ from typing import Protocol as Interface
 
 from scorer.data.messages import split_reasoning
 from scorer.data.records import REASONING
-from scorer.encoding.chat import TEMPLATE_ERRORS, ChatMessage, ChatTemplate
+from scorer.encoding.chat import ChatMessage, ChatTemplate
+from scorer.encoding.templates import ChatTemplateError
 from scorer.protocols import Join, Protocol
 from scorer.tokens import CODES
 from scorer.types import Record, RowStatus, Turn
@@ -179,7 +180,7 @@ class ChatWriter:
         """The text before a message, and that of its parts, one a row: all of it, or reasoning and answer."""
         try:
             before, response = self.chat.split(history, said, record.tools)
-        except TEMPLATE_ERRORS:
+        except ChatTemplateError:
             for row in rows:
                 texts.statuses[row] = ERROR if texts.statuses[row] == OK else texts.statuses[row]
             return "", [""] * len(rows)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 import orjson
 from tokenizers.pre_tokenizers import ByteLevel
 
+from scorer.faults import faults_of
 from scorer.protocols import PROTOCOLS, Protocol
 from scorer.tokens import Array, bounds_of, ranges
 
@@ -28,6 +30,7 @@ SEPARATOR, LONG_S = "\u180e", "ſ"
 ALIKE = re.compile(r"\\[dDsSrnt]|\\p\{[CLMNPSZ][a-z]?\}|\(\?!\\S\)|\(\?i?:|\\\W")
 # Blocks of 128 characters: those of nearly every script, and few of the many Han characters, syllables and hieroglyphs.
 BLOCKS = (*range(0, 0x3400, 128), 0x4E00, *range(0xA480, 0xAC80, 128), *range(0xF900, 0x12000, 128))
+MOST_IDS = 1 << 22  # ten times the largest vocabulary
 CHARACTERS = 1 << 20  # tokenised at once by tokenizers, whose encodings take fifty times as much memory as their text
 # Texts -> their ids end to end, int32, and where each begins, int64 [len(texts) + 1].
 Encode = Callable[[list[str]], tuple[Array, Array]]
@@ -42,20 +45,31 @@ class BulkTokenizer:
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
-        texts = hard_texts(tokenizer)
-        self.name = f"transformers {version('transformers')}"
-        self.encode: Encode = partial(_encode_in_chunks, partial(_transformers_ids, tokenizer))
-        expected = self.encode(texts)
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        if backend is None:
-            return
-        by_tokenizers = partial(_encode_in_chunks, partial(_tokenizers_ids, backend))
-        if not _same(by_tokenizers(texts), expected):
-            return
-        self.name, self.encode = f"tokenizers {version('tokenizers')}", by_tokenizers
-        by_fastokens = _by_fastokens(backend, by_tokenizers)
-        if by_fastokens is not None and _same(by_fastokens(texts), expected):
-            self.name, self.encode = f"fastokens {version('fastokens')}", by_fastokens
+        self._what = f"{tokenizer.name_or_path or 'this model'}: the tokenizer does not work"
+        with self.checked():
+            self.name, self.encode = _fastest(tokenizer)
+
+    def checked(self) -> AbstractContextManager[None]:
+        """In the block the tokenizer's errors, which may be any and come at any text, are ScorerError."""
+        return faults_of(self._what)
+
+
+def _fastest(tokenizer: Any) -> tuple[str, Encode]:
+    """The library that gives the right ids for all of `hard_texts`, with its version, and its function."""
+    texts = hard_texts(tokenizer)
+    name = f"transformers {version('transformers')}"
+    encode: Encode = partial(_encode_in_chunks, partial(_transformers_ids, tokenizer))
+    expected = encode(texts)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return name, encode
+    by_tokenizers = partial(_encode_in_chunks, partial(_tokenizers_ids, backend))
+    if not _same(by_tokenizers(texts), expected):
+        return name, encode
+    by_fastokens = _by_fastokens(backend, by_tokenizers)
+    if by_fastokens is not None and _same(by_fastokens(texts), expected):
+        return f"fastokens {version('fastokens')}", by_fastokens
+    return f"tokenizers {version('tokenizers')}", by_tokenizers
 
 
 def hard_texts(tokenizer: Any) -> list[str]:
@@ -120,7 +134,7 @@ def _by_fastokens(backend: Any, by_tokenizers: Encode) -> Encode | None:
     definition = orjson.loads(backend.to_str())
     definition |= {"decoder": None, "post_processor": None}  # not for ids, and some are unknown to fastokens
     first_added = _complete(definition)
-    if any(re.search(r"\\|\(\?|\[:", ALIKE.sub("", regex)) for regex in _regexes(definition)):
+    if first_added is None or any(re.search(r"\\|\(\?|\[:", ALIKE.sub("", regex)) for regex in _regexes(definition)):
         return None
     try:
         fast = fastokens.Tokenizer.from_json_str(orjson.dumps(definition).decode())
@@ -156,16 +170,19 @@ def _regexes(part: Any) -> Iterator[str]:
             yield from _regexes(value)
 
 
-def _complete(definition: dict[str, Any]) -> int:
+def _complete(definition: dict[str, Any]) -> int | None:
     """Add the bytes that a byte-level vocabulary lacks, without which fastokens refuses a text that holds one.
 
-    tokenizers leaves such bytes out, so a text with an id from the returned one on is not for fastokens.
+    tokenizers leaves such bytes out, so a text with an id from the returned one on is not for fastokens. None where the
+    ids are too many to fill their gaps.
     """
     vocabulary = definition["model"].get("vocab")
     added = [token["id"] for token in definition["added_tokens"]]
     if not isinstance(vocabulary, dict):
         return np.iinfo(np.int32).max
     first = max([*vocabulary.values(), *added], default=-1) + 1
+    if first > MOST_IDS:
+        return None
     if "ByteLevel" in orjson.dumps(definition["pre_tokenizer"]).decode():
         lacking = sorted(set(ByteLevel.alphabet()) - vocabulary.keys())
         vocabulary |= {symbol: first + i for i, symbol in enumerate(lacking)}

@@ -27,6 +27,7 @@ import numpy as np
 from scorer.config import ScoreConfig
 from scorer.engines.spans import check_token_ids, no_scores, with_counted_sums
 from scorer.models.find import ModelFiles, model_settings
+from scorer.models.folders import SAFE_INDEX, weight_files
 from scorer.requirements import require
 from scorer.tokens import SpanScores, TokenBatch
 from scorer.types import EngineError, ScorerError
@@ -186,7 +187,7 @@ def engine_arguments(config: ScoreConfig, files: ModelFiles) -> dict[str, Any]:
         "skip_tokenizer_init": True,  # requests are token ids
         "dtype": config.dtype,  # by default vLLM pools a float32 checkpoint in float16
         "trust_remote_code": config.trust_remote_code,
-        "load_format": "auto" if config.allow_pickle else "safetensors",
+        "load_format": load_format(files, config.allow_pickle),
         "max_model_len": length,
         # A request that is prefilled whole ends in the step that starts it, and keeps nothing between steps.
         "enable_chunked_prefill": False,
@@ -226,6 +227,15 @@ def check_model(config: ScoreConfig, files: ModelFiles) -> tuple[str, int]:
             f"max_model_len: {length} is less than the {config.max_length} tokens of the longest sequence"
         )
     return PREFIX + architecture, length
+
+
+def load_format(files: ModelFiles, allow_pickle: bool) -> str:
+    """What makes vLLM load the files of `weight_files`. Raises ScorerError where it would load others as well."""
+    weights = weight_files(files.path, allow_pickle)
+    others = set() if (files.path / SAFE_INDEX).is_file() else set(files.path.glob("*.safetensors")) - set(weights)
+    if others:  # without an index, vLLM takes all that it finds
+        raise ScorerError(f"{min(others)}: vLLM would load it too, beside {weights[0].name}; move it elsewhere")
+    return "safetensors" if weights[0].suffix == ".safetensors" else "auto"
 
 
 def vllm_version() -> tuple[str, str] | None:

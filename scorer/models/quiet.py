@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from scorer.types import ScorerError
+from scorer.faults import faults_of
 
 
 @contextmanager
@@ -31,21 +31,7 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def loading(path: Path) -> Iterator[None]:
+def loading(path: Path, what: str = "model") -> Iterator[None]:
     """Load `path` in the block: quietly, and with a library's exception as ScorerError."""
-    import pickle
-
-    from safetensors import SafetensorError
-
-    faults = (AttributeError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError)
-    try:
-        with quiet():
-            yield
-    except (*faults, SafetensorError, pickle.UnpicklingError) as error:
-        raise ScorerError(f"{path}: the model does not load: {one_line(error)}") from error
-
-
-def one_line(error: BaseException) -> str:
-    """The error's class and the first line of its text, up to 200 characters."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+    with faults_of(f"{path}: the {what} does not load"), quiet():
+        yield

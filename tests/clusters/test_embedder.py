@@ -195,6 +195,30 @@ def test_an_unusable_folder_is_named_on_one_line(
     assert "\n" not in str(caught.value)
 
 
+def test_as_many_layers_as_the_weights_have(saved: Callable[..., Path]) -> None:
+    config = saved("cls") / "config.json"
+    for layers in (1, 3):
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": layers}))
+        with pytest.raises(ScorerError, match=f"config.json has {layers} layers, the weights have 2"):
+            embed(config.parent)
+
+
+def test_a_module_s_pickle_is_not_loaded_for_an_index_beside_it(saved: Callable[..., Path]) -> None:
+    folder = saved("dense")
+    pickle_weights(folder / "2_Dense")
+    (folder / "2_Dense" / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ScorerError, match=r"2_Dense: its weights are pickled.*--allow-pickle"):
+        embed(folder)
+
+
+def test_a_module_elsewhere_is_refused(saved: Callable[..., Path], tmp_path: Path) -> None:
+    folder = saved("dense")
+    (folder / "2_Dense").rename(tmp_path / "elsewhere")
+    (folder / "2_Dense").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ScorerError, match="its module Dense is outside"):
+        embed(folder)
+
+
 @pytest.mark.slow
 def test_nothing_is_printed_nor_asked_of_the_network(
     saved: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

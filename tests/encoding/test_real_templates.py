@@ -87,3 +87,27 @@ def test_where_a_response_begins_and_ends(name: str) -> None:
     for message, text, (ending, expected) in ((THOUGHT, AS_TEXT, thought), (CALLS, '{"name": "sky"}', call)):
         before, response = split(name, message, text)
         assert (before.endswith(ending), response) == (True, expected)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_text_is_that_of_transformers(name: str) -> None:
+    chat = template(name)
+    tools = [{"type": "function", "function": {"name": "sky", "description": "<ö>", "parameters": {"type": "object"}}}]
+    talks: list[list[dict[str, Any]]] = [[USER, ANSWER], [USER, THOUGHT, USER, CALLS]]
+    for messages in talks:
+        for some in ([], tools):
+            own = chat._tokenizer.apply_chat_template(
+                messages, tools=some or None, tokenize=False, strftime_now=chat.now.strftime
+            )
+            assert chat._render(messages, some) == own
+
+
+def test_a_marked_generation_is_its_text() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% set a = 1 %}{% for m in messages %}{% generation %}{% set a = 2 %}{{ m.content }}\n{% endgeneration %}"
+        "{{ a }}{{ m | tojson }}{% if loop.index == 2 %}{% break %}{% endif %}{% endfor %}"
+    )
+    messages = [USER, ANSWER, USER]
+    own = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert ChatTemplate(tokenizer)._render(messages, []) == own

@@ -13,10 +13,13 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
+from scorer.encoding.encoder import Encoder
 from scorer.encoding.tokenizer import BulkTokenizer
 from scorer.models.find import ModelFiles
 from scorer.models.load import load_tokenizer
+from scorer.protocols import PROTOCOLS
 from scorer.tokens import Array
+from scorer.types import ScorerError
 
 LINES = [
     "The cat sat on the mat, and didn't move.",
@@ -201,3 +204,27 @@ def test_saved_truncation_and_padding_are_left_out() -> None:
     bulk = BulkTokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>"))
     [ids] = lists(bulk.encode([LINES[0]]))
     assert bulk.tokenizer.decode(ids) == LINES[0]
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (models.WordLevel({"b": 0}, unk_token="?"), "does not work: .*Missing"),  # an error for nearly any text
+        (models.BPE({}, []), "does not work"),
+    ],
+)
+def test_a_tokenizer_that_fails_is_one_line(model: Any, message: str) -> None:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model))
+    with pytest.raises(ScorerError, match=message):
+        Encoder(BulkTokenizer(tokenizer), PROTOCOLS["aligned"], 64)
+
+
+def test_ids_far_apart_are_not_filled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("scorer.encoding.tokenizer.MOST_IDS", 290)
+    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {symbol: i for i, symbol in enumerate(symbols)} | {"<s>": 300}
+    backend = Tokenizer(models.BPE(vocabulary, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bulk = BulkTokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>"))
+    assert bulk.name.startswith("tokenizers ")
+    assert lists(bulk.encode(["ab<s>"])) == own(bulk.tokenizer, ["ab<s>"])

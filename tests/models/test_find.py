@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from scorer.engines.vllm import load_format
 from scorer.models.find import ModelFiles, find_model, model_settings
 from scorer.models.load import choose_device, choose_dtype, load_causal_lm, load_tokenizer
 from scorer.types import ScorerError
@@ -93,21 +95,6 @@ def test_a_folder_s_revision_is_its_content(tmp_path: Path) -> None:
     assert find_model(str(copy)).revision != files.revision
 
 
-def test_of_a_large_file_size_and_ends_count(tmp_path: Path) -> None:
-    folder = tiny_gpt2(tmp_path)
-    size = 65 << 20
-    revisions = []
-    for place in (None, 100, size - 100, size // 2):
-        with (folder / "model.safetensors").open("wb") as file:
-            file.truncate(size)
-            if place is not None:
-                file.seek(place)
-                file.write(b"x")
-        revisions.append(find_model(str(folder)).revision)
-    assert len(set(revisions[:3])) == 3
-    assert revisions[3] == revisions[0]
-
-
 def test_a_llama_in_shards_loads_and_lacks_one_when_one_is_gone(tmp_path: Path) -> None:
     config = LlamaConfig(
         hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, **SMALL
@@ -133,15 +120,87 @@ def test_pickled_weights_load_only_if_allowed(tmp_path: Path) -> None:
     with pytest.raises(ScorerError, match="--allow-pickle"):
         load(files)
     assert torch.equal(logits(load(files, allow_pickle=True)), expected)
+    other = tiny_gpt2(tmp_path / "other")
+    shutil.copy(folder / "pytorch_model.bin", other)  # safetensors come first, allowed or not
+    found = [load_format(find_model(str(f), allow_pickle=True), allow_pickle=True) for f in (other, folder)]
+    assert found == ["safetensors", "auto"]  # what vLLM is told
 
 
-def test_a_tensor_that_is_missing_is_not_made_up(tmp_path: Path) -> None:
+def test_an_index_of_safetensors_that_are_not_there_loads_no_pickle(tmp_path: Path) -> None:
+    folder = pickled(tiny_gpt2(tmp_path))
+    index = folder / "model.safetensors.index.json"
+    for name, message in (
+        ("model-00001-of-00001.safetensors", "1 weight files are missing, model-00001-of-00001.safetensors the first"),
+        ("pytorch_model.bin", "names a file that is no safetensors"),
+        ("../model.safetensors", "names a file outside its folder"),
+        ("/model.safetensors", "names a file outside its folder"),
+        ("in/model.safetensors", "names a file outside its folder"),
+    ):
+        index.write_text(json.dumps({"metadata": {}, "weight_map": {"transformer.wte.weight": name}}))
+        for allowed in (False, True):
+            with pytest.raises(ScorerError, match=message):
+                find_model(str(folder), allow_pickle=allowed)
+
+
+def test_weights_that_two_libraries_would_read_differently_are_refused(tmp_path: Path) -> None:
     folder = tiny_gpt2(tmp_path)
-    tensors = load_file(folder / "model.safetensors")
-    del tensors["transformer.h.1.mlp.c_fc.weight"]
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ScorerError, match=r"1 tensors are missing, transformer.h.1.mlp.c_fc.weight the first"):
-        load(find_model(str(folder)))
+    other, index = folder / "model-00001-of-00001.safetensors", folder / "model.safetensors.index.json"
+    shutil.copy(folder / "model.safetensors", other)
+    files = find_model(str(folder))
+    with pytest.raises(ScorerError, match=rf"{other.name}: vLLM would load it too, beside model.safetensors"):
+        load_format(files, allow_pickle=False)
+    index.write_text(json.dumps({"weight_map": {"transformer.wte.weight": other.name}}))
+    with pytest.raises(ScorerError, match=r"weights in model.safetensors and in the files of .*remove one of the two"):
+        find_model(str(folder))
+    index.unlink()
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(ScorerError, match="it has an adapter"):
+        find_model(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("transformer.h.1.mlp.c_fc.weight", None, "1 tensors are missing, transformer.h.1.mlp.c_fc.weight the first"),
+        ("transformer.h.2.ln_1.weight", [16], "1 tensors are unexpected, transformer.h.2.ln_1.weight the first"),
+        ("transformer.wpe.weight", [16, 16], "1 tensors are of another shape, transformer.wpe.weight the first"),
+        ("h.0.attn.bias", [1, 1, 32, 32], None),  # as in gpt2's own file
+        ("transformer.h.0.attn.masked_bias", [1], None),
+        ("transformer.h.0.rotary_emb.inv_freq", [4], None),
+        ("lm_head.weight", [32, 16], None),  # tied, yet stored
+    ],
+)
+def test_tensors_are_those_of_the_configuration(
+    tmp_path: Path, name: str, shape: list[int] | None, message: str | None
+) -> None:
+    weights = tiny_gpt2(tmp_path) / "model.safetensors"
+    tensors = load_file(weights)
+    tensors.pop(name, None)
+    if shape is not None:
+        tensors[name] = torch.zeros(shape)
+    save_file(tensors, weights, metadata={"format": "pt"})
+    if message is None:
+        load(find_model(str(tmp_path)))
+        return
+    with pytest.raises(ScorerError, match=message):
+        load(find_model(str(tmp_path)))
+
+
+@pytest.mark.parametrize(("layers", "message"), [(1, "tensors are unexpected"), (3, "tensors are missing")])
+def test_as_many_layers_as_the_weights_have(tmp_path: Path, layers: int, message: str) -> None:
+    config = tiny_gpt2(tmp_path) / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"n_layer": layers}))
+    with pytest.raises(ScorerError, match=message):
+        load(find_model(str(tmp_path)))
+
+
+def test_the_base_model_s_file_of_the_hub_loads(tmp_path: Path) -> None:
+    """As gpt2, opt and others lie there: saved without the language-model head, and so without a prefix."""
+    expected = logits(load(find_model(str(tiny_gpt2(tmp_path)))))
+    weights = tmp_path / "model.safetensors"
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in load_file(weights).items()}
+    save_file(bare | {"h.1.attn.bias": torch.ones(1, 1, 32, 32)}, weights, metadata={"format": "pt"})
+    assert torch.equal(logits(load(find_model(str(tmp_path)))), expected)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +214,19 @@ def test_a_tensor_that_is_missing_is_not_made_up(tmp_path: Path) -> None:
         ("model.safetensors", "short", "does not load.*SafetensorError"),
         ("model.safetensors.index.json", "[1]", "not an index of weights"),
         ("tokenizer.json", None, "no tokenizer"),
-        ("tokenizer.json", "{", "does not load"),
+        ("tokenizer.json", "{", "the tokenizer does not load"),
+        ("config.json", "[" * 100_000, r"config\.json: cannot be read \(RecursionError"),
+        ("config.json", '{"model_type": "gpt2", "n_layer": 1000000000000}', r"config\.json: n_layer can't be 10000"),
+        ("config.json", '{"model_type": "gpt2", "n_head": 0}', r"config\.json: n_head can't be 0"),
+        ("config.json", '{"model_type": "gpt2", "n_layer": "two"}', "does not load"),
+        ("config.json", '{"model_type": "gpt2", "vocab_size": -1}', "does not load"),
+        ("config.json", '{"auto_map": {"AutoConfig": "a.B"}}', "does not load"),
+        ("config.json", '{"model_type": "gpt2", "transformers_weights": "a.safetensors"}', "not supported"),
+        ("generation_config.json", "[" * 100_000, "the model does not load"),
+        ("model.safetensors", "\x00" * 8, "the model does not load"),
+        ("model.safetensors", "\x7f" * 100, "the model does not load"),
+        ("tokenizer_config.json", '{"tokenizer_class": 3}', "the tokenizer does not load"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": 3}', "the tokenizer does not load"),
     ],
 )
 def test_a_broken_folder_is_named_on_one_line(tmp_path: Path, file: str, content: str | None, message: str) -> None:
@@ -168,6 +239,18 @@ def test_a_broken_folder_is_named_on_one_line(tmp_path: Path, file: str, content
         load_all(tmp_path)
     assert str(tmp_path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "chat_template.jinja", "model.safetensors"])
+def test_what_is_no_file_is_named_and_not_waited_for(tmp_path: Path, file: str) -> None:
+    path = tiny_gpt2(tmp_path) / file
+    for make in (os.mkfifo, os.mkdir, lambda path: os.symlink(path, path)):
+        path.unlink(missing_ok=True)
+        make(path)
+        with pytest.raises(ScorerError, match=rf"{file}: not a file"):
+            find_model(str(tmp_path))
+        if path.is_dir():
+            path.rmdir()
 
 
 def test_settings_are_an_object_or_refused(tmp_path: Path) -> None:
