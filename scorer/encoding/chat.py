@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from dataclasses import dataclass, replace
 from datetime import datetime
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 from scorer.encoding.templates import RENDERER, ChatTemplateError, EndlessTemplateError
@@ -17,6 +17,14 @@ SPECIAL_FIELDS = ("tool_calls", "reasoning_content")  # a template that does not
 
 ENDLESS = 3  # so many renderings without an end are not the fault of one record
 ChatMessage = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages, and the tools that they may call."""
+
+    messages: Sequence[ChatMessage]
+    tools: Sequence[Any] = ()
 
 
 class HiddenResponseError(ChatTemplateError):
@@ -33,7 +41,7 @@ class ChatTemplate:
         if not tokenizer.chat_template:
             raise ScorerError("protocol chat: the model has no chat template; use one that is tuned to chat")
         self._tokenizer, self.now = tokenizer, datetime.now()
-        self._source, self._endless = str(tokenizer.chat_template), 0
+        self._source, self._patience = str(tokenizer.chat_template), ENDLESS
 
     def reads(self, name: str) -> bool:
         """Whether the template reads a field of messages, or `tools`."""
@@ -56,55 +64,73 @@ class ChatTemplate:
         """The form in which the template writes a tool call: arguments are an object or JSON, no content "" or null."""
         call = {"type": "function", "id": "call", "function": {"name": "find", "arguments": {"key": "argument"}}}
         asks, calls = {"role": "user", "content": "text"}, {"role": "assistant", "content": "", "tool_calls": [call]}
-        for form in (partial(_call_form, content=c, as_json=j) for c in ("", None) for j in (False, True)):
-            with suppress(ChatTemplateError):
-                if "argument" in self._render([asks, form(calls)], []):
-                    return form
-        return None
+        forms = [partial(_call_form, content=content, as_json=j) for content in ("", None) for j in (False, True)]
+        texts = self.render([Conversation([asks, form(calls)]) for form in forms])
+        return next((f for f, t in zip(forms, texts, strict=True) if isinstance(t, str) and "argument" in t), None)
 
-    def split(self, history: Sequence[ChatMessage], message: ChatMessage, tools: Sequence[Any]) -> tuple[str, str]:
-        """The text before a response, and the text that the template makes of the response.
+    def split(self, conversations: Sequence[Conversation]) -> list[tuple[str, str] | ChatTemplateError]:
+        """Of each conversation, which ends in a response: the text before that, and what the template makes of it.
 
         A stand-in for the content shows where it goes, so that a block of reasoning that the template opens and closes
         by itself is before the response. What it writes for the message only (its reasoning, its tool calls) belongs to
-        the response; what it writes after any content, such as a token that ends the turn, does not. Raises
-        ChatTemplateError, ScorerError where the template computes without an end again and again.
+        the response; what it writes after any content, such as a token that ends the turn, does not. Raises ScorerError
+        where the template computes without an end again and again.
         """
-        whole = self._render([*history, message], tools)
-        before, found, after = self._render([*history, {"role": "assistant", "content": STAND_IN}], tools).rpartition(
-            STAND_IN
-        )
+        stand_in = {"role": "assistant", "content": STAND_IN}
+        asked = [c for one in conversations for c in (one, replace(one, messages=[*one.messages[:-1], stand_in]))]
+        texts = self.render(asked)
+        return [self._split(*three) for three in zip(conversations, texts[::2], texts[1::2], strict=True)]
+
+    def _split(
+        self, conversation: Conversation, whole: str | ChatTemplateError, stood_in: str | ChatTemplateError
+    ) -> tuple[str, str] | ChatTemplateError:
+        if isinstance(whole, ChatTemplateError):
+            return whole
+        if isinstance(stood_in, ChatTemplateError):
+            return stood_in
+        before, found, after = stood_in.rpartition(STAND_IN)
         start = len(before) if whole.startswith(before) else _shared(whole, before)
+        *history, message = conversation.messages
         if not found or (STAND_IN in before and STAND_IN not in str(history)):
-            raise HiddenResponseError
-        if start < len(before) and not whole[:start].startswith(self._render(history, tools)):
-            raise HiddenResponseError  # the template writes another history for this message
+            return HiddenResponseError()
+        if start < len(before):
+            (earlier,) = self.render([replace(conversation, messages=history)])
+            if isinstance(earlier, ChatTemplateError):
+                return earlier
+            if not whole[:start].startswith(earlier):
+                return HiddenResponseError()  # the template writes another history for this message
         if whole.endswith(after) and len(whole) - len(after) >= start:
             return whole[:start], whole[start : len(whole) - len(after)]
         if message.get("tool_calls"):  # some end a turn otherwise when a tool is to answer
             return whole[:start], whole[start:]
-        raise HiddenResponseError
+        return HiddenResponseError()
 
-    def _render(self, messages: Sequence[ChatMessage], tools: Sequence[Any]) -> str:
-        try:
-            source = self._tokenizer.get_chat_template(None, list(tools) or None)
-        except ValueError as error:  # of several templates, none is for this
-            raise ChatTemplateError(str(error)) from error
-        variables = {
+    def render(self, conversations: Sequence[Conversation]) -> list[str | ChatTemplateError]:
+        """The text of each conversation. Raises ScorerError as `split`."""
+        common = {
             **self._tokenizer.special_tokens_map,
-            "messages": list(messages),
-            "tools": list(tools) or None,
             "documents": None,
             "add_generation_prompt": False,
             "strftime_now": self.now.strftime,
         }
+        requests = [
+            (self._source_for(bool(c.tools)), {"messages": c.messages, "tools": list(c.tools) or None})
+            for c in conversations
+        ]
         try:
-            return RENDERER.render(source, variables)
+            texts = RENDERER.render(requests, common, patience=self._patience)
         except EndlessTemplateError as error:
-            self._endless += 1
-            if self._endless < ENDLESS:
-                raise
             raise ScorerError(f"protocol chat: the model's chat template has no end: {error}; use another") from error
+        self._patience -= sum(isinstance(text, EndlessTemplateError) for text in texts)
+        return texts
+
+    @lru_cache(2)  # noqa: B019 (there is one of a run)
+    def _source_for(self, tools: bool) -> str:
+        """The template for conversations with tools or without: a model may have several."""
+        try:
+            return str(self._tokenizer.get_chat_template(None, [{}] if tools else None))
+        except ValueError:  # none is for these
+            return "{{ raise_exception('the model has no template for this') }}"
 
 
 def _call_form(message: ChatMessage, *, content: str | None, as_json: bool) -> ChatMessage:

@@ -85,6 +85,7 @@ class Encoder:
         texts = Texts(self.protocol)
         for record in records:
             self._plan(record, texts)
+        self.writer.finish(texts)
         counts = np.array(texts.counts, np.int64)
         of_row = np.repeat(np.arange(len(counts)), counts)
         table = TurnTable(

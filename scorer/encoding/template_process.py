@@ -6,6 +6,7 @@ that pads to 10^11 characters, a text that doubles. It imports nothing of scorer
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 import resource
@@ -60,13 +61,18 @@ def compiled(source: str) -> Template:
     return environment.from_string(source)
 
 
-def rendered(request: bytes) -> str:
-    """The text of a pickled source and the variables for it."""
+def rendered(common: dict[str, Any], request: bytes) -> str:
+    """The text of a request: a pickled source, and the variables for it beside `common`."""
     source, variables = pickle.loads(request)
-    text = compiled(source).render(variables)
+    text = compiled(source).render({**common, **variables})
     if len(text) > ADDED + TIMES * len(request):
         raise ValueError(f"{len(text)} characters, far more than the conversation has")
     return text
+
+
+def encoded(text: str) -> bytes:
+    """UTF-8, also of lone surrogates."""
+    return text.encode("utf-8", "surrogatepass")
 
 
 def limit(kind: int, value: int) -> None:
@@ -78,23 +84,26 @@ def limit(kind: int, value: int) -> None:
 def main(seconds: int) -> None:
     """Answer requests from standard input, until it ends: b"1" and the text, or b"0" and why there is none.
 
-    seconds: what one rendering may compute.
+    Requests come many at a time: the bytes of all, then the pickled variables that they share, then each; before each
+    of these its size. The answers are written together. seconds: what one rendering may compute.
     """
-    requests, answers = sys.stdin.buffer, sys.stdout.buffer
     limit(resource.RLIMIT_CORE, 0)
     limit(resource.RLIMIT_AS, MEMORY_BYTES)
-    while header := requests.read(SIZE.size):
-        used = resource.getrusage(resource.RUSAGE_SELF)
-        limit(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime) + 1 + seconds)
-        request = requests.read(*SIZE.unpack(header))
-        try:
-            flag, text = b"1", rendered(request)
-        except Exception as error:  # noqa: BLE001 (a template may raise anything)
-            flag, text = b"0", f"{type(error).__name__}: {str(error)[:200]}"
-        answer = text.encode("utf-8", "surrogatepass")
-        answers.write(flag + SIZE.pack(len(answer)))
-        answers.write(answer)
-        answers.flush()
+    while header := sys.stdin.buffer.read(SIZE.size):
+        requests = io.BytesIO(sys.stdin.buffer.read(*SIZE.unpack(header)))
+        common = pickle.loads(requests.read(*SIZE.unpack(requests.read(SIZE.size))))
+        answers = io.BytesIO()
+        while header := requests.read(SIZE.size):
+            used = resource.getrusage(resource.RUSAGE_SELF)
+            limit(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime) + 1 + seconds)
+            try:
+                flag, answer = b"1", encoded(rendered(common, requests.read(*SIZE.unpack(header))))
+            except Exception as error:  # noqa: BLE001 (a template may raise anything)
+                flag, answer = b"0", encoded(f"{type(error).__name__}: {str(error)[:200]}")
+            answers.write(flag + SIZE.pack(len(answer)))
+            answers.write(answer)
+        sys.stdout.buffer.write(answers.getbuffer())
+        sys.stdout.buffer.flush()
 
 
 if __name__ == "__main__":

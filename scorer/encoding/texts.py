@@ -13,7 +13,7 @@ from typing import Protocol as Interface
 
 from scorer.data.messages import split_reasoning
 from scorer.data.records import REASONING
-from scorer.encoding.chat import ChatMessage, ChatTemplate
+from scorer.encoding.chat import ChatMessage, ChatTemplate, Conversation
 from scorer.encoding.templates import ChatTemplateError
 from scorer.protocols import Join, Protocol
 from scorer.tokens import CODES
@@ -64,14 +64,14 @@ class Texts:
             self.names.append(None)
         return first
 
-    def leave_out(self, name: str) -> None:
-        """Note that `name` of the last record is not read."""
-        known = self.left_out[-1]
-        self.left_out[-1] = ",".join(sorted({name, *(known.split(",") if known else ())}))
+    def leave_out(self, name: str, record: int = -1) -> None:
+        """Note that `name` of a record, by default the last one, is not read."""
+        known = self.left_out[record]
+        self.left_out[record] = ",".join(sorted({name, *(known.split(",") if known else ())}))
 
-    def add_sequence(self) -> None:
-        """Begin a sequence of the last record."""
-        self.sequence_records.append(self.record_ids[-1])
+    def add_sequence(self, record: int = -1) -> None:
+        """Begin a sequence of a record, by default the last one."""
+        self.sequence_records.append(self.record_ids[record])
 
     def add_piece(self, row: int, prompt: str, response: str) -> None:
         """Add one turn to the last sequence.
@@ -95,7 +95,10 @@ class Writer(Interface):
         """Whether the tools of a record are in its prompts."""
 
     def write(self, record: Record, entries: list[Entry], texts: Texts) -> None:
-        """Add the sequences of some turns of a record, each with its row or NO_ROW; the turns are READABLE."""
+        """Add the sequences of some turns of the last record, each with its row or NO_ROW; the turns are READABLE."""
+
+    def finish(self, texts: Texts) -> None:
+        """Add the sequences that are still to come, after the last `write`."""
 
 
 def branches(record: Record, first: int) -> Iterator[list[Entry]]:
@@ -129,6 +132,9 @@ class TemplateWriter:
         for number, (row, turn) in enumerate(entries):
             texts.add_piece(row, self._prompt(turn, first=not number), turn.response + self.response_end)
 
+    def finish(self, texts: Texts) -> None:
+        """See Writer."""
+
     def _prompt(self, turn: Turn, *, first: bool) -> str:
         template = self.protocol.template
         assert template is not None
@@ -141,55 +147,81 @@ class TemplateWriter:
         return prompt if first else template.separator + prompt
 
 
+@dataclass(frozen=True, slots=True)
+class _Response:
+    """A message to score: the rows of its parts, the record's place in Texts, and the conversation up to it.
+
+    first: no message of its branch comes before it.
+    """
+
+    record: int
+    rows: list[int]
+    conversation: Conversation
+    first: bool
+
+
 class ChatWriter:
     """Writes a model's chat template: one sequence, and a new one wherever the template rewrites what it wrote."""
 
     def __init__(self, chat: ChatTemplate):
         self.chat = chat
+        self._responses: list[_Response] = []  # all are rendered at once
 
     def reads_tools(self) -> bool:
         """Whether the template reads tools."""
         return self.chat.reads("tools")
 
     def write(self, record: Record, entries: list[Entry], texts: Texts) -> None:
-        """See Writer. Turns that the template refuses get the status for it."""
-        history: list[ChatMessage] = []
-        written: str | None = None
+        """See Writer."""
+        messages: list[ChatMessage] = []
+        first = True
         for parts in _messages(entries):
             turn = parts[0][1]
             for message in turn.prompt:
                 extra = f"\n{turn.input}" if turn.input and message.role == "user" else ""
-                history.append(self.chat.message(message.role, message.content + extra, message.fields))
-            said = self.chat.message("assistant", "".join([part.response for _, part in parts]), turn.fields)
+                messages.append(self.chat.message(message.role, message.content + extra, message.fields))
+            said = "".join([part.response for _, part in parts])
+            messages.append(self.chat.message("assistant", said, turn.fields))
             rows = [row for row, _ in parts]
             if any(row != NO_ROW and texts.statuses[row] == OK for row in rows):  # any other turn is history only
-                before, responses = self._responses(record, history, said, rows, texts)
-                for row, response in zip(rows, responses, strict=True):
-                    if texts.statuses[row] == OK:
-                        if written is None or not before.startswith(written):
-                            texts.add_sequence()
-                            written = ""
-                        texts.add_piece(row, before[len(written) :], response)
-                        written = before + response
-                    before += response
-            history.append(said)
+                conversation = Conversation([*messages], record.tools)
+                self._responses.append(_Response(len(texts.record_ids) - 1, rows, conversation, first))
+                first = False
 
-    def _responses(
-        self, record: Record, history: list[ChatMessage], said: ChatMessage, rows: list[int], texts: Texts
+    def finish(self, texts: Texts) -> None:
+        """See Writer. Turns that the template refuses get the status for it."""
+        responses, self._responses = self._responses, []
+        written: str | None = None  # of the branch, in the last sequence
+        for response, split in zip(responses, self.chat.split([r.conversation for r in responses]), strict=True):
+            before, parts = self._parts(response, split, texts)
+            if response.first:
+                written = None
+            for row, part in zip(response.rows, parts, strict=True):
+                if texts.statuses[row] == OK:
+                    if written is None or not before.startswith(written):
+                        texts.add_sequence(response.record)
+                        written = ""
+                    texts.add_piece(row, before[len(written) :], part)
+                    written = before + part
+                before += part
+
+    def _parts(
+        self, response: _Response, split: tuple[str, str] | ChatTemplateError, texts: Texts
     ) -> tuple[str, Sequence[str]]:
         """The text before a message, and that of its parts, one a row: all of it, or reasoning and answer."""
-        try:
-            before, response = self.chat.split(history, said, record.tools)
-        except ChatTemplateError:
+        rows = response.rows
+        if isinstance(split, ChatTemplateError):
             for row in rows:
                 texts.statuses[row] = ERROR if texts.statuses[row] == OK else texts.statuses[row]
             return "", [""] * len(rows)
+        before, whole = split
+        said = response.conversation.messages[-1]
         reasoning = said.get("reasoning_content") or split_reasoning(said["content"] or "")[0]
-        if TAGS.sub("", reasoning).strip()[:40] not in response:
-            texts.leave_out(REASONING)
+        if TAGS.sub("", reasoning).strip()[:40] not in whole:
+            texts.leave_out(REASONING, response.record)
         if len(rows) == 1:
-            return before, [response]
-        parts = split_reasoning(response)
+            return before, [whole]
+        parts = split_reasoning(whole)
         if not parts[0]:  # the template drops it
             texts.statuses[rows[0]] = ERROR
         return before, parts

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from scorer.encoding.chat import ChatTemplate
+from scorer.encoding.chat import ChatTemplate, Conversation
+from scorer.encoding.templates import ChatTemplateError
 from tests.conftest import byte_tokenizer
 
 CALL = {"type": "function", "id": "c1", "function": {"name": "sky", "arguments": {"city": "Bonn"}}}
@@ -73,7 +74,10 @@ def template(name: str) -> ChatTemplate:
 def split(name: str, message: dict[str, Any], text: str, *history: dict[str, Any]) -> tuple[str, str]:
     chat = template(name)
     before = [*history, USER]
-    return chat.split(before, chat.message("assistant", text, message if len(message) > 2 else None), [])
+    said = chat.message("assistant", text, message if len(message) > 2 else None)
+    (found,) = chat.split([Conversation([*before, said])])
+    assert not isinstance(found, ChatTemplateError)
+    return found
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -99,7 +103,7 @@ def test_the_text_is_that_of_transformers(name: str) -> None:
             own = chat._tokenizer.apply_chat_template(
                 messages, tools=some or None, tokenize=False, strftime_now=chat.now.strftime
             )
-            assert chat._render(messages, some) == own
+            assert chat.render([Conversation(messages, some)]) == [own]
 
 
 def test_a_marked_generation_is_its_text() -> None:
@@ -110,4 +114,4 @@ def test_a_marked_generation_is_its_text() -> None:
     )
     messages = [USER, ANSWER, USER]
     own = tokenizer.apply_chat_template(messages, tokenize=False)
-    assert ChatTemplate(tokenizer)._render(messages, []) == own
+    assert ChatTemplate(tokenizer).render([Conversation(messages)]) == [own]

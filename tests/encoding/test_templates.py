@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import time
+from typing import Any
 
 import pytest
 
 from scorer.encoding import chat
-from scorer.encoding.chat import ChatTemplate
+from scorer.encoding.chat import ChatTemplate, Conversation
 from scorer.encoding.templates import ChatTemplateError, EndlessTemplateError, Renderer
 from scorer.types import EngineError, ScorerError
 from tests.conftest import byte_tokenizer
@@ -23,6 +24,13 @@ USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content"
 @pytest.fixture(scope="module")
 def renderer() -> Renderer:
     return Renderer(seconds=1)
+
+
+def render(renderer: Renderer, source: str, **variables: Any) -> str:
+    (answer,) = renderer.render([(source, variables)], patience=2)
+    if isinstance(answer, ChatTemplateError):
+        raise answer
+    return answer
 
 
 @pytest.mark.parametrize(
@@ -56,16 +64,16 @@ def renderer() -> Renderer:
 def test_a_text_that_cannot_be_is_refused(renderer: Renderer, source: str) -> None:
     start = time.monotonic()
     with pytest.raises(ChatTemplateError):
-        renderer.render(source, {})
+        render(renderer, source)
     assert time.monotonic() - start < 60
-    assert renderer.render("{{ a }}", {"a": "still here"}) == "still here"
+    assert render(renderer, "{{ a }}", a="still here") == "still here"
 
 
 @pytest.mark.parametrize("source", [ENDLESS, NUMBERS + "{{ 3 ** (7 ** 20) }}"])
 def test_a_rendering_without_an_end_is_ended(renderer: Renderer, source: str) -> None:
     with pytest.raises(EndlessTemplateError, match="computes longer than 1 s"):
-        renderer.render(source, {})
-    assert renderer.render("{{ a }}", {"a": "still here"}) == "still here"
+        render(renderer, source)
+    assert render(renderer, "{{ a }}", a="still here") == "still here"
 
 
 def test_a_template_without_an_end_ends_the_run(monkeypatch: pytest.MonkeyPatch, renderer: Renderer) -> None:
@@ -73,24 +81,36 @@ def test_a_template_without_an_end_ends_the_run(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(chat, "ENDLESS", 2)
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = ENDLESS
-    template = ChatTemplate(tokenizer)
-    with pytest.raises(ChatTemplateError):
-        template.split([USER], ANSWER, [])
+    template, talk = ChatTemplate(tokenizer), Conversation([USER, ANSWER])
+    assert isinstance(template.render([talk])[0], EndlessTemplateError)
     with pytest.raises(ScorerError, match="the model's chat template has no end"):
-        template.split([USER], ANSWER, [])
+        template.split([talk] * 100)
+
+
+def test_one_rendering_in_many_fails_alone(renderer: Renderer) -> None:
+    sources = {3: ENDLESS, 5: "{{ raise_exception('no') }}", 400: "{{ 'x' * 10**11 }}"}
+    requests = [(sources.get(i, "{{ i }}"), {"i": i, "more": {1, 2}}) for i in range(600)]
+    requests[7][1]["i"] = iter([])  # can't be pickled
+    answers = renderer.render(requests, patience=2)
+    wrong = {i: answer for i, answer in enumerate(answers) if isinstance(answer, ChatTemplateError)}
+    assert sorted(wrong) == [3, 5, 400]
+    assert isinstance(wrong[3], EndlessTemplateError)
+    assert [answer for i, answer in enumerate(answers) if i not in (*wrong, 7)] == [
+        str(i) for i in range(600) if i not in (*wrong, 7)
+    ]
 
 
 def test_a_long_conversation_is_whole(renderer: Renderer) -> None:
     messages = [{"role": "user", "content": f"{i}\ud800" + "wört " * 400} for i in range(2000)]  # 4 MB
-    text = renderer.render("{% for m in messages %}{{ m.content }}{{ m | tojson }}{% endfor %}", {"messages": messages})
+    text = render(renderer, "{% for m in messages %}{{ m.content }}{{ m | tojson }}{% endfor %}", messages=messages)
     assert text.startswith("0\ud800wört ")
     assert text.count("wört") == 2 * 2000 * 400
 
 
 def test_a_process_that_another_program_kills_is_not_the_template_s_fault(renderer: Renderer) -> None:
-    renderer.render("", {})
+    render(renderer, "")
     assert renderer._process is not None
     os.kill(renderer._process.pid, signal.SIGKILL)
     with pytest.raises(EngineError, match="was ended; run the same command again"):
-        renderer.render("", {})
-    assert renderer.render("{{ a }}", {"a": "still here"}) == "still here"
+        render(renderer, "")
+    assert render(renderer, "{{ a }}", a="still here") == "still here"
