@@ -175,6 +175,19 @@ def host(data: str, rows: int, save: bool) -> None:
 
 
 @bench.command()
+@click.option("--rows", default=5_000_000, help="Rows of the made-up run.")
+@click.option("--repeats", default=3, help="Rounds; the median is reported.")
+@click.option("--rows-per-second", default=30_000.0, help="Of scoring: by default what `host` measures.")
+@SAVE
+def verify(save: bool, rows: int, repeats: int, rows_per_second: float) -> None:
+    """Measure what it costs to verify the shards of a run, against scoring and selecting."""
+    from bench.lib.report import finish
+    from bench.verify import run
+
+    finish("verify", run(rows, repeats, rows_per_second), save)
+
+
+@bench.command()
 @DATA
 @click.option("--rows", default=1000, help="Rows to score.")
 @click.option("--model", default=DEFAULT_MODEL, help="A model that `scorer score --model` takes.")
