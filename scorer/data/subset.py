@@ -90,8 +90,6 @@ class Subset:
         return (held[i] for i in self._ids)
 
     def _parts(self) -> Iterator[_Part]:
-        if not self._data.counts:  # of a run that an early version wrote
-            self._data.inspect()
         starts = [0, *accumulate(self._data.counts)]
         bounds = np.searchsorted(self._sorted, starts)
         for path, start, first, last in zip(self._data.paths, starts, bounds, bounds[1:], strict=False):

@@ -50,9 +50,7 @@ def rows_at(path: Path, positions: Sequence[int]) -> pa.Table:
     with local_copy(path) as copy, table_errors(path, "Parquet" if is_parquet else "Arrow"):
         if is_parquet:
             with parquet_file(copy) as file:
-                groups = parquet_batches(
-                    file, BATCH_ROWS, lambda *bounds: bool(np.ptp(np.searchsorted(wanted, bounds)))
-                )
+                groups = parquet_batches(file, BATCH_ROWS, is_wanted)
                 batches = [chosen(batch, start) for start, batch in groups]
                 return pa.Table.from_batches(batches, schema=file.schema_arrow)
         with open(copy, "rb") as stream:

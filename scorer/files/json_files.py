@@ -92,7 +92,8 @@ class JsonRows(FileRows):
     def _numbered(self, lines: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
         """The lines that are not blank, with their 1-based numbers."""
         for number, line in enumerate(lines, 1):
-            check_line(self.source.path, number, len(line))
+            if len(line) >= LINE_BYTES:
+                check_line(self.source.path, number, len(line))
             if line.strip():
                 yield number, line
 
@@ -266,8 +267,10 @@ def _parse(line: bytes, parsers: Sequence[Parser] = EXACT) -> _Parsed:
     line = line.rstrip(b"\r\n")
     if not json_texts.too_deep(line):
         for parse in parsers:
-            with contextlib.suppress(ValueError):  # no JSON, not UTF-8, an integer of too many digits
+            try:  # not `suppress`, which takes longer than parsing
                 return parse(line), RowStatus.OK, line
+            except ValueError:  # no JSON, not UTF-8, an integer of too many digits
+                continue
     return line.decode("utf-8", "backslashreplace"), RowStatus.BAD_JSON, None
 
 

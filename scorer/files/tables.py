@@ -20,6 +20,7 @@ from scorer.files.streams import DAMAGED
 from scorer.types import EngineError, ScorerError
 
 BATCH_ROWS = 10_000
+PYTHON_ROWS = 500  # that are Python values at a time
 PARQUET_BATCH_BYTES = 16 << 20  # on disk
 
 Batches = Iterator[tuple[int, Any]]  # record batches, each with the 0-based position of its first row
@@ -47,8 +48,8 @@ class TableRows(FileRows):
                     twice = Counter(batch.schema.names).most_common(1)[0][0]
                     raise ScorerError(f"{self.source.path}: two columns have the name '{twice}'; rename one")
                 end = offset + batch.num_rows if last is None else min(offset + batch.num_rows, last)
-                for row in range(max(skip, offset), end, BATCH_ROWS):
-                    part = batch.slice(row - offset, min(BATCH_ROWS, end - row))
+                for row in range(max(skip, offset), end, PYTHON_ROWS):
+                    part = batch.slice(row - offset, min(PYTHON_ROWS, end - row))
                     for number, value in enumerate(python_rows(part), row):
                         yield RawRecord(first_id + number, f"{self.source.path}[{number}]", value)
                 if end == last:
