@@ -86,7 +86,7 @@ class TokenBatch:
             terms = self.token_ids[some].astype(np.uint64)
             terms += np.uint64(1)
             terms *= np.concatenate([of_tokens[:length] for length in lengths[start : start + HASHED_SEQUENCES]])
-            terms[0] += sums[some.start]
+            terms[:1] += sums[some.start : some.start + 1]  # of arrays, whose sums may overflow
             np.cumsum(terms, out=sums[some.start + 1 : some.stop + 1])
         first = self.offsets[self.sequences]
         hashes: Array = sums[first + self.ends] - sums[first] + keys[self.starts, 1]
