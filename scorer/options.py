@@ -79,6 +79,8 @@ def check_fields(config: Any) -> None:
             if not right or not low <= value <= found.maximum:  # as is NaN
                 what = "a whole number" if kind is int else "a number"
                 raise ScorerError(f"{f.name}: {value!r} is not {what} of at least {low} and at most {found.maximum}")
+        elif kind is str and not isinstance(value, str):
+            raise ScorerError(f"{f.name}: {value!r} is not text")
         elif value == "":
             raise ScorerError(f"{f.name}: is empty; give it a value, or leave it out")
 

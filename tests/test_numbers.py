@@ -51,7 +51,7 @@ def numeric_options() -> Iterator[tuple[str, str, str, bool]]:
                 )
 
 
-@pytest.mark.parametrize(("name", "option", "field", "low"), numeric_options())
+@pytest.mark.parametrize(("name", "option", "field", "low"), list(numeric_options()))
 def test_no_wrong_number_is_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, option: str, field: str, low: bool
 ) -> None:

@@ -28,7 +28,7 @@ from scorer.runs.directory import Run
 from scorer.runs.extras import clusters, has_clusters
 from scorer.scores.aggregate import KEYS, check_ids, check_same_ids, measures_of, per_record
 from scorer.scores.measures import LEARNING
-from scorer.selection.export import SCORES_KEY
+from scorer.selection.export import SCORES_KEY, check_not_overwriting
 from scorer.storage.atomic import replacing
 from scorer.storage.outputs import check_writable
 from scorer.storage.paths import is_folder, to_path
@@ -80,7 +80,7 @@ def compare(
 
     Raises ScorerError where the sources do not hold the same record ids, saying how many differ.
     """
-    if len(sources) < 2:
+    if isinstance(sources, str | Path) or len(sources) < 2:
         raise ScorerError("compare: name two or more runs, score tables or selected files")
     config = from_options(CompareConfig, options)
     shares = config.shares
@@ -93,6 +93,8 @@ def compare(
         )
     if output is not None:
         check_writable(to_path(output))
+        inputs = [path for source in paths if is_folder(source) for path in Run(source).manifest.paths]
+        check_not_overwriting([str(output)], [*map(str, paths), *inputs])
     result: list[Pair] | list[Contents]
     if all(scored):
         require("compare")

@@ -1,6 +1,6 @@
 """Sentence embeddings of a run's records, on disk part by part.
 
-    RUN/embeddings/manifest.json          the data and the model that they were made from
+    RUN/embeddings/manifest.json          the data and the model that they were made from, and the SHA-256 of each part
     RUN/embeddings/part-00000.npy         float32 [records of the part, D], unit length, in record order; and so on
     RUN/embeddings/instruction-00000.npy  the same for the instruction and input alone
     RUN/embeddings/response-00000.npy     the same for the response alone
@@ -11,6 +11,7 @@ has a row of zeros. scorer.clusters.embedder embeds the texts.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -24,7 +25,8 @@ from scorer.clusters.embedder import Embedder, Matrix
 from scorer.config import EmbedderConfig
 from scorer.data.dataset import Dataset
 from scorer.models.find import ModelFiles, find_model
-from scorer.runs.directory import EMBEDDINGS, Run
+from scorer.runs.directory import EMBEDDINGS, MANIFEST, Run
+from scorer.runs.extras import DIGESTS, is_whole, read_digests, read_embeddings_manifest
 from scorer.runs.manifest import Manifest, differences
 from scorer.runs.progress import Progress
 from scorer.storage.atomic import remove_temporaries, replacing
@@ -64,19 +66,23 @@ def embed(run: Run, data: Dataset, kind: str, config: EmbedderConfig, progress: 
     _check_same_embeddings(folder, identity)
     parts = [folder / f"{kind}-{i:05d}.npy" for i in range(-(-manifest.records // PART_ROWS))]
     remove_temporaries(folder / f"{kind}-*.npy")
-    done = next((i for i, part in enumerate(parts) if not part.exists()), len(parts))
+    known = read_digests(folder)
+    done = next((i for i, part in enumerate(parts) if not is_whole(part, known)), len(parts))
     if done < len(parts):
         what = "records" if kind == "part" else f"{kind}s"
         progress.say(f"embedding the {what} with {files.name}")
         progress.begin(manifest.records, done * PART_ROWS)
         model = Embedder(files, config)
-        _write_manifest(folder, identity | model.settings)
+        content = identity | model.settings
         records = data.records(done * PART_ROWS)
         for part in parts[done:]:
             chunk, tokens = list(islice(records, PART_ROWS)), model.tokens
             matrix = model.embed([TEXTS[kind](record) for record in chunk])
-            with replacing(part) as temporary, temporary.open("wb") as file:
+            with replacing(part) as temporary, temporary.open("w+b") as file:
                 np.save(file, matrix)
+                file.seek(0)
+                known[part.name] = hashlib.file_digest(file, "sha256").hexdigest()
+            _write_manifest(folder, content | {DIGESTS: known})
             progress.advance(len(chunk), model.tokens - tokens)
     return [np.load(part, mmap_mode="r") for part in parts]
 
@@ -96,15 +102,11 @@ def _identity(manifest: Manifest, files: ModelFiles, config: EmbedderConfig) -> 
 
 def _check_same_embeddings(folder: Path, identity: dict[str, Any]) -> None:
     """Raise ScorerError where the folder's manifest records another identity."""
-    path = folder / "manifest.json"
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else identity
+    before = read_embeddings_manifest(folder) or identity
     if changes := differences(before, identity):
         raise ScorerError(f"{folder} holds other embeddings ({'; '.join(changes)}): use --fresh to discard them")
 
 
 def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    path = folder / "manifest.json"
-    if not path.exists():
-        folder.mkdir(exist_ok=True)
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    with replacing(folder / MANIFEST) as temporary:
+        temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")

@@ -11,6 +11,7 @@ from typing import Any
 from scorer.config import SERVERS, ScoreConfig
 from scorer.engines import Engine
 from scorer.models.find import ModelFiles, model_settings, weight_bytes
+from scorer.models.find import check_unchanged as check_files
 from scorer.models.load import choose_device, choose_dtype
 from scorer.protocols import PROTOCOLS
 from scorer.requirements import VLLM
@@ -89,7 +90,23 @@ def served_model(url: str, files: ModelFiles) -> dict[str, Any]:
 
 
 def open_engine(config: ScoreConfig, files: ModelFiles) -> Engine:
-    """Open the engine of a resolved configuration."""
+    """Open the engine of a resolved configuration. Raises ScorerError where the model changed while it was loaded."""
+    engine = _open_engine(config, files)
+    try:
+        check_unchanged(config, files)
+    except BaseException:
+        engine.close()
+        raise
+    return engine
+
+
+def check_unchanged(config: ScoreConfig, files: ModelFiles) -> None:
+    """Raise ScorerError where the files that an engine loads are not those that were found."""
+    if not config.engine.startswith(SERVERS):
+        check_files(files)
+
+
+def _open_engine(config: ScoreConfig, files: ModelFiles) -> Engine:
     if config.engine.startswith(SERVERS):
         from scorer.engines.vllm_client import RemoteEngine
 

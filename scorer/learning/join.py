@@ -41,6 +41,8 @@ def join_runs(
     """
     if len(sources) < 2:
         raise ScorerError("--runs needs the scores before training and after each epoch: two at least")
+    if absolute(output) in map(absolute, sources):
+        raise ScorerError(f"{output}: is one of the runs to join; name another directory with -o")
     manifests = [Run(path).manifest for path in sources if is_folder(to_path(path))]
     for manifest in manifests[1:]:
         _check_same_data(manifests[0], manifest)

@@ -106,6 +106,21 @@ def find_model(
     return ModelFiles(name, Path(os.path.realpath(folder)), revision, None, "directory")
 
 
+def check_unchanged(files: ModelFiles) -> None:
+    """Raise ScorerError where the model's files are not those that were found: they may have changed as they loaded.
+
+    The files of the hub cache are not looked at.
+    """
+    if files.origin == "embedded":
+        same = on_disk(files.name) is not None
+    elif files.origin == "directory":
+        same = files.revision == digest(files.path, model_files(files.path))
+    else:
+        return
+    if not same:
+        raise ScorerError(f"{files.path}: the model changed while it was used; run it again when nothing writes there")
+
+
 def model_table() -> list[ModelRow]:
     """The embedded models, then examples from the hub, each with its path and size if it is on this machine."""
     rows = [(m.name, "embedded", m.what, on_disk(m.name)) for m in EMBEDDED.values()]

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from scorer.config import DEVICES, DTYPES
@@ -79,6 +80,7 @@ def load_causal_lm(
         import torch
         from transformers import AutoModelForCausalLM
 
+        _check_size(files, weights, trust_remote_code=trust_remote_code)
         model, info = AutoModelForCausalLM.from_pretrained(
             files.path,
             dtype=getattr(torch, dtype),
@@ -91,6 +93,26 @@ def load_causal_lm(
         )
         _check_tensors(files, type(model).__name__, info)
         return model.to(device).eval().requires_grad_(False)
+
+
+def _check_size(files: ModelFiles, weights: Sequence[Path], *, trust_remote_code: bool) -> None:
+    """Raise ScorerError where the configuration asks for far more parameters than the weights can hold.
+
+    transformers would make them up, in memory that this machine may not have, before it says which are missing.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(files.path, trust_remote_code=trust_remote_code, local_files_only=True)
+    with torch.device("meta"):  # of which no tensor takes memory
+        network = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    asked = sum(parameter.numel() for parameter in network.parameters())
+    held = 2 * sum(path.stat().st_size for path in weights)  # of four bits, the smallest in use
+    if asked > held:
+        raise ScorerError(
+            f"{files.path}: config.json asks for {asked:,} parameters, and the weights hold at most {held:,}: "
+            "they are not of one model, or the weights are truncated; copy the model again"
+        )
 
 
 def _check_tensors(files: ModelFiles, kind: str, info: Mapping[str, Any]) -> None:

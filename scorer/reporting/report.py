@@ -106,8 +106,8 @@ def report(
     Raises ScorerError where a run is unfinished, where the runs do not hold the same records, and without matplotlib.
     """
     path = to_path(output)
-    if not runs:
-        raise ScorerError("report: name one run or more")
+    if not runs or isinstance(runs, str | Path | Run):
+        raise ScorerError("report: give a list of one run or more")
     if path.suffix.lower() not in (".html", ".htm"):
         raise ScorerError(f"{path}: a report is a web page; name it .html")
     require("report")

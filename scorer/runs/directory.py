@@ -36,7 +36,7 @@ from scorer.types import ScorerError
 
 MANIFEST = "manifest.json"
 LOCK = ".lock"
-SHARD = re.compile(r"part-\d+\.parquet")
+SHARD = re.compile(r"part-\d+\.parquet", re.ASCII)
 STDIN = "stdin.jsonl"
 COPIES = (STDIN, "data.jsonl", "data.arrow")  # of what was no file
 CLUSTERS, FLAGS, EMBEDDINGS = "clusters.parquet", "flags.parquet", "embeddings"  # made by `scorer cluster`
@@ -79,6 +79,8 @@ class Run:
         path = self.path / MANIFEST
         try:
             with store_errors(self.path):
+                if exists(path) and not path.is_file():  # to open a pipe could take for ever
+                    raise ValueError("it is not a file")
                 return Manifest.from_json(path.read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
             raise ScorerError(f"{self.path} is not a run directory: it has no {MANIFEST}") from None
@@ -208,7 +210,7 @@ class Run:
 
     def shard(self, index: int) -> Path:
         """The path of a shard, which may not be there."""
-        return self.path / "scores" / f"part-{index:05d}.parquet"
+        return self.path / "scores" / _name(index)
 
 
 class ScoreTable:
@@ -257,7 +259,7 @@ def inspect_shards(files: Sequence[Path], manifest: Manifest) -> tuple[list[Shar
         except (OSError, ValueError) as error:
             return f"is damaged ({first_line(error)})"
         index, expected = _number(file), manifest.records_of(_number(file))
-        if info.run_id != manifest.run_id or info.index != index or expected <= 0:
+        if info.run_id != manifest.run_id or info.index != index or expected <= 0 or file.name != _name(index):
             return "is no part of this run"
         if info.records != expected:
             return f"holds {info.records:,} records in place of {expected:,}"
@@ -269,6 +271,10 @@ def inspect_shards(files: Sequence[Path], manifest: Manifest) -> tuple[list[Shar
         found = list(zip(files, pool.map(inspect, files), strict=True))
     faults = {file.name: info for file, info in found if isinstance(info, str)}
     return [info for _, info in found if not isinstance(info, str)], faults
+
+
+def _name(index: int) -> str:
+    return f"part-{index:05d}.parquet"
 
 
 def _number(shard: Path) -> int:

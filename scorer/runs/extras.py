@@ -9,7 +9,10 @@ scorer.clusters writes them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,10 +20,12 @@ import numpy.typing as npt
 import polars as pl
 
 from scorer.files.kinds import first_line
-from scorer.runs.directory import CLUSTERS, EMBEDDINGS, Run
+from scorer.runs.directory import CLUSTERS, EMBEDDINGS, MANIFEST, Run
 from scorer.runs.shard_file import read_info
 from scorer.storage.paths import exists, local_copy
 from scorer.types import ScorerError
+
+DIGESTS = "sha256"  # in the manifest of the embeddings: by the name of a part
 
 
 def has_clusters(run: Run) -> bool:
@@ -39,17 +44,45 @@ def embedding_parts(run: Run) -> list[Any]:
     Raises ScorerError where the run has none, or not one of every record.
     """
     run.require_disk("choosing by embeddings")
-    parts: list[Any] = []
-    while (path := run.path / EMBEDDINGS / f"part-{len(parts):05d}.npy").exists():
-        try:
-            parts.append(np.load(path, mmap_mode="r"))
-        except (OSError, ValueError) as error:
-            raise ScorerError(f"{path} can't be read: run `scorer cluster {run.path}` again ({error})") from error
+    folder, parts = run.path / EMBEDDINGS, list[Any]()
+    digests = read_digests(folder)
+    while (path := folder / f"part-{len(parts):05d}.npy").exists():
+        if not is_whole(path, digests):
+            raise ScorerError(f"{path} is not what was written: run `scorer cluster {run.path}` again")
+        parts.append(np.load(path, mmap_mode="r"))
     count, records = sum(map(len, parts)), run.manifest.records
     if not parts or count != records:
         held = f"holds {count:,} of {records:,}" if parts else "has no"
         raise ScorerError(f"{run.path} {held} embeddings: run `scorer cluster {run.path}` first")
     return parts
+
+
+def read_embeddings_manifest(folder: Path) -> dict[str, Any]:
+    """What the folder's manifest says; empty where there is none. Raises ScorerError where it can't be read."""
+    path = folder / MANIFEST
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict):
+            return content
+        raise ValueError("it is no JSON object")
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise ScorerError(f"{path} can't be read ({first_line(error)}): use `scorer cluster --fresh`") from error
+
+
+def read_digests(folder: Path) -> dict[str, str]:
+    """The SHA-256 of each part of the embeddings, by the name of its file."""
+    found: dict[str, str] = read_embeddings_manifest(folder).get(DIGESTS, {})
+    return found
+
+
+def is_whole(part: Path, digests: Mapping[str, str]) -> bool:
+    """Whether a part of the embeddings is there as it was written."""
+    if part.name not in digests or not part.is_file():
+        return False
+    with part.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == digests[part.name]
 
 
 def embeddings(parts: Sequence[Any], ids: pl.Series) -> npt.NDArray[np.float32]:
@@ -73,8 +106,9 @@ def read_extra(run: Run, name: str, columns: list[str], option: str = "") -> pl.
         raise ScorerError(f"{path}: no such file; make it with {command}")
     try:
         with local_copy(path) as file:
-            if read_info(file).run_id != run.manifest.run_id:
-                raise ValueError("it is of another run")
+            info, known = read_info(file), run.manifest
+            if (info.run_id, info.records) != (known.run_id, known.records):
+                raise ValueError("it is of another run, or of fewer records")
             return pl.read_parquet(file, glob=False, hive_partitioning=False).select("record_id", *columns)
     except (pl.exceptions.PolarsError, OSError, ValueError) as error:
         why = first_line(error)

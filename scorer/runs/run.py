@@ -20,6 +20,7 @@ from scorer.encoding.encoder import Encoder
 from scorer.engines.choose import (
     check_engine,
     check_length,
+    check_unchanged,
     choose_engine,
     resolve_config,
     served_model,
@@ -279,4 +280,5 @@ def execute(job: Job, manifest: Manifest, executor: Executor, progress: Progress
         progress.begin(manifest.records, manifest.records - sum(map(manifest.records_of, missing)))
         executor(job, missing, progress)
     job.data.check_unchanged()
+    check_unchanged(job.config, job.files)
     run.finish(manifest)

@@ -54,6 +54,8 @@ def _shard_bytes(table: pl.DataFrame, info: ShardInfo) -> bytearray:
 
 def read_info(path: Path) -> ShardInfo:
     """What the file holds. Raises ValueError where it is not, byte for byte, what was written; OSError."""
+    if not path.is_file():  # to open a pipe could take for ever
+        raise ValueError("it is not a file")
     content = bytearray(path.read_bytes())
     begin = _digest_at(content)
     value = bytes(content[begin - len(BEGIN) :])

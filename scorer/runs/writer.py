@@ -29,6 +29,7 @@ from scorer.scores.measures import LABELS, MEASURES
 from scorer.scores.summary import count_rows
 from scorer.storage.atomic import check_folder, remove_temporaries, replacing, storage_error
 from scorer.storage.lock import check_free, locked
+from scorer.storage.outputs import is_run
 from scorer.storage.paths import exists, is_remote, list_folder, local_copies, remove
 from scorer.types import EngineError, ScorerError
 
@@ -84,7 +85,8 @@ class RunWriter(Run):
 
     def write_extra(self, name: str, table: pl.DataFrame) -> None:
         """Write a table of all records beside the scores, such as clusters."""
-        info = ShardInfo(run_id=self.manifest.run_id, index=0, records=table.height, rows=table.height)
+        known = self.manifest
+        info = ShardInfo(run_id=known.run_id, index=0, records=known.records, rows=table.height)
         write_shard_file(self.path / name, table, info)
 
     def finish(self, manifest: Manifest, **values: Any) -> None:
@@ -161,7 +163,7 @@ class RunWriter(Run):
 
     def _check_directory(self) -> None:
         """Raise ScorerError where the directory has files in it but is no run, or can't be written."""
-        if not exists(self.path / LOCK) and list_folder(self.path):
+        if not exists(self.path / LOCK) and list_folder(self.path) and not is_run(self.path):
             raise ScorerError(f"{self.path} is not a run directory, and not empty: choose another with -o")
         if not is_remote(self.path):
             check_folder(self.path)

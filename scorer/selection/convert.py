@@ -222,7 +222,7 @@ def _entries(path: Path) -> dict[str, Any]:
         return {}
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ScorerError(f"{path}: can't be updated ({error}); mend it") from error
     if not isinstance(entries, dict):
         raise ScorerError(f"{path}: can't be updated (it holds no JSON object); mend it")

@@ -34,7 +34,7 @@ from scorer.runs.extras import clusters, embedding_parts, embeddings
 from scorer.scores.aggregate import KEYS, OTHER_RESPONSE, measures_of, per_record
 from scorer.scores.measures import ALONE_COLUMNS, LEARNING, SCHEMA
 from scorer.selection.config import SelectConfig
-from scorer.selection.convert import ConvertedRows, check_dataset_info, update_dataset_info
+from scorer.selection.convert import DATASET_INFO, ConvertedRows, check_dataset_info, update_dataset_info
 from scorer.selection.diversity import facility_location
 from scorer.selection.flags import FLAGS, SCORE_FLAGS, STORED, TEXT_FLAGS
 from scorer.selection.inputs import column_groups, flags
@@ -135,13 +135,14 @@ def check_options(
     targets = [str(path) for path in (output, config.rejected) if path is not None]
     for target in targets:
         check_output(target)
-    _check_not_overwriting(targets, paths)
+    check_not_overwriting(targets, paths)
     if config.random and config.bucket is None and (config.by is not None or config.lowest is not None):
         raise ScorerError("random: records are drawn from all, whatever their scores; leave out --by and --lowest")
     if config.form is not None and output is None:
         raise ScorerError("form: kept records are converted where they are written; give an output too")
     if config.form is not None and config.dataset_info and output is not None:
         check_dataset_info(output, config.form)
+        check_not_overwriting([*targets, str(to_path(output).parent / DATASET_INFO)], paths)
     if config.diverse is not None:
         require("--diverse")
     for name in config.drop_flagged:
@@ -260,7 +261,7 @@ def check_apart(directory: str, outputs: Sequence[str]) -> None:
             raise ScorerError(f"{output}: the run directory {directory} would be there; write to another file")
 
 
-def _check_not_overwriting(targets: Sequence[str], inputs: Sequence[str]) -> None:
+def check_not_overwriting(targets: Sequence[str], inputs: Sequence[str]) -> None:
     files = [_file(target) for target in targets]
     read = {_file(path) for path in inputs}
     for target in files:

@@ -49,9 +49,7 @@ def replacing(path: Path, *, folder: bool = False) -> Iterator[Path]:
         for made in temporary.rglob("*"):
             sync(made)
         if before is not None:
-            with suppress(OSError):  # only root may give a file away
-                os.chown(temporary, before.st_uid, before.st_gid)
-            temporary.chmod(before.st_mode & 0o777)
+            temporary.chmod(_owned_as(temporary, before))
         sync(temporary)
         temporary.replace(target)
         sync(target.parent)
@@ -60,6 +58,18 @@ def replacing(path: Path, *, folder: bool = False) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # keep the exception of the block
             shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()
+
+
+def _owned_as(file: Path, before: os.stat_result) -> int:
+    """Give a file the owner and the group of another as far as this user may, and return the mode it can then have."""
+    mode = before.st_mode & 0o777
+    with suppress(OSError):  # only root may give a file away
+        os.chown(file, before.st_uid, -1)
+    try:
+        os.chown(file, -1, before.st_gid)
+    except OSError:  # the mode was meant for a group that this user is not in
+        mode &= ~0o070
+    return mode
 
 
 def replaced(target: Path) -> os.stat_result | None:

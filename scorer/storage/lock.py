@@ -43,7 +43,7 @@ def check_free(lock: Path) -> None:
     if is_remote(lock):
         _check_holder_gone(lock)
     elif lock.exists():
-        with _flocked(lock, "r", fcntl.LOCK_SH):
+        with _flocked(lock, os.O_RDONLY, fcntl.LOCK_SH):
             pass
 
 
@@ -52,13 +52,16 @@ def _held(lock: Path, holder: str = "") -> ScorerError:
 
 
 @contextmanager
-def _flocked(lock: Path, mode: str = "w", kind: int = fcntl.LOCK_EX) -> Iterator[Check]:
-    with lock.open(mode) as file:
-        try:
-            fcntl.flock(file, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise _held(lock) from None
+def _flocked(lock: Path, flags: int = os.O_RDWR | os.O_CREAT, kind: int = fcntl.LOCK_EX) -> Iterator[Check]:
+    # Not through a link, whose target is not ours; nor waiting, as opening a pipe may.
+    descriptor = os.open(lock, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
         yield lambda: None
+    except BlockingIOError:
+        raise _held(lock) from None
+    finally:
+        os.close(descriptor)
 
 
 class _Lease:

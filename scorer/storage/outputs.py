@@ -10,10 +10,9 @@ from scorer.storage.atomic import check_folder, is_stream, replaced
 from scorer.storage.paths import exists, is_folder, is_remote
 from scorer.types import ScorerError
 
-# A run directory has the first of these, and one of the others at least.
-RUN_MARK, RUN_PARTS = ".lock", ("manifest.json", "scores")
+RUN_PARTS = ("manifest.json", "scores", ".lock")  # a run directory has two of these: copies may lack the last
 # What belongs to a run; other files in its directory are the user's.
-RUN_FILES = ("manifest.json", RUN_MARK, "stdin.jsonl", "data.*", "clusters.parquet", "flags.parquet")
+RUN_FILES = ("manifest.json", ".lock", "stdin.jsonl", "data.*", "clusters.parquet", "flags.parquet")
 RUN_FOLDERS = ("scores", "embeddings", "epoch-*", "checkpoints")
 
 
@@ -52,12 +51,12 @@ def check_outside_runs(path: Path, future: Path | None = None) -> None:
     place, run = _followed(path), None if future is None else _followed(future)
     for inner in (place, *place.parents):
         names = (*RUN_FILES, *RUN_FOLDERS) if inner == place else RUN_FOLDERS
-        if any(fnmatchcase(inner.name, name) for name in names) and (inner.parent == run or _is_run(inner.parent)):
+        if any(fnmatchcase(inner.name, name) for name in names) and (inner.parent == run or is_run(inner.parent)):
             raise ScorerError(f"{path}: would replace a part of the run {inner.parent}; write to another file")
 
 
-def _is_run(folder: Path) -> bool:
-    return exists(folder / RUN_MARK) and any(exists(folder / part) for part in RUN_PARTS)
+def is_run(folder: Path) -> bool:
+    return sum(exists(folder / part) for part in RUN_PARTS) >= 2
 
 
 def _followed(path: Path) -> Path:

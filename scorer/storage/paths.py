@@ -141,7 +141,10 @@ def remove(files: Iterable[Path]) -> None:
     for folder, group in groupby(files, lambda file: file.parent):
         if not is_remote(folder):
             for file in group:
-                file.unlink(missing_ok=True)
+                try:
+                    file.unlink(missing_ok=True)
+                except OSError as error:  # such as a folder in a file's place
+                    raise ScorerError(f"{file}: can't be removed ({error.strerror}); remove it yourself") from error
             continue
         present = set(list_folder(folder))
         with store_errors(folder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import shutil
@@ -18,10 +19,11 @@ from polars.testing import assert_frame_equal
 import scorer
 from scorer.models.find import ModelFiles
 from scorer.runs.directory import Run
+from scorer.runs.progress import Silent
 from scorer.runs.shard_file import read_info
 from scorer.types import ScorerError
 from tests.lib.command import alpaca
-from tests.lib.runs import edit_manifest
+from tests.lib.runs import edit_manifest, write_clusters
 
 Write = Callable[..., Path]
 ROWS, SHARD_ROWS = 60, 20
@@ -100,6 +102,86 @@ def test_a_faulty_shard_is_named_and_the_same_call_mends_it(
     mended = scorer.score(data, run.path, **options)
     assert_frame_equal(mended.scores(), undisturbed, check_exact=True)
     assert [path.name for path in mended.shards()] == [f"part-0000{i}.parquet" for i in range(3)]
+
+
+def test_names_that_only_look_like_a_shard(run: Run, data: Path, options: dict[str, Any]) -> None:
+    undisturbed = run.scores()
+    for name in ("part-0.parquet", "part-000000.parquet"):
+        shutil.copy(run.shard(0), run.path / "scores" / name)
+    (run.path / "scores" / "part-\u0660.parquet").write_bytes(b"another program's")
+    with pytest.raises(ScorerError, match=r"part-0+\.parquet is no part of this run, and 1 other"):
+        Run(run.path).scores()
+    assert scorer.score(data, run.path, **options).scores().equals(undisturbed)
+    assert len(list((run.path / "scores").iterdir())) == 4
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "scores/part-00001.parquet"])
+def test_a_pipe_or_a_folder_in_the_place_of_a_file(
+    name: str, run: Run, data: Path, options: dict[str, Any], tmp_path: Path
+) -> None:
+    undisturbed, path = run.scores(), run.path / name
+    kept = path.rename(tmp_path / "kept")
+    for make, take_away in ((os.mkfifo, os.unlink), (os.mkdir, None)):
+        make(path)
+        with pytest.raises(ScorerError, match="not a file"):
+            Run(run.path).scores()
+        if take_away:
+            take_away(path)
+    with pytest.raises(ScorerError, match=r"can't be r"):
+        scorer.score(data, run.path, **options)
+    path.rmdir()
+    kept.rename(path)
+    assert scorer.score(data, run.path, **options).scores().equals(undisturbed)
+
+
+def test_a_copy_without_hidden_files_is_a_run(run: Run, data: Path, options: dict[str, Any], tmp_path: Path) -> None:
+    shutil.copytree(run.path, tmp_path / "copy", ignore=shutil.ignore_patterns(".*"))
+    copy = Run(tmp_path / "copy")
+    with pytest.raises(ScorerError, match="would replace a part of the run"):
+        scorer.select(copy, copy.path / "manifest.json", keep=3)
+    copy.shard(1).unlink()
+    assert scorer.score(data, copy.path, **options).scores().equals(run.scores())
+
+
+def test_a_link_in_the_place_of_the_lock_is_not_followed(data: Path, options: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("years of work")
+    (tmp_path / "run" / "scores").mkdir(parents=True)
+    (tmp_path / "run" / ".lock").symlink_to(tmp_path / "file")
+    with pytest.raises(ScorerError, match="can't be written"):
+        scorer.score(data, tmp_path / "run", **options)
+    assert (tmp_path / "file").read_text() == "years of work"
+
+
+class Swapping(Silent):
+    """Another program replaces the model's weights as soon as they are to be loaded."""
+
+    def __init__(self, weights: Path):
+        self.weights = weights
+
+    def say(self, message: str) -> None:
+        if message.startswith("loading"):
+            self.weights.write_bytes(self.weights.read_bytes()[:-4] + b"\0\0\0\1")
+
+
+def test_a_model_that_changes_as_it_is_loaded(data: Path, run: Run, options: dict[str, Any], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(options["model"], tmp_path / "model"))
+    weights, given = folder / "model.safetensors", options | {"model": str(folder)}
+    content = weights.read_bytes()
+    with pytest.raises(ScorerError, match="the model changed while it was used"):
+        scorer.score(data, tmp_path / "other", **(given | {"progress": Swapping(weights)}))
+    assert not Run(tmp_path / "other").shards()
+    weights.write_bytes(content)
+    assert scorer.score(data, tmp_path / "other", **given).scores().equals(run.scores())
+
+
+def test_clusters_of_fewer_records(data: Path, options: dict[str, Any], tmp_path: Path) -> None:
+    few = scorer.score(data, tmp_path / "few", **(options | {"limit": 10}))
+    write_clusters(few, {"record_id": range(10), "cluster": [0, 1] * 5})
+    kept = shutil.copy(few.path / "clusters.parquet", tmp_path)
+    grown = scorer.score(data, few.path, **options)
+    shutil.copy(kept, grown.path)
+    with pytest.raises(ScorerError, match=r"clusters\.parquet can't be read.*of another run, or of fewer records"):
+        scorer.select(grown, keep=4, per_cluster=True)
 
 
 @pytest.mark.parametrize(

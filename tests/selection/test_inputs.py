@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -46,8 +48,11 @@ def embed(run: Run) -> None:
     folder = run.path / "embeddings"
     folder.mkdir()
     rows = np.eye(4, dtype=np.float32)[np.arange(COUNT) % 4]
-    np.save(folder / "part-00000.npy", rows[:12])
-    np.save(folder / "part-00001.npy", rows[12:])
+    digests = {}
+    for path, part in ((folder / "part-00000.npy", rows[:12]), (folder / "part-00001.npy", rows[12:])):
+        np.save(path, part)
+        digests[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps({extras.DIGESTS: digests}))
 
 
 def chosen(path: Path) -> list[int]:

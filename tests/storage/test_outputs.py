@@ -16,7 +16,7 @@ import pytest
 from scorer.runs import directory
 from scorer.runs.directory import Run
 from scorer.storage.atomic import is_stream, remove_temporaries, replacing
-from scorer.storage.outputs import RUN_FILES, RUN_FOLDERS, RUN_MARK, check_outside_runs, check_writable
+from scorer.storage.outputs import RUN_FILES, RUN_FOLDERS, check_outside_runs, check_writable
 from scorer.types import ScorerError
 from tests.lib.command import CONSOLE_SCRIPT, Commands
 from tests.lib.runs import make_run
@@ -111,7 +111,7 @@ def test_what_belongs_to_a_run_is_no_output(run: Run, tmp_path: Path, name: str)
     (tmp_path / "plain").mkdir()
     check_outside_runs(tmp_path / "plain" / name)
     check_writable(run.path / "kept.jsonl")
-    assert directory.LOCK == RUN_MARK
+    assert directory.LOCK in RUN_FILES
     assert name.partition("/")[0] in {*RUN_FILES, *RUN_FOLDERS} or name.startswith(("data.", "epoch-"))
 
 
