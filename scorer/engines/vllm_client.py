@@ -19,9 +19,10 @@ import numpy as np
 import orjson
 
 from scorer.background import Background
-from scorer.config import ScoreConfig
+from scorer.config import DTYPES, ScoreConfig
 from scorer.engines.http import Address, Answer, Request, TooLateError, UnreachableError, shown
 from scorer.engines.spans import check_token_ids, no_scores, with_sums
+from scorer.files.json_texts import too_deep
 from scorer.models.find import ModelFiles, model_settings, weight_bytes
 from scorer.tokens import Array, SpanScores, TokenBatch, ranges
 from scorer.types import EngineError, ScorerError
@@ -101,6 +102,8 @@ class Server:
             for name, kinds in DESCRIPTION.items()
             if type(answer.get(name, ...)) not in kinds or not str(answer[name]).isprintable()  # messages have these
         ]
+        if not wrong and answer["dtype"] not in DTYPES:
+            wrong = ["dtype"]
         if wrong:  # a page of another server, such as a proxy
             raise ScorerError(str(self._wrong(f"its description of the model has no {wrong[0]}, or a wrong one")))
         self.model: dict[str, Any] = answer
@@ -138,6 +141,8 @@ class Server:
             raise EngineError(f"{self.url} answers {answer.status}: {shown(answer.body)}")
         if len(answer.body) > request.most_bytes:
             raise self._wrong(f"it has more than {request.most_bytes:,} bytes")
+        if too_deep(answer.body):
+            raise self._wrong("its JSON is nested too deep")
         try:
             parsed = orjson.loads(answer.body)
         except ValueError as error:

@@ -130,6 +130,8 @@ def test_what_is_refused(command: Commands, runs: tuple[Path, Path], tmp_path: P
     assert "has no record_id" in command("compare", "one", "one.jsonl").line()
     assert "no such file" in command("compare", "one", "nowhere.json").line()
     assert "not a run directory" in command("compare", "one", tmp_path).line()
+    for taken in ("one.jsonl", "two.jsonl"):
+        assert "would be overwritten" in command("compare", "one", "two", "--json", taken).line()
     edit_manifest(runs[1], state="running")
     assert "unfinished" in command("compare", *runs).line()
     assert "can't be written" in command("compare", "one", "one", "--json", "/proc/a.json").line()

@@ -127,6 +127,8 @@ def test_tables_that_do_not_match_are_refused_with_counts(tmp_path: Path) -> Non
         join_runs([paths[0], paths[2]], tmp_path / "run")
     with pytest.raises(ScorerError, match="two at least"):
         join_runs(paths[:1], tmp_path / "run")
+    with pytest.raises(ScorerError, match="is one of the runs to join"):
+        join_runs(paths[:2], paths[0], fresh=True)
     other = tmp_path / "other.csv"
     other.write_text("id,ppl\n1,2\n")
     with pytest.raises(ScorerError, match="has no column ppl_conditioned and no column record_id"):

@@ -18,7 +18,7 @@ from scorer.selection.config import FORM_NAMES
 from scorer.selection.convert import DATASET_INFO, FORMS
 from scorer.types import ScorerError
 from tests.lib.command import Commands, read_jsonl
-from tests.lib.runs import make_run
+from tests.lib.runs import make_run, run_of
 
 
 def message(role: str, content: str) -> dict[str, str]:
@@ -94,6 +94,16 @@ def test_scores_and_order_go_with_the_form(tmp_path: Path) -> None:
         "Add.,1 2,3,Be brief.",
         'Hi,"",Hello,',
     ]
+
+
+def test_dataset_info_is_not_written_over_the_data(tmp_path: Path) -> None:
+    data = tmp_path / "dataset_info.json"
+    data.write_text(json.dumps({"data": [{"instruction": "q", "output": "a"}] * 3}))
+    before = data.read_bytes()
+    run = run_of(tmp_path / "run", [data], [3], ifd=[0.1, 0.2, 0.3])
+    with pytest.raises(ScorerError, match=r"dataset_info\.json would be overwritten"):
+        scorer.select(run, tmp_path / "out.json", keep=1, form="alpaca", dataset_info=True)
+    assert data.read_bytes() == before
 
 
 def test_dataset_info_is_updated(run: Run, tmp_path: Path) -> None:
