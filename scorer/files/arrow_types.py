@@ -29,6 +29,30 @@ def read_type(where: str, kind: pa.DataType) -> pa.DataType:
     return _mapped(where, kind, _flat_read_type, MAX_DEPTH)
 
 
+def without_views(kind: pa.DataType, *, dictionaries_only: bool = False) -> pa.DataType:
+    """The type with plain texts and binary values in place of views: of all, or of those inside dictionaries."""
+    types = pa.types
+
+    def inside(field: pa.Field) -> pa.Field:
+        return field.with_type(without_views(field.type, dictionaries_only=dictionaries_only))
+
+    if types.is_dictionary(kind):
+        return pa.dictionary(kind.index_type, without_views(kind.value_type), kind.ordered)
+    if types.is_struct(kind):
+        return pa.struct([inside(field) for field in kind])
+    if types.is_map(kind):
+        return pa.map_(inside(kind.key_field), inside(kind.item_field), kind.keys_sorted)
+    if types.is_fixed_size_list(kind):
+        return pa.list_(inside(kind.value_field), kind.list_size)
+    if types.is_list(kind) or types.is_large_list(kind):
+        return (pa.list_ if types.is_list(kind) else pa.large_list)(inside(kind.value_field))
+    if types.is_string_view(kind) and not dictionaries_only:
+        return pa.large_string()
+    if types.is_binary_view(kind) and not dictionaries_only:
+        return pa.large_binary()
+    return kind
+
+
 def _mapped(where: str, kind: pa.DataType, flat: Flat, levels: int) -> pa.DataType:
     types = pa.types
 

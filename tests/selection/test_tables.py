@@ -1,0 +1,112 @@
+"""Selections of tables whose columns are of less common types: every value is written, or the selection refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import scorer
+from scorer.data.dataset import Dataset
+from scorer.files.memory import write as write_memory
+from scorer.runs.directory import Run
+from scorer.types import ScorerError
+from tests.lib.runs import run_of
+
+IFD = [0.8, 0.1, 0.9]  # the best two are row 2, then row 0
+LONG = "so it goes, " * 3  # a text that a view does not hold in itself
+FRAME = pl.DataFrame(
+    {
+        "instruction": pl.Series(["q0", "q1", "q2"], dtype=pl.Categorical),
+        "output": [f"{LONG}{i}" for i in range(3)],
+        "kind": pl.Series(["a", None, "b"], dtype=pl.Enum(["a", "b"])),
+        "tags": [["x", LONG], None, []],
+        "turn": [{"who": "me", "said": [LONG]}, {"who": None, "said": None}, {"who": "you", "said": []}],
+        "kinds": pl.Series([["k"], [], [None]], dtype=pl.List(pl.Categorical)),
+    }
+)
+WITH_BYTES = FRAME.with_columns(raw=pl.Series([b"\x00", LONG.encode(), None]))
+
+
+def in_memory(frame: pl.DataFrame, path: Path) -> None:
+    with path.open("wb") as file:
+        write_memory(frame, file)
+
+
+FORMATS: dict[str, tuple[str, Callable[[pl.DataFrame, Path], Any]]] = {
+    "memory": ("d.arrow", in_memory),
+    "ipc": ("d.ipc", pl.DataFrame.write_ipc),
+    "parquet": ("d.parquet", pl.DataFrame.write_parquet),
+}
+
+
+def one_run(folder: Path, *tables: pa.Table) -> Run:
+    """A run of a file for each table, of one row."""
+    paths = [folder / f"{i}.arrow" for i in range(len(tables))]
+    for path, table in zip(paths, tables, strict=True):
+        with pa.ipc.new_file(path, table.schema) as writer:
+            writer.write_table(table)
+    return run_of(folder / "run", paths, [1] * len(tables), ifd=[0.5] * len(tables))
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_polars_frames(tmp_path: Path, form: str) -> None:
+    name, write = FORMATS[form]
+    write(WITH_BYTES, tmp_path / name)
+    write(FRAME, tmp_path / f"text-{name}")
+    run = run_of(tmp_path / "run", [tmp_path / name], [3], ifd=IFD)
+    best = WITH_BYTES[[2, 0]]
+    selection = scorer.select(run, tmp_path / "a.parquet", keep=2, order="rank", with_scores=True)
+    assert pl.read_parquet(tmp_path / "a.parquet").drop("scorer").to_dicts() == best.to_dicts()
+    assert selection.to_polars().equals(best)
+    scorer.select(run, tmp_path / "a.arrow", keep=2, order="rank")
+    assert pl.read_ipc(tmp_path / "a.arrow").equals(best)
+    assert [raw.value["instruction"] for raw in Dataset([tmp_path / name]).rows()] == ["q0", "q1", "q2"]
+    run = run_of(tmp_path / "text", [tmp_path / f"text-{name}"], [3], ifd=IFD)
+    scorer.select(run, tmp_path / "a.jsonl", keep=2, order="rank")
+    rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert rows == FRAME[[2, 0]].to_dicts()
+
+
+def test_polars_frames_as_csv_and_datasets(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    FRAME.select("instruction", "output", "kind").write_ipc(tmp_path / "d.arrow")
+    run = run_of(tmp_path / "run", [tmp_path / "d.arrow"], [3], ifd=IFD)
+    selection = scorer.select(run, tmp_path / "a.csv", keep=2, order="rank")
+    assert (tmp_path / "a.csv").read_text() == f'instruction,output,kind\nq2,"{LONG}2",b\nq0,"{LONG}0",a\n'
+    assert selection.to_dataset().shuffle(seed=0)["instruction"][:] in (["q2", "q0"], ["q0", "q2"])
+    scorer.select(run, f"{tmp_path}/folder/", keep=2, with_scores=True)
+
+
+def test_a_selection_of_views_holds_no_other_rows(tmp_path: Path) -> None:
+    texts = pa.array([LONG, "secret " * 10], pa.string_view())
+    table = pa.table({"instruction": texts, "output": texts})
+    pq.write_table(table, tmp_path / "d.parquet")
+    run = run_of(tmp_path / "run", [tmp_path / "d.parquet"], [2], ifd=[0.9, 0.1])
+    scorer.select(run, tmp_path / "a.arrow", keep=1)
+    with pa.ipc.open_file(tmp_path / "a.arrow") as file:
+        assert file.read_all().equals(table.slice(0, 1))
+    assert b"secret" not in (tmp_path / "a.arrow").read_bytes()
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.string_view(), pa.dictionary(pa.uint32(), pa.string_view())])
+def test_runs_are_their_values(tmp_path: Path, kind: pa.DataType) -> None:
+    values = pa.array(["x", "y", None]).cast(pa.string_view() if kind == pa.string_view() else pa.string())
+    if pa.types.is_dictionary(kind):
+        values = values.dictionary_encode().cast(kind)
+    column = pa.RunEndEncodedArray.from_arrays([2, 4, 5], values).slice(1)
+    table = pa.table({"instruction": column, "output": [LONG] * 4})
+    with pa.ipc.new_file(tmp_path / "d.arrow", table.schema) as writer:
+        writer.write_table(table)
+    assert [raw.value["instruction"] for raw in Dataset([tmp_path / "d.arrow"]).rows()] == ["x", "y", "y", None]
+    run = run_of(tmp_path / "run", [tmp_path / "d.arrow"], [4], ifd=[0.5, 0.1, 0.7, 0.9])
+    for name in ("a.parquet", "a.jsonl"):
+        scorer.select(run, tmp_path / name, keep=3, order="rank")
+        rows = [raw.value for raw in Dataset([tmp_path / name]).rows()]
+        assert [row["instruction"] for row in rows] == [None, "y", "x"]
