@@ -15,7 +15,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from scorer.files.arrow_types import LISTS, text_type
+from scorer.files.arrow_types import LISTS, alters, text_type
 from scorer.files.decoded import decoded, decoded_schema, plain, taken
 from scorer.files.kinds import ARROW_SUFFIXES, first_line, known_suffix
 from scorer.files.tables import BATCH_ROWS, ipc_batches, parquet_batches, parquet_file, table_errors
@@ -73,12 +73,15 @@ def stacked(where: str, tables: Sequence[pa.Table]) -> pa.Table:
     schema = tables[0].schema
     if any(table.schema != schema for table in tables):
         tables = [plain(table) for table in tables]  # a view has no type in common with what is none
+    unlike = f"{where}: the input files have different columns; write to JSON Lines (.jsonl)"
     try:
         table = pa.concat_tables(tables, promote_options="permissive")
-        return table.replace_schema_metadata(schema.metadata)
     except pa.ArrowException as error:
-        why = f"{where}: the input files have different columns; write to JSON Lines (.jsonl)"
-        raise ScorerError(f"{why} ({first_line(error)})") from error
+        raise ScorerError(f"{unlike} ({first_line(error)})") from error
+    for name, old in ((field.name, field.type) for part in tables for field in part.schema):
+        if alters(old, new := table.schema.field(name).type):
+            raise ScorerError(f"{unlike} (column '{name}': {str(old)[:60]} would become {str(new)[:60]})")
+    return table.replace_schema_metadata(schema.metadata)
 
 
 def framed(where: str, rows: Sequence[Any]) -> pa.Table:

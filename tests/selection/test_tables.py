@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -110,3 +111,43 @@ def test_runs_are_their_values(tmp_path: Path, kind: pa.DataType) -> None:
         scorer.select(run, tmp_path / name, keep=3, order="rank")
         rows = [raw.value for raw in Dataset([tmp_path / name]).rows()]
         assert [row["instruction"] for row in rows] == [None, "y", "x"]
+
+
+MONEY_MAP = pa.map_(pa.string(), pa.decimal128(5, 1))
+MONEY = pa.array([Decimal("12345678901234567890.25")])
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (MONEY, pa.array([0.5])),
+        (pa.array([0.5], pa.float32()), MONEY),
+        (pa.array(["abc"]), pa.array([b"abc"])),
+        (pa.array([b"ab"], pa.binary(2)), pa.array(["abc"], pa.string_view())),
+        (pa.array([[{"a": "abc"}]]), pa.array([[{"a": b"abc", "b": 1}]])),
+        (pa.array([[("k", 0.5)]], pa.map_(pa.string(), pa.float64())), pa.array([[("k", 1)]], MONEY_MAP)),
+    ],
+)
+def test_files_whose_types_have_none_in_common_that_keeps_values(
+    tmp_path: Path, one: pa.Array, other: pa.Array
+) -> None:
+    run = one_run(tmp_path, *(pa.table({"instruction": ["a"], "output": ["b"], "x": x}) for x in (one, other)))
+    for name in ("a.parquet", "a.arrow"):
+        with pytest.raises(ScorerError, match=r"different columns; write to JSON Lines.*x"):
+            scorer.select(run, tmp_path / name, keep=2)
+        assert not (tmp_path / name).exists()
+
+
+def test_files_whose_types_have_one_in_common(tmp_path: Path) -> None:
+    columns = [
+        {"instruction": pa.array(["a"]), "n": pa.array([-1], pa.int8()), "m": MONEY},
+        {"instruction": pa.array(["b"], pa.string_view()), "n": pa.array([2**40]), "m": pa.array([7])},
+        {"instruction": pa.array(["c"], pa.large_string()), "n": pa.nulls(1), "m": pa.nulls(1)},
+    ]
+    run = one_run(tmp_path, *(pa.table({"output": ["b"], **column}) for column in columns))
+    scorer.select(run, tmp_path / "a.arrow", keep=3)
+    with pa.ipc.open_file(tmp_path / "a.arrow") as file:
+        written = file.read_all().to_pydict()
+    assert written["instruction"] == ["a", "b", "c"]
+    assert written["n"] == [-1, 2**40, None]
+    assert written["m"] == [MONEY[0].as_py(), Decimal(7), None]
