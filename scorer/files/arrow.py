@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import polars as pl
@@ -175,6 +175,13 @@ def check_flat(where: str, table: pa.Table) -> None:
     for field in table.schema:
         if pa.types.is_nested(field.type):
             raise ScorerError(f"{where}: column '{field.name}' holds lists or objects; write to JSON Lines (.jsonl)")
+
+
+def as_frame(table: pa.Table) -> pl.DataFrame:
+    """A Polars frame of the table, with its columns' names: of an empty one, Polars would make another."""
+    names = table.column_names
+    frame = cast(pl.DataFrame, pl.from_arrow(table.rename_columns([str(number) for number in range(len(names))])))
+    return frame.rename(dict(zip(frame.columns, names, strict=True)))
 
 
 def as_dataset(table: pa.Table) -> Any:

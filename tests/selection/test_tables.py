@@ -151,3 +151,24 @@ def test_files_whose_types_have_one_in_common(tmp_path: Path) -> None:
     assert written["instruction"] == ["a", "b", "c"]
     assert written["n"] == [-1, 2**40, None]
     assert written["m"] == [MONEY[0].as_py(), Decimal(7), None]
+
+
+@pytest.mark.parametrize("header", [",instruction,output", ",instruction,column_0", 'instruction,"a\rb",'])
+def test_columns_without_a_name_keep_none(tmp_path: Path, header: str) -> None:
+    (tmp_path / "d.csv").write_text(f"{header}\n0,say it,blue is one\n", newline="")
+    run = run_of(tmp_path / "run", [tmp_path / "d.csv"], [1], ifd=[0.5])
+    [came] = [raw.value for raw in Dataset([tmp_path / "d.csv"]).rows()]
+    for name in ("a.csv", "a.tsv", "a.parquet", "a.jsonl"):
+        scorer.select(run, tmp_path / name, keep=1)
+        assert [raw.value for raw in Dataset([tmp_path / name]).rows()] == [came]
+    assert scorer.select(run, keep=1).to_polars().to_dicts() == [came]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
+def test_rows_of_one_cell_are_no_blank_lines(tmp_path: Path, name: str) -> None:
+    for column, values in (("output", ["a", None, ""]), ("", [None, 1, 2])):
+        (tmp_path / "d.jsonl").write_text("".join(json.dumps({column: value}) + "\n" for value in values))
+        run = run_of(tmp_path / f"run-{column}", [tmp_path / "d.jsonl"], [3], ifd=IFD)
+        scorer.select(run, tmp_path / name, keep=3)
+        written = [raw.value for raw in Dataset([tmp_path / name]).rows()]
+        assert written == [{column: "" if value is None else str(value)} for value in values]
