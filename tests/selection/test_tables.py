@@ -172,3 +172,26 @@ def test_rows_of_one_cell_are_no_blank_lines(tmp_path: Path, name: str) -> None:
         scorer.select(run, tmp_path / name, keep=3)
         written = [raw.value for raw in Dataset([tmp_path / name]).rows()]
         assert written == [{column: "" if value is None else str(value)} for value in values]
+
+
+LARGE = ("1e400", "-1e400", "[1E+0400]", f"{'9' * 250}e60", f"{'9' * 310}.5", f"{'9' * 400}")
+
+
+@pytest.mark.parametrize("number", LARGE, ids=lambda text: text[:10])
+def test_numbers_that_no_float_holds(tmp_path: Path, number: str) -> None:
+    line = f'{{"instruction":"1e400","output":"b","x":{number}}}'
+    (tmp_path / "d.jsonl").write_text(line)
+    run = run_of(tmp_path / "run", [tmp_path / "d.jsonl"], [1], ifd=[0.5])
+    for name in ("a.parquet", "a.arrow", "a.csv"):
+        with pytest.raises(ScorerError, match=r"JSON Lines"):
+            scorer.select(run, tmp_path / name, keep=1)
+    scorer.select(run, tmp_path / "a.jsonl", keep=1)
+    assert (tmp_path / "a.jsonl").read_text() == f"{line}\n"
+
+
+def test_infinities_and_numbers_in_texts_are_kept_in_tables(tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_text('{"output":"1e400","x":Infinity}\n{"output":"b","x":1e300}\n')
+    run = run_of(tmp_path / "run", [tmp_path / "d.jsonl"], [2], ifd=[0.5, 0.5])
+    scorer.select(run, tmp_path / "a.parquet", keep=2)
+    rows = pq.read_table(tmp_path / "a.parquet").to_pylist()
+    assert rows == [{"output": "1e400", "x": float("inf")}, {"output": "b", "x": 1e300}]
