@@ -78,10 +78,16 @@ def stacked(where: str, tables: Sequence[pa.Table]) -> pa.Table:
         table = pa.concat_tables(tables, promote_options="permissive")
     except pa.ArrowException as error:
         raise ScorerError(f"{unlike} ({first_line(error)})") from error
-    for name, old in ((field.name, field.type) for part in tables for field in part.schema):
-        if alters(old, new := table.schema.field(name).type):
-            raise ScorerError(f"{unlike} (column '{name}': {str(old)[:60]} would become {str(new)[:60]})")
-    return table.replace_schema_metadata(schema.metadata)
+    fields = []
+    for field in table.schema:
+        came = [part.schema.field(field.name) for part in tables if field.name in part.column_names]
+        if (old := next((one.type for one in came if alters(one.type, field.type)), None)) is not None:
+            kinds = f"{str(old)[:60]} would become {str(field.type)[:60]}"
+            raise ScorerError(f"{unlike} (column '{field.name}': {kinds})")
+        # Metadata may be of the values in that file: an Enum of Polars has its categories there.
+        same = all(one.metadata == field.metadata for one in came)
+        fields.append(field if same else field.remove_metadata())
+    return table.cast(pa.schema(fields, metadata=schema.metadata))
 
 
 def framed(where: str, rows: Sequence[Any]) -> pa.Table:

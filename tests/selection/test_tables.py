@@ -153,6 +153,16 @@ def test_files_whose_types_have_one_in_common(tmp_path: Path) -> None:
     assert written["m"] == [MONEY[0].as_py(), Decimal(7), None]
 
 
+def test_enums_of_two_files(tmp_path: Path) -> None:
+    for name, values in (("a", ["x"]), ("b", ["y", "x"])):
+        kind = pl.Series([values[0]], dtype=pl.Enum(values))
+        pl.DataFrame({"output": ["o"], "kind": kind}).write_ipc(tmp_path / f"{name}.arrow")
+    run = run_of(tmp_path / "run", [tmp_path / "a.arrow", tmp_path / "b.arrow"], [1, 1], ifd=[0.5, 0.6])
+    selection = scorer.select(run, tmp_path / "c.parquet", keep=2)
+    assert pl.read_parquet(tmp_path / "c.parquet")["kind"].to_list() == ["x", "y"]
+    assert selection.to_polars()["kind"].to_list() == ["x", "y"]
+
+
 @pytest.mark.parametrize("header", [",instruction,output", ",instruction,column_0", 'instruction,"a\rb",'])
 def test_columns_without_a_name_keep_none(tmp_path: Path, header: str) -> None:
     (tmp_path / "d.csv").write_text(f"{header}\n0,say it,blue is one\n", newline="")
@@ -187,6 +197,8 @@ def test_numbers_that_no_float_holds(tmp_path: Path, number: str) -> None:
             scorer.select(run, tmp_path / name, keep=1)
     scorer.select(run, tmp_path / "a.jsonl", keep=1)
     assert (tmp_path / "a.jsonl").read_text() == f"{line}\n"
+    selection = scorer.select(run, tmp_path / "a.jsonl", keep=1, form="messages")
+    assert selection.rejected["reason"].to_list() == ["not_convertible"]
 
 
 def test_infinities_and_numbers_in_texts_are_kept_in_tables(tmp_path: Path) -> None:
