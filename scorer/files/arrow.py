@@ -71,7 +71,8 @@ def stacked(where: str, tables: Sequence[pa.Table]) -> pa.Table:
     if len(tables) == 1:
         return tables[0]
     schema = tables[0].schema
-    if any(table.schema != schema for table in tables):
+    columns = schema.remove_metadata()
+    if not all(table.schema.remove_metadata().equals(columns, check_metadata=True) for table in tables):
         tables = [plain(table) for table in tables]  # a view has no type in common with what is none
     unlike = f"{where}: the input files have different columns; write to JSON Lines (.jsonl)"
     try:

@@ -47,11 +47,15 @@ def alters(old: pa.DataType, new: pa.DataType) -> bool:
 
 
 def without_views(kind: pa.DataType, *, dictionaries_only: bool = False) -> pa.DataType:
-    """The type with plain texts and binary values in place of views: of all, or of those inside dictionaries."""
+    """The type with plain texts and binary values in place of views: of all, or of those inside dictionaries.
+
+    Where all are replaced, the fields inside have no metadata either.
+    """
     types = pa.types
 
     def inside(field: pa.Field) -> pa.Field:
-        return field.with_type(without_views(field.type, dictionaries_only=dictionaries_only))
+        field = field.with_type(without_views(field.type, dictionaries_only=dictionaries_only))
+        return field if dictionaries_only else field.remove_metadata()
 
     if types.is_dictionary(kind):
         return pa.dictionary(kind.index_type, without_views(kind.value_type), kind.ordered)

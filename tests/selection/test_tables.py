@@ -156,11 +156,14 @@ def test_files_whose_types_have_one_in_common(tmp_path: Path) -> None:
 def test_enums_of_two_files(tmp_path: Path) -> None:
     for name, values in (("a", ["x"]), ("b", ["y", "x"])):
         kind = pl.Series([values[0]], dtype=pl.Enum(values))
-        pl.DataFrame({"output": ["o"], "kind": kind}).write_ipc(tmp_path / f"{name}.arrow")
+        pl.DataFrame({"output": ["o"], "kind": kind, "kinds": kind.reshape((1, 1)).arr.to_list()}).write_ipc(
+            tmp_path / f"{name}.arrow"
+        )
     run = run_of(tmp_path / "run", [tmp_path / "a.arrow", tmp_path / "b.arrow"], [1, 1], ifd=[0.5, 0.6])
     selection = scorer.select(run, tmp_path / "c.parquet", keep=2)
     assert pl.read_parquet(tmp_path / "c.parquet")["kind"].to_list() == ["x", "y"]
     assert selection.to_polars()["kind"].to_list() == ["x", "y"]
+    assert selection.to_polars()["kinds"].to_list() == [["x"], ["y"]]
 
 
 @pytest.mark.parametrize("header", [",instruction,output", ",instruction,column_0", 'instruction,"a\rb",'])
