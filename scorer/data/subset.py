@@ -13,6 +13,8 @@ import pyarrow as pa
 from scorer.config import Reading
 from scorer.data.dataset import Dataset
 from scorer.files.arrow import for_text, framed, is_table_file, rows_at, stacked
+from scorer.files.decoded import taken
+from scorer.files.json_texts import overflows
 from scorer.files.raw import RawRecord
 from scorer.storage.paths import to_path
 from scorer.types import RowStatus, ScorerError
@@ -81,7 +83,7 @@ class Subset:
         table = stacked(where, tables)
         if self._ids == self._sorted:
             return table
-        return table.take(pa.array(np.searchsorted(self._sorted, self._ids)))
+        return taken(table, np.searchsorted(self._sorted, self._ids))
 
     def _ordered(self, rows: Iterator[tuple[int, RawRecord]]) -> Iterator[RawRecord]:
         if self._ids == self._sorted:
@@ -114,6 +116,8 @@ class Subset:
 
 
 def _object(raw: RawRecord, wrapped: bool) -> dict[str, Any]:
+    if raw.text is not None and overflows(raw.text):
+        raise ScorerError(f"{raw.source} holds a number that no table holds; write to JSON Lines (.jsonl)")
     if isinstance(raw.value, dict):
         return raw.value
     if not wrapped:

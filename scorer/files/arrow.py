@@ -8,16 +8,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from scorer.files.arrow_types import LISTS, text_type
+from scorer.files.arrow_types import LISTS, alters, text_type
+from scorer.files.decoded import decoded, decoded_schema, plain, taken
 from scorer.files.kinds import ARROW_SUFFIXES, first_line, known_suffix
-from scorer.files.tables import BATCH_ROWS, check_batch, ipc_batches, parquet_batches, parquet_file, table_errors
+from scorer.files.tables import BATCH_ROWS, ipc_batches, parquet_batches, parquet_file, table_errors
 from scorer.requirements import DATASET, require
 from scorer.storage.paths import local_copy
 from scorer.types import ScorerError
@@ -34,14 +35,14 @@ def is_table_file(path: Path) -> bool:
 def rows_at(path: Path, positions: Sequence[int]) -> pa.Table:
     """The rows of a Parquet or Arrow file at `positions` (ascending, 0-based), with its schema and metadata.
 
-    Raises ScorerError where it can't be read.
+    Run-end encoded columns are their values there, and views inside dictionaries plain. Raises ScorerError where it
+    can't be read.
     """
     wanted = np.asarray(positions, dtype=np.int64)
 
     def chosen(batch: pa.RecordBatch, start: int) -> pa.RecordBatch:
         first, last = np.searchsorted(wanted, [start, start + batch.num_rows])
-        check_batch(batch)
-        return batch.take(pa.array(wanted[first:last] - start))
+        return taken(decoded(batch), wanted[first:last] - start)
 
     def is_wanted(start: int, end: int) -> bool:
         return bool(np.ptp(np.searchsorted(wanted, [start, end])))
@@ -52,14 +53,14 @@ def rows_at(path: Path, positions: Sequence[int]) -> pa.Table:
             with parquet_file(copy) as file:
                 groups = parquet_batches(file, BATCH_ROWS, is_wanted)
                 batches = [chosen(batch, start) for start, batch in groups]
-                return pa.Table.from_batches(batches, schema=file.schema_arrow)
+                return pa.Table.from_batches(batches, schema=decoded_schema(file.schema_arrow))
         with open(copy, "rb") as stream:
             schema, stored = ipc_batches(stream)
             end, batches = 0, []
             for batch in stored:
                 batches.append(chosen(batch, end))
                 end += batch.num_rows
-            return pa.Table.from_batches(batches, schema=schema)
+            return pa.Table.from_batches(batches, schema=decoded_schema(schema))
 
 
 def stacked(where: str, tables: Sequence[pa.Table]) -> pa.Table:
@@ -69,12 +70,25 @@ def stacked(where: str, tables: Sequence[pa.Table]) -> pa.Table:
     """
     if len(tables) == 1:
         return tables[0]
+    schema = tables[0].schema
+    columns = schema.remove_metadata()
+    if not all(table.schema.remove_metadata().equals(columns, check_metadata=True) for table in tables):
+        tables = [plain(table) for table in tables]  # a view has no type in common with what is none
+    unlike = f"{where}: the input files have different columns; write to JSON Lines (.jsonl)"
     try:
         table = pa.concat_tables(tables, promote_options="permissive")
-        return table.replace_schema_metadata(tables[0].schema.metadata)
     except pa.ArrowException as error:
-        why = f"{where}: the input files have different columns; write to JSON Lines (.jsonl)"
-        raise ScorerError(f"{why} ({first_line(error)})") from error
+        raise ScorerError(f"{unlike} ({first_line(error)})") from error
+    fields = []
+    for field in table.schema:
+        came = [part.schema.field(field.name) for part in tables if field.name in part.column_names]
+        if (old := next((one.type for one in came if alters(one.type, field.type)), None)) is not None:
+            kinds = f"{str(old)[:60]} would become {str(field.type)[:60]}"
+            raise ScorerError(f"{unlike} (column '{field.name}': {kinds})")
+        # Metadata may be of the values in that file: an Enum of Polars has its categories there.
+        same = all(one.metadata == field.metadata for one in came)
+        fields.append(field if same else field.remove_metadata())
+    return table.cast(pa.schema(fields, metadata=schema.metadata))
 
 
 def framed(where: str, rows: Sequence[Any]) -> pa.Table:
@@ -170,9 +184,16 @@ def check_flat(where: str, table: pa.Table) -> None:
             raise ScorerError(f"{where}: column '{field.name}' holds lists or objects; write to JSON Lines (.jsonl)")
 
 
+def as_frame(table: pa.Table) -> pl.DataFrame:
+    """A Polars frame of the table, with its columns' names: of an empty one, Polars would make another."""
+    names = table.column_names
+    frame = cast(pl.DataFrame, pl.from_arrow(table.rename_columns([str(number) for number in range(len(names))])))
+    return frame.rename(dict(zip(frame.columns, names, strict=True)))
+
+
 def as_dataset(table: pa.Table) -> Any:
     """A `datasets.Dataset` of the table. Raises ScorerError where `datasets` is not installed."""
     require(DATASET)
     import datasets
 
-    return datasets.Dataset(datasets.table.InMemoryTable(table))
+    return datasets.Dataset(datasets.table.InMemoryTable(plain(table)))  # its own methods take no rows of views

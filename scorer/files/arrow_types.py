@@ -11,7 +11,8 @@ from scorer.types import ScorerError
 
 BINARY = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary, pa.types.is_binary_view)
 LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)  # pyarrow's casts of views lose items
-FLAT = (pa.types.is_primitive, pa.types.is_null, pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+TEXT = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+FLAT = (pa.types.is_primitive, pa.types.is_null, *TEXT)
 
 Flat = Callable[[str, pa.DataType], pa.DataType]  # of a type without others inside
 
@@ -27,6 +28,50 @@ def text_type(where: str, kind: pa.DataType) -> pa.DataType:
 def read_type(where: str, kind: pa.DataType) -> pa.DataType:
     """The same, but binary values stay, and durations are the text of their number."""
     return _mapped(where, kind, _flat_read_type, MAX_DEPTH)
+
+
+def alters(old: pa.DataType, new: pa.DataType) -> bool:
+    """Whether Arrow's promotion of a type to `new` alters values: decimals to floats, or texts to binary values."""
+    types = pa.types
+    if old == new:
+        return False
+    if types.is_struct(old):
+        return any(alters(field.type, new.field(field.name).type) for field in old)
+    if types.is_map(old):
+        return alters(old.key_type, new.key_type) or alters(old.item_type, new.item_type)
+    if types.is_nested(old) or types.is_dictionary(old):
+        return alters(old.value_type, getattr(new, "value_type", new))
+    return (types.is_decimal(old) and types.is_floating(new)) or (
+        any(is_text(old) for is_text in TEXT) and any(is_binary(new) for is_binary in BINARY)
+    )
+
+
+def without_views(kind: pa.DataType, *, dictionaries_only: bool = False) -> pa.DataType:
+    """The type with plain texts and binary values in place of views: of all, or of those inside dictionaries.
+
+    Where all are replaced, the fields inside have no metadata either.
+    """
+    types = pa.types
+
+    def inside(field: pa.Field) -> pa.Field:
+        field = field.with_type(without_views(field.type, dictionaries_only=dictionaries_only))
+        return field if dictionaries_only else field.remove_metadata()
+
+    if types.is_dictionary(kind):
+        return pa.dictionary(kind.index_type, without_views(kind.value_type), kind.ordered)
+    if types.is_struct(kind):
+        return pa.struct([inside(field) for field in kind])
+    if types.is_map(kind):
+        return pa.map_(inside(kind.key_field), inside(kind.item_field), kind.keys_sorted)
+    if types.is_fixed_size_list(kind):
+        return pa.list_(inside(kind.value_field), kind.list_size)
+    if types.is_list(kind) or types.is_large_list(kind):
+        return (pa.list_ if types.is_list(kind) else pa.large_list)(inside(kind.value_field))
+    if types.is_string_view(kind) and not dictionaries_only:
+        return pa.large_string()
+    if types.is_binary_view(kind) and not dictionaries_only:
+        return pa.large_binary()
+    return kind
 
 
 def _mapped(where: str, kind: pa.DataType, flat: Flat, levels: int) -> pa.DataType:

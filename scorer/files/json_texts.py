@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ DECODER = json.JSONDecoder()
 MAX_DEPTH = 100  # of arrays and objects inside one another: what every parser and writer of JSON and tables can take
 STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+LARGE = re.compile(r"[0-9]{200}|[eE]\+?[0-9]{3}")  # is in every number that is larger than any float
 
 Element = tuple[Any, str]  # a value and its text, on one line
 
@@ -31,6 +33,15 @@ def too_deep(text: bytes) -> bool:
         if depth > MAX_DEPTH:
             return True
     return False
+
+
+def overflows(text: str) -> bool:
+    """Whether a number in a JSON text is larger than any float, so that parsers make an infinity of it."""
+    if LARGE.search(text) is None:
+        return False
+    numbers: list[str] = []
+    json.loads(text, parse_float=numbers.append, parse_int=numbers.append)
+    return any(math.isinf(float(number)) for number in numbers)
 
 
 def values(text: str) -> Iterator[Element]:

@@ -71,13 +71,15 @@ def _tables(data: Any) -> Iterator[Any]:
     """Arrow tables of BATCH_ROWS rows, the last of fewer; one at least."""
     import pyarrow as pa
 
+    from scorer.files.decoded import decoded, decoded_schema
+
     if hasattr(data, "with_format"):  # a dataset of Hugging Face, which reads what its indices choose
         yield from data.with_format("arrow").iter(batch_size=BATCH_ROWS)
         return
     reader = pa.RecordBatchReader.from_stream(data)
-    held = reader.schema.empty_table()
+    held = decoded_schema(reader.schema).empty_table()
     for batch in reader:
-        held = pa.concat_tables([held, pa.table(batch)])
+        held = pa.concat_tables([held, pa.table(decoded(batch))])
         while held.num_rows > BATCH_ROWS:
             yield held.slice(0, BATCH_ROWS).combine_chunks()
             held = held.slice(BATCH_ROWS)

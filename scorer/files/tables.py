@@ -109,8 +109,9 @@ def python_rows(batch: Any) -> list[dict[str, Any]]:
     import pyarrow as pa
 
     from scorer.files.arrow_types import read_type
+    from scorer.files.decoded import decoded
 
-    check_batch(batch)
+    batch = decoded(batch)
     columns = {}
     for field, column in zip(batch.schema, batch.columns, strict=True):
         # ScorerError: there is no such type. ArrowException: a time zone that is not known here, for example.
@@ -119,17 +120,6 @@ def python_rows(batch: Any) -> list[dict[str, Any]]:
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)] or [
         {} for _ in range(batch.num_rows)
     ]
-
-
-def check_batch(batch: Any) -> None:
-    """Raise pyarrow.ArrowInvalid for values that are not of their type: false offsets would end the process.
-
-    Any number will do for a date or a time: what has no text is for those to say who make text of it.
-    """
-    import pyarrow as pa
-
-    for column in batch.columns:
-        column.validate(full=not pa.types.is_primitive(column.type))
 
 
 @contextlib.contextmanager

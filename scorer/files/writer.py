@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-from scorer.files.arrow import as_dataset, check_flat, for_text, framed
+from scorer.files.arrow import as_dataset, as_frame, check_flat, for_text, framed
 from scorer.files.kinds import COMPRESSIONS, JSON_SUFFIXES, first_line, is_array
 from scorer.requirements import DATASET, require
 from scorer.storage.atomic import is_stream, replacing
@@ -44,8 +44,13 @@ def _write_arrow(table: pa.Table, temporary: Path) -> None:
 
 def _write_flat(separator: str) -> Callable[[pa.Table, Path], None]:
     def write(table: pa.Table, temporary: Path) -> None:
+        frame = as_frame(table)
+        # A row of one cell that is null would be a blank line, which is no row.
+        null = '""' if frame.width == 1 else None
+        header = pl.DataFrame({str(number): [name] for number, name in enumerate(frame.columns)})
         with temporary.open("wb") as stream:
-            cast(pl.DataFrame, pl.from_arrow(table)).write_csv(stream, separator=separator)
+            for part in (header, frame):  # a name is quoted as any other text, as an empty one must be
+                part.write_csv(stream, separator=separator, include_header=False, null_value=null)
 
     return write
 

@@ -16,6 +16,7 @@ import pyarrow as pa
 from scorer.data.records import to_record
 from scorer.data.subset import Subset
 from scorer.files.arrow import framed
+from scorer.files.json_texts import overflows
 from scorer.files.raw import RawRecord
 from scorer.files.upload import on_hub
 from scorer.files.writer import output_kind
@@ -182,6 +183,8 @@ class ConvertedRows:
         return framed(where, [raw.value for raw in self.records()])
 
     def _converted(self, raw: RawRecord) -> Converted | None:
+        if raw.text is not None and overflows(raw.text):
+            return None  # Python has an infinity in place of the number
         record = to_record(raw, replace(self._rows.reading, reasoning="with", tool_calls="score"))
         readable = record.turns and not any(turn.status in UNREADABLE for turn in record.turns)
         return FORMS[self.form].convert(record) if readable else None

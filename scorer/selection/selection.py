@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import polars as pl
 
 from scorer.data.dataset import Dataset
 from scorer.data.subset import Subset
-from scorer.files.arrow import as_dataset
+from scorer.files.arrow import as_dataset, as_frame
 from scorer.requirements import DATASET, require
 from scorer.types import ScorerError
 
@@ -53,7 +53,7 @@ class Selection:
     def to_polars(self) -> pl.DataFrame:
         """The kept records as they came, a row each. Raises ScorerError for records that no table holds."""
         with self._data() as data:
-            return cast(pl.DataFrame, pl.from_arrow(self._subset(data).table(TABLE)))
+            return as_frame(self._subset(data).table(TABLE))
 
     def to_dataset(self) -> Any:
         """The same as a `datasets.Dataset`. Raises ScorerError where `datasets` is not installed."""
