@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,34 @@ def test_message_without_text_fails_its_turn_and_all_later_ones(content: Any, st
     turns = record({"messages": spoken}).turns
     assert [turn.status for turn in turns] == [RowStatus.OK, status, status]
     assert turns[0] == Turn((Message("user", "1"),), "a")
+
+
+@pytest.mark.parametrize(
+    "value", ["\ud800", {"\ud800": 1}, {"a": "\ud800"}, {"a": [b""]}, {"a": {1, 2}}, Decimal(1), b"{}"]
+)
+@pytest.mark.parametrize("place", ["arguments", "name", "reasoning", "id", "answer"])
+def test_a_message_with_a_value_that_is_no_json_is_not_text(value: Any, place: str) -> None:
+    function: dict[str, Any] = {"name": "f", "arguments": {}}
+    call: dict[str, Any] = {"role": "assistant", "content": None, "tool_calls": [{"function": function}]}
+    answer: dict[str, Any] = {"role": "tool", "content": "4"}
+    holder, key = {"arguments": (function, place), "answer": (answer, "content")}.get(place, (call, place))
+    holder[key] = value
+    turns = record({"messages": [*say(("user", "q")), call, answer, *say(("assistant", "a"))]}).turns
+    assert turns[0].status == (RowStatus.OK if place == "answer" else RowStatus.NOT_TEXT)
+    assert turns[1].status == RowStatus.NOT_TEXT
+
+
+def test_lone_surrogates_inside_json_of_calls_and_tools() -> None:
+    call = json.dumps({"name": "f", "arguments": json.dumps({"a": "\ud800"})})
+    for said in (
+        {"role": "assistant", "content": None, "function_call": call},
+        {"role": "function_call", "content": call},
+        {"role": "assistant", "content": [{"type": "tool_use", "name": "f", "input": {"a": "\ud800"}}]},
+    ):
+        assert [turn.status for turn in record({"messages": [*say(("user", "q")), said]}).turns] == [RowStatus.NOT_TEXT]
+    for tools in ([{"name": "\ud800"}], [{"name": b"f"}], json.dumps([{"name": "\ud800"}])):
+        found = record({"messages": say(("user", "q"), ("assistant", "a")), "tools": tools})
+        assert (found.status, found.tools, found.left_out) == (RowStatus.OK, (), ("tools",))
 
 
 @pytest.mark.parametrize(
