@@ -257,6 +257,8 @@ def _branch_turns(
             prompt, extra = [], ""
     if history and turns:
         turns[0] = replace(turns[0], history=tuple(history))
+    if turns and messages[-1].role != "assistant":
+        turns[-1] = replace(turns[-1], after=None if fault or extra else tuple(prompt))
     return turns
 
 

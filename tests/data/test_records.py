@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,9 @@ def test_conversation_gives_a_turn_per_assistant_message_with_what_came_since() 
     for row in ({"messages": spoken}, {"conversations": sharegpt}, {"messages": sharegpt}, {"conversations": table}):
         assert record(row).turns == expected
     # messages after the last assistant message are nobody's prompt
-    assert record({"messages": [*spoken, *say(("user", None))]}).turns == expected
+    for content, after in (("q3", (Message("user", "q3"),)), (None, None)):
+        turns = record({"messages": [*spoken, *say(("user", content))]}).turns
+        assert turns == (expected[0], replace(expected[1], after=after))
 
 
 @pytest.mark.parametrize(
