@@ -293,6 +293,17 @@ def test_file_without_a_known_format_is_refused_by_its_columns(tmp_path: Path) -
         list(read_records([lines(tmp_path / "log.jsonl", "no", "json")]))
 
 
+def test_a_file_of_one_conversation_is_told_how_to_write_it(tmp_path: Path) -> None:
+    messages = say(("user", "q"), ("assistant", "a"))
+    for rows in ([messages], messages):  # an array of records, for all that its line tells
+        with pytest.raises(ScorerError, match=r'rows are single messages; write .* \{"messages": \[...\]\}'):
+            list(read_records([lines(tmp_path / "d.jsonl", *rows)]))
+    two = [record.turns for record in read_records([lines(tmp_path / "d.jsonl", messages, messages)])]
+    assert two == [single("q", "a")] * 2
+    with pytest.raises(ScorerError, match="holds from, subject"):  # a mail
+        list(read_records([lines(tmp_path / "d.jsonl", {"from": "me@here", "subject": "s", "text": "t"})]))
+
+
 def test_one_row_with_all_keys_of_a_format_makes_a_file_known(tmp_path: Path) -> None:
     halves = [{"prompt": "q", "solution": "a"}, {"instruction": "q", "targets": "a"}]
     with pytest.raises(ScorerError, match=r"no row has a known format \(its first row holds prompt, solution\)"):
