@@ -72,7 +72,8 @@ class Turn:
 
     `input` is Alpaca's second prompt column, "" where there is none. `branch` is chosen or rejected in preference data:
     the first turn of each starts anew. `part` is reasoning or answer where they are turns of their own. `history` are
-    turns before the first one, which have no rows. `fields` are those of the response, as in Message.
+    turns before the first one, which have no rows. `fields` are those of the response, as in Message. `after` are the
+    messages after the last response, which are nobody's prompt; None where one can't be read.
     """
 
     prompt: tuple[Message, ...]
@@ -83,6 +84,7 @@ class Turn:
     part: str = ""
     history: tuple[Turn, ...] = ()
     fields: Mapping[str, Any] | None = None
+    after: tuple[Message, ...] | None = ()
 
     @property
     def name(self) -> str | None:

@@ -116,6 +116,8 @@ def test_data_in_memory_is_scored_resumed_and_selected_from_like_a_file(
         ([1], "row 0 is a int and not a dict"),
         ([{"a": float("nan")}], "row 0 can't be JSON"),
         ([{"instruction": "a", "output": object()}], "row 0 can't be JSON"),
+        ([{"a": 1}, {1: 2, "1": 3}], "row 1 can't be JSON .the key 1 is no text"),
+        ([[{"role": "user", "content": [{None: "a"}]}]], "row 0 can't be JSON .the key None is no text"),
         ({"instruction": "a"}, "dict is no rows"),
         (7, "int is no rows"),
         (None, "NoneType is no rows"),

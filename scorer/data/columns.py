@@ -201,6 +201,10 @@ def fits_format(reading: Reading) -> Callable[[RawRecord], bool]:
 def unknown_format(path: Path, first: RawRecord, reading: Reading) -> ScorerError:
     """The error for a file in which no row fits a format; `first` is its first row."""
     row, columns = as_row(first.value) or {}, reading.columns
+    said = read_messages([row]) if columns is None and holds_messages([row]) else ()
+    if isinstance(said, list) and said[0].role:
+        advice = 'write each conversation as one row, {"messages": [...]}'
+        return ScorerError(f"{path}: its rows are single messages; {advice}")
     missed = f"has {' and '.join(columns.values())}" if columns else "has a known format"
     held = (
         f"holds {', '.join(list(row)[:SHOWN])}{', ...' if len(row) > SHOWN else ''}"

@@ -93,6 +93,15 @@ def is_unicode(text: str) -> bool:
     return True
 
 
+def json_of(value: Any) -> str | None:
+    """The JSON of a value; None where it has none, such as binary data, or is not valid Unicode."""
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError):
+        return None
+    return text if is_unicode(text) else None
+
+
 def split_reasoning(text: str) -> tuple[str, str]:
     """The reasoning that a response begins with, up to its </think> and the white space after it, and the rest."""
     found = REASONING.match(text) if "</think>" in text else None
@@ -233,7 +242,7 @@ def _read_message(message: Mapping[str, Any]) -> Spoken:
     if any(message.get(key) for key in MEDIA_KEYS):
         return Spoken(role, fault=RowStatus.MULTIMODAL)
     if role == "tool" and isinstance(content, dict) and "type" not in content:
-        content = json.dumps(content, ensure_ascii=False, default=str)
+        content = json_of(content) or content
     text, thoughts, calls, fault = _read_content(content)
     asked = content if spelling in CALLS else next((message[key] for key in CALLS if message.get(key)), calls)
     calls = _tool_calls(asked) if asked else []
@@ -244,12 +253,12 @@ def _read_message(message: Mapping[str, Any]) -> Spoken:
     if content is None and not calls:
         fault = RowStatus.MISSING_FIELD
     reasoning = _first(message, REASONING_KEYS) or thoughts
-    fault = fault or text_fault(reasoning)
-    if fault:
-        return Spoken(role, fault=fault)
     fields = {key: value for key, value in message.items() if key not in READ_KEYS and value is not None}
     fields |= {"reasoning_content": reasoning} if reasoning else {}
     fields |= {"tool_calls": calls} if calls else {}
+    fault = fault or (text_fault(reasoning) if json_of(fields) else RowStatus.NOT_TEXT)
+    if fault:
+        return Spoken(role, fault=fault)
     return Spoken(
         role,
         "\n".join(filter(None, (text, *(json.dumps(call["function"], ensure_ascii=False) for call in calls)))),

@@ -16,6 +16,7 @@ from scorer.data.columns import Fit, Format, as_row, fit_of
 from scorer.data.messages import (
     Spoken,
     holds_messages,
+    json_of,
     parsed_json,
     read_marked_text,
     read_messages,
@@ -256,6 +257,8 @@ def _branch_turns(
             prompt, extra = [], ""
     if history and turns:
         turns[0] = replace(turns[0], history=tuple(history))
+    if turns and messages[-1].role != "assistant":
+        turns[-1] = replace(turns[-1], after=None if fault or extra else tuple(prompt))
     return turns
 
 
@@ -294,7 +297,7 @@ def _tools(value: Any, left_out: list[str]) -> tuple[Any, ...]:
     tools = without_nulls(parsed_json(value)) if not isinstance(value, str) else parsed_json(value)
     if tools is None:
         return ()
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools) or json_of(tools) is None:
         left_out.append("tools")
         return ()
     return tuple([t if "function" in t or "name" not in t else {"type": "function", "function": t} for t in tools])

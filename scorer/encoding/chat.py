@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property, lru_cache, partial
+from hashlib import blake2b
 from typing import Any
 
 from scorer.encoding.templates import RENDERER, ChatTemplateError, EndlessTemplateError
 from scorer.types import ScorerError
 
-STAND_IN = "stand-in-for-the-response"
 SPECIAL_FIELDS = ("tool_calls", "reasoning_content")  # a template that does not read them leaves them out
 
 ENDLESS = 3  # so many renderings without an end are not the fault of one record
@@ -76,22 +76,28 @@ class ChatTemplate:
         the response; what it writes after any content, such as a token that ends the turn, does not. Raises ScorerError
         where the template computes without an end again and again.
         """
-        stand_in = {"role": "assistant", "content": STAND_IN}
-        asked = [c for one in conversations for c in (one, replace(one, messages=[*one.messages[:-1], stand_in]))]
+        stand_ins = list(map(stand_in_for, conversations))
+        asked: list[Conversation] = []
+        for one, text in zip(conversations, stand_ins, strict=True):
+            asked += (one, replace(one, messages=[*one.messages[:-1], {"role": "assistant", "content": text}]))
         texts = self.render(asked)
-        return [self._split(*three) for three in zip(conversations, texts[::2], texts[1::2], strict=True)]
+        return [self._split(*four) for four in zip(conversations, stand_ins, texts[::2], texts[1::2], strict=True)]
 
     def _split(
-        self, conversation: Conversation, whole: str | ChatTemplateError, stood_in: str | ChatTemplateError
+        self,
+        conversation: Conversation,
+        stand_in: str,
+        whole: str | ChatTemplateError,
+        stood_in: str | ChatTemplateError,
     ) -> tuple[str, str] | ChatTemplateError:
         if isinstance(whole, ChatTemplateError):
             return whole
         if isinstance(stood_in, ChatTemplateError):
             return stood_in
-        before, found, after = stood_in.rpartition(STAND_IN)
+        before, found, after = stood_in.partition(stand_in)
         start = len(before) if whole.startswith(before) else _shared(whole, before)
         *history, message = conversation.messages
-        if not found or (STAND_IN in before and STAND_IN not in str(history)):
+        if not found or stand_in in after:
             return HiddenResponseError()
         if start < len(before):
             (earlier,) = self.render([replace(conversation, messages=history)])
@@ -131,6 +137,11 @@ class ChatTemplate:
             return str(self._tokenizer.get_chat_template(None, [{}] if tools else None))
         except ValueError:  # none is for these
             return "{{ raise_exception('the model has no template for this') }}"
+
+
+def stand_in_for(conversation: Conversation) -> str:
+    """A text that a conversation does not hold, whoever wrote it: its own digest."""
+    return f"stand-in-{blake2b(repr(conversation).encode(), digest_size=8).hexdigest()}"
 
 
 def _call_form(message: ChatMessage, *, content: str | None, as_json: bool) -> ChatMessage:

@@ -39,10 +39,9 @@ class Encoder:
     ):
         self.bulk, self.protocol, self.max_length = bulk, protocol, max_length
         self.tokenizer = tokenizer = bulk.tokenizer
-        self.split_special_tokens = split_special_tokens
         self.writer: Writer
         with bulk.checked():
-            self.special = SpecialTokens(bulk)
+            self.special = SpecialTokens(bulk, as_text=split_special_tokens)
             if protocol.score_eos and tokenizer.eos_token is None:
                 raise ScorerError(f"protocol {protocol.name} scores the EOS token, and the model has none")
             if protocol.template is None:
@@ -113,8 +112,9 @@ class Encoder:
 
     def _plan(self, record: Record, texts: Texts) -> None:
         """Add the rows of a record as far as its text decides them, and the pieces of its conditioned sequences."""
-        special_tokens = self.special.held(texts_of(record.turns))
-        if special_tokens and self.split_special_tokens:
+        tools = [str(record.tools)] if record.tools else []
+        special_tokens = self.special.held([*texts_of(record.turns), *tools])
+        if self.special.as_text:
             record = self._hidden(record)
         first = texts.add_record(record, special_tokens=special_tokens)
         if record.tools and not self.writer.reads_tools():

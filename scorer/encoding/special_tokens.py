@@ -16,14 +16,14 @@ HIDDEN = re.compile(f"{OPEN}([0-9]+){CLOSE}")
 
 
 class SpecialTokens:
-    """The special tokens of a tokenizer, found in texts, and on demand tokenised as text.
+    """The special tokens of a tokenizer, found in texts, and with `as_text` tokenised as text.
 
     A template writes special tokens, too, so those of the data are hidden before it is applied: each is replaced by its
-    number between OPEN and CLOSE.
+    number between OPEN and CLOSE, and so is each OPEN and CLOSE that the data hold, which are no marks of ours.
     """
 
-    def __init__(self, bulk: BulkTokenizer):
-        self._bulk, self._tokenizer = bulk, bulk.tokenizer
+    def __init__(self, bulk: BulkTokenizer, *, as_text: bool):
+        self._bulk, self._tokenizer, self.as_text = bulk, bulk.tokenizer, as_text
         added = bulk.tokenizer.added_tokens_decoder.values()
         self.tokens = sorted({token.content for token in added if token.special and token.content})
         self._first = {token[0] for token in self.tokens}
@@ -45,13 +45,16 @@ class SpecialTokens:
         if isinstance(value, str):
             return self._visible.sub(lambda found: f"{OPEN}{self._number[found[0]]}{CLOSE}", value)
         if isinstance(value, dict):
-            return {key: self.hide(item) for key, item in value.items()}
+            return {self.hide(key): self.hide(item) for key, item in value.items()}
         return [self.hide(item) for item in value] if isinstance(value, list) else value
 
     def encode(self, texts: list[str]) -> tuple[Array, Array]:
-        """`BulkTokenizer.encode`, with hidden tokens read as text. Beside other special tokens texts are cut."""
+        """`BulkTokenizer.encode`, with hidden tokens read as text. Beside other special tokens texts are cut.
+
+        Without `as_text` nothing is hidden, and an OPEN is one of the data.
+        """
         flat = self._bulk.encode(texts)
-        where = [i for i, text in enumerate(texts) if OPEN in text]
+        where = [i for i, text in enumerate(texts) if OPEN in text] if self.as_text else []
         if not where:
             return flat
         try:

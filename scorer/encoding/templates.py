@@ -93,7 +93,7 @@ class Renderer:
                 ended = process.wait()
                 self._stop()
                 return [self._fault(-ended)] if count == 1 else self._one_by_one(shared, requests[:count])
-            text = content.decode("utf-8", "surrogatepass")
+            text = content.decode()
             answers.append(text if header[:1] == b"1" else ChatTemplateError(text))
         return answers
 

@@ -38,10 +38,22 @@ def write(data: Any, file: BinaryIO) -> None:
         if not isinstance(row, dict | list):
             raise ScorerError(f"data: row {number} is a {type(row).__name__} and not a dict; give a list of dicts")
         try:
+            _check_keys(row)
             line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
         except (TypeError, ValueError, RecursionError) as error:
             raise ScorerError(f"data: row {number} can't be JSON ({error}); give values that can") from error
         file.write(line.encode("utf-8", "backslashreplace"))  # only lone surrogates can't be encoded
+
+
+def _check_keys(value: Any) -> None:
+    """Raise TypeError for a key that is no text, of which JSON would make one, perhaps that of another key."""
+    if isinstance(value, dict):
+        for key in value:
+            if not isinstance(key, str):
+                raise TypeError(f"the key {key!r} is no text")
+    for item in value.values() if isinstance(value, dict) else value:
+        if isinstance(item, dict | list | tuple):
+            _check_keys(item)
 
 
 def _is_table(data: Any) -> bool:

@@ -57,16 +57,15 @@ def _turns(record: Record) -> list[Turn]:
 
 
 def _conversation(record: Record) -> list[Message]:
-    return [m for t in _turns(record) for m in (*_prompt(t), Message("assistant", t.response, t.fields))]
+    turns = _turns(record)
+    said = [m for t in turns for m in (*_prompt(t), Message("assistant", t.response, t.fields))]
+    return [*said, *(turns[-1].after or ())]
 
 
 def _trained(record: Record) -> list[bool]:
-    """Whether each message of `_conversation` is a response to train on."""
-    flags: list[bool] = []
-    for number, turn in enumerate(_turns(record)):
-        scored = number >= len(record.turns[0].history) and turn.status != RowStatus.HISTORY_ONLY
-        flags += [*([True] * len(turn.prompt)), scored]
-    return flags
+    """Whether each response of `_turns` is to train on."""
+    first = len(record.turns[0].history)
+    return [i >= first and turn.status != RowStatus.HISTORY_ONLY for i, turn in enumerate(_turns(record))]
 
 
 def _openai(messages: Collection[Message]) -> list[dict[str, Any]]:
@@ -75,7 +74,8 @@ def _openai(messages: Collection[Message]) -> list[dict[str, Any]]:
 
 def _messages(record: Record) -> Converted:
     messages = _openai(_conversation(record))
-    for message, trained in zip(messages, _trained(record), strict=True):
+    responses = [message for message in messages if message["role"] == "assistant"]
+    for message, trained in zip(responses, _trained(record), strict=True):
         if not trained:
             message["weight"] = 0  # OpenAI's mark of a response that is history only
     return {"messages": messages} | _tools(record)
@@ -85,8 +85,10 @@ def _tools(record: Record) -> Converted:
     return {"tools": list(record.tools)} if record.tools else {}
 
 
-def _prompt_completion(record: Record) -> Converted:
-    """The last response is the completion."""
+def _prompt_completion(record: Record) -> Converted | None:
+    """The last response is the completion, and all that is trained on."""
+    if _turns(record)[-1].after or not _trained(record)[-1]:
+        return None
     *prompt, completion = _conversation(record)
     return {"prompt": _openai(prompt), "completion": _openai([completion])} | _tools(record)
 
@@ -94,15 +96,23 @@ def _prompt_completion(record: Record) -> Converted:
 SHAREGPT_ROLES = {"system": "system", "user": "human", "assistant": "gpt", "tool": "observation"}
 
 
-def _sharegpt(record: Record) -> Converted:
+def _sharegpt(record: Record) -> Converted | None:
+    """Trainers learn every response of a conversation."""
+    if not all(_trained(record)):
+        return None
     messages = [{"from": SHAREGPT_ROLES[m.role], "value": m.content} for m in _conversation(record)]
     tools = {"tools": json.dumps([tool.get("function", tool) for tool in record.tools])} if record.tools else {}
     return {"conversations": messages} | tools
 
 
 def _alpaca(record: Record) -> Converted | None:
-    """One user message before each response, and a system message before the first; earlier turns are `history`."""
+    """One user message before each response, and a system message before the first; earlier turns are `history`.
+
+    LLaMA-Factory learns the responses of the history, too.
+    """
     first, *later = turns = _turns(record)
+    if turns[-1].after or not all(_trained(record)):
+        return None
     system = [m.content for m in first.prompt[:1] if m.role == "system"]
     prompts = [first.prompt[len(system) :], *(turn.prompt for turn in later)]
     if any([m.role for m in prompt] != ["user"] for prompt in prompts):
@@ -186,8 +196,8 @@ class ConvertedRows:
         if raw.text is not None and overflows(raw.text):
             return None  # Python has an infinity in place of the number
         record = to_record(raw, replace(self._rows.reading, reasoning="with", tool_calls="score"))
-        readable = record.turns and not any(turn.status in UNREADABLE for turn in record.turns)
-        return FORMS[self.form].convert(record) if readable else None
+        unread = any(turn.status in UNREADABLE or turn.after is None for turn in record.turns)
+        return FORMS[self.form].convert(record) if record.turns and not unread else None
 
 
 def check_dataset_info(output: str | Path, form: str) -> None:

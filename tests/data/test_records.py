@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +109,9 @@ def test_conversation_gives_a_turn_per_assistant_message_with_what_came_since() 
     for row in ({"messages": spoken}, {"conversations": sharegpt}, {"messages": sharegpt}, {"conversations": table}):
         assert record(row).turns == expected
     # messages after the last assistant message are nobody's prompt
-    assert record({"messages": [*spoken, *say(("user", None))]}).turns == expected
+    for content, after in (("q3", (Message("user", "q3"),)), (None, None)):
+        turns = record({"messages": [*spoken, *say(("user", content))]}).turns
+        assert turns == (expected[0], replace(expected[1], after=after))
 
 
 @pytest.mark.parametrize(
@@ -134,6 +138,34 @@ def test_message_without_text_fails_its_turn_and_all_later_ones(content: Any, st
     turns = record({"messages": spoken}).turns
     assert [turn.status for turn in turns] == [RowStatus.OK, status, status]
     assert turns[0] == Turn((Message("user", "1"),), "a")
+
+
+@pytest.mark.parametrize(
+    "value", ["\ud800", {"\ud800": 1}, {"a": "\ud800"}, {"a": [b""]}, {"a": {1, 2}}, Decimal(1), b"{}"]
+)
+@pytest.mark.parametrize("place", ["arguments", "name", "reasoning", "id", "answer"])
+def test_a_message_with_a_value_that_is_no_json_is_not_text(value: Any, place: str) -> None:
+    function: dict[str, Any] = {"name": "f", "arguments": {}}
+    call: dict[str, Any] = {"role": "assistant", "content": None, "tool_calls": [{"function": function}]}
+    answer: dict[str, Any] = {"role": "tool", "content": "4"}
+    holder, key = {"arguments": (function, place), "answer": (answer, "content")}.get(place, (call, place))
+    holder[key] = value
+    turns = record({"messages": [*say(("user", "q")), call, answer, *say(("assistant", "a"))]}).turns
+    assert turns[0].status == (RowStatus.OK if place == "answer" else RowStatus.NOT_TEXT)
+    assert turns[1].status == RowStatus.NOT_TEXT
+
+
+def test_lone_surrogates_inside_json_of_calls_and_tools() -> None:
+    call = json.dumps({"name": "f", "arguments": json.dumps({"a": "\ud800"})})
+    for said in (
+        {"role": "assistant", "content": None, "function_call": call},
+        {"role": "function_call", "content": call},
+        {"role": "assistant", "content": [{"type": "tool_use", "name": "f", "input": {"a": "\ud800"}}]},
+    ):
+        assert [turn.status for turn in record({"messages": [*say(("user", "q")), said]}).turns] == [RowStatus.NOT_TEXT]
+    for tools in ([{"name": "\ud800"}], [{"name": b"f"}], json.dumps([{"name": "\ud800"}])):
+        found = record({"messages": say(("user", "q"), ("assistant", "a")), "tools": tools})
+        assert (found.status, found.tools, found.left_out) == (RowStatus.OK, (), ("tools",))
 
 
 @pytest.mark.parametrize(
@@ -259,6 +291,17 @@ def test_file_without_a_known_format_is_refused_by_its_columns(tmp_path: Path) -
         list(read_records([good], columns={"prompt": "q", "response": "a"}))
     with pytest.raises(ScorerError, match="its first row is not JSON"):
         list(read_records([lines(tmp_path / "log.jsonl", "no", "json")]))
+
+
+def test_a_file_of_one_conversation_is_told_how_to_write_it(tmp_path: Path) -> None:
+    messages = say(("user", "q"), ("assistant", "a"))
+    for rows in ([messages], messages):  # an array of records, for all that its line tells
+        with pytest.raises(ScorerError, match=r'rows are single messages; write .* \{"messages": \[...\]\}'):
+            list(read_records([lines(tmp_path / "d.jsonl", *rows)]))
+    two = [record.turns for record in read_records([lines(tmp_path / "d.jsonl", messages, messages)])]
+    assert two == [single("q", "a")] * 2
+    with pytest.raises(ScorerError, match="holds from, subject"):  # a mail
+        list(read_records([lines(tmp_path / "d.jsonl", {"from": "me@here", "subject": "s", "text": "t"})]))
 
 
 def test_one_row_with_all_keys_of_a_format_makes_a_file_known(tmp_path: Path) -> None:

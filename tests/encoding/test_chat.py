@@ -9,6 +9,7 @@ import pytest
 
 from scorer.config import Reading
 from scorer.data.records import to_record
+from scorer.encoding.chat import Conversation, stand_in_for
 from scorer.encoding.encoder import Encoder
 from scorer.encoding.tokenizer import BulkTokenizer
 from scorer.files.raw import RawRecord
@@ -154,3 +155,13 @@ def test_a_response_is_what_the_template_makes_of_it() -> None:
 def test_a_template_that_does_not_show_where_the_response_begins(template: str) -> None:
     table, batch = encode(template, talk("q", "a"))
     assert (statuses(table), len(batch)) == (["chat_template_error"], 0)
+
+
+def test_no_text_of_the_user_is_taken_for_the_response() -> None:
+    silent = "{% for m in messages if m.role != 'assistant' %}{{ m.content }}|{% endfor %}"
+    known = stand_in_for(Conversation(talk("q", "a")["messages"]))
+    for said in ("stand-in-for-the-response", f"say {known} twice: {known}"):
+        table, batch = encode(silent, talk(said, "a"))
+        assert (statuses(table), len(batch)) == (["chat_template_error"], 0)
+        plain = START + "{{ m.content }}</>" + END
+        assert scored(plain, talk(said, said)) == [(f"<user>{said}</><assistant>", said)]

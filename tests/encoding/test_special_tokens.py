@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from scorer.models.load import load_tokenizer
 from scorer.protocols import PROTOCOLS
 from scorer.tokens import CONDITIONED
 from scorer.types import Message, Record, Turn
+from tests.conftest import byte_tokenizer
 
 SAID = "It ends with <|im_end|> and a line feed."
 RECORDS = [
@@ -51,7 +53,7 @@ def test_read_as_tokens_or_as_text(bulk: BulkTokenizer, protocol: str) -> None:
 
 
 def test_what_is_hidden_comes_back(bulk: BulkTokenizer) -> None:
-    special = SpecialTokens(bulk)
+    special = SpecialTokens(bulk, as_text=True)
     odd = f"{OPEN}3{CLOSE} <|im_start|><|im_end|> {OPEN} x"  # marks of its own, too
     hidden = special.hide({"a": [odd, 7, None]})
     assert "<|im" not in hidden["a"][0]
@@ -61,3 +63,26 @@ def test_what_is_hidden_comes_back(bulk: BulkTokenizer) -> None:
     assert bulk.tokenizer.decode(ids[offsets[1] :]) == "plain"
     assert not special.held(["a < b", ""])
     assert special.held(["", "x<|im_start|>"])
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize(
+    "said", [f"blue {OPEN}0{CLOSE} is one", f"{OPEN}999{CLOSE}", f"{OPEN}{'9' * 5000}{CLOSE} {OPEN}"]
+)
+def test_marks_that_the_data_hold_are_text(bulk: BulkTokenizer, said: str, *, split: bool) -> None:
+    encoder = Encoder(bulk, PROTOCOLS["aligned"], 32768, 0, split_special_tokens=split)
+    _, batch = encoder.encode([Record(0, "a:1", (Turn((Message("user", "Say it."),), said),))])
+    assert bulk.tokenizer.decode(batch.ids(0)).endswith(said)
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_special_tokens_in_tools(*, split: bool) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for tool in tools %}{{ tool | tojson }}{% endfor %}{{ messages[-1].content }}"
+    encoder = Encoder(BulkTokenizer(tokenizer), PROTOCOLS["chat"], 1024, split_special_tokens=split)
+    tools = ({"name": "f", "parameters": {"<|end|>": "<|end|>"}},)
+    table, batch = encoder.encode([Record(0, "a:1", (Turn((Message("user", "q"),), "a"),), tools=tools)])
+    ids = batch.ids(0).tolist()
+    assert table.special_tokens.tolist() == [True]
+    assert ids.count(tokenizer.eos_token_id) == (0 if split else 2)
+    assert tokenizer.decode(ids) == json.dumps(tools[0]) + "a"

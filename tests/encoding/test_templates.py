@@ -58,6 +58,8 @@ def render(renderer: Renderer, source: str, **variables: Any) -> str:
         "{% if %}",
         "{{ ''.__class__.__mro__ }}{{ ''.__class__.__mro__[1].__subclasses__() }}",
         "{{ raise_exception('no') }}",
+        "{{ raise_exception('\ud800') }}",
+        "{{ 'a\ud800' }}",
         "{{ 'x' * 2000000 }}",  # twice the text that a template may add
     ],
 )
@@ -101,9 +103,9 @@ def test_one_rendering_in_many_fails_alone(renderer: Renderer) -> None:
 
 
 def test_a_long_conversation_is_whole(renderer: Renderer) -> None:
-    messages = [{"role": "user", "content": f"{i}\ud800" + "wört " * 400} for i in range(2000)]  # 4 MB
+    messages = [{"role": "user", "content": f"{i}-" + "wört " * 400} for i in range(2000)]  # 4 MB
     text = render(renderer, "{% for m in messages %}{{ m.content }}{{ m | tojson }}{% endfor %}", messages=messages)
-    assert text.startswith("0\ud800wört ")
+    assert text.startswith("0-wört ")
     assert text.count("wört") == 2 * 2000 * 400
 
 

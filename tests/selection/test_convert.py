@@ -82,6 +82,41 @@ def test_every_form_from_every_form(run: Run, tmp_path: Path, form: str) -> None
     assert len(rest) == 6 - len(rows)
 
 
+UNTRAINED = {**message("assistant", "b"), "weight": 0}
+FIRST = [message("user", "a"), UNTRAINED, message("user", "c"), message("assistant", "d")]
+LAST = [
+    message("user", "a"),
+    message("assistant", "b"),
+    message("user", "c"),
+    {**message("assistant", "d"), "weight": 0},
+]
+OPEN = [*CHAT["messages"], message("user", "e")]
+UNREAD = [*CHAT["messages"], {"role": "user", "content": None}]
+FORMS_OF = [  # the messages of a record, and the forms that hold it
+    (FIRST, {"messages", "prompt-completion"}),
+    (LAST, {"messages"}),
+    (OPEN, {"messages", "sharegpt"}),
+    (UNREAD, set[str]()),
+]
+
+
+@pytest.mark.parametrize("form", FORM_NAMES)
+@pytest.mark.parametrize(("messages", "forms"), FORMS_OF)
+def test_a_form_holds_all_of_a_record_and_trains_on_no_more(
+    tmp_path: Path, form: str, messages: list[dict[str, Any]], forms: set[str]
+) -> None:
+    run = make_run(tmp_path / "run", [PLAIN, {"messages": messages}], ifd=[0.5, 0.6])
+    scorer.select(run, tmp_path / "out.jsonl", keep="100%", form=form)
+    _, *rows = read_jsonl(tmp_path / "out.jsonl")
+    plain = [{"role": m["role"], "content": m["content"]} for m in messages]
+    written = {
+        "messages": {"messages": messages},
+        "prompt-completion": {"prompt": plain[:-1], "completion": plain[-1:]},
+        "sharegpt": {"conversations": [{"from": SHAREGPT_ROLES[m["role"]], "value": m["content"]} for m in messages]},
+    }
+    assert rows == ([written[form]] if form in forms else [])
+
+
 def test_scores_and_order_go_with_the_form(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", [ALPACA, PLAIN], ifd=[0.5, 0.6])
     scorer.select(run, tmp_path / "a.json", keep=2, form="messages", with_scores=True, order="rank")
