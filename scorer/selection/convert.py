@@ -51,9 +51,9 @@ def _prompt(turn: Turn) -> list[Message]:
 
 
 def _turns(record: Record) -> list[Turn]:
-    """The turns that become messages: of a preference pair, the chosen ones."""
+    """The turns that become messages: of a preference pair, the chosen ones, if there are any."""
     turns = [turn for turn in record.turns if turn.branch in ("", "chosen")]
-    return [*turns[0].history, *turns]
+    return [*turns[0].history, *turns] if turns else []
 
 
 def _conversation(record: Record) -> list[Message]:
@@ -197,7 +197,7 @@ class ConvertedRows:
             return None  # Python has an infinity in place of the number
         record = to_record(raw, replace(self._rows.reading, reasoning="with", tool_calls="score"))
         unread = any(turn.status in UNREADABLE or turn.after is None for turn in record.turns)
-        return FORMS[self.form].convert(record) if record.turns and not unread else None
+        return FORMS[self.form].convert(record) if _turns(record) and not unread else None
 
 
 def check_dataset_info(output: str | Path, form: str) -> None:

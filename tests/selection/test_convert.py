@@ -117,6 +117,14 @@ def test_a_form_holds_all_of_a_record_and_trains_on_no_more(
     assert rows == ([written[form]] if form in forms else [])
 
 
+@pytest.mark.parametrize("form", FORM_NAMES)
+def test_a_pair_whose_chosen_side_has_no_response(tmp_path: Path, form: str) -> None:
+    pair = {"chosen": [message("user", "a")], "rejected": [message("user", "a"), message("assistant", "b")]}
+    run = make_run(tmp_path / "run", [PLAIN, pair], ifd=[0.5, 0.6])
+    scorer.select(run, tmp_path / "out.jsonl", keep="100%", form=form)
+    assert len(read_jsonl(tmp_path / "out.jsonl")) == 1
+
+
 def test_scores_and_order_go_with_the_form(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", [ALPACA, PLAIN], ifd=[0.5, 0.6])
     scorer.select(run, tmp_path / "a.json", keep=2, form="messages", with_scores=True, order="rank")
