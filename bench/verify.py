@@ -47,7 +47,7 @@ def run(rows: int, repeats: int, rows_per_second: float) -> dict[str, Any]:
     sample = encoded("examples/alpaca.json", 153, files_of_model, longest(files_of_model))
     hashing = _median(lambda: replace(sample.batch).span_hashes, 20)  # a copy: the property is kept
     scoring = rows / rows_per_second
-    # A run is verified where it is resumed, and twice when it is complete: before and after equal scores are copied.
+    # A run is verified where it is resumed, when all is scored, and once more where equal scores were copied then.
     result = {
         "rows": rows,
         "shard_rows": SHARD_ROWS,

@@ -16,7 +16,7 @@ from tests.lib import readme
 from tests.lib.readme import README, ROOT, commands, compare, masked
 
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
-TABLES_ONLY = ("benchmarks.md", "data.md", "measures.md")  # pages without commands of scorer
+TABLES_ONLY = ("benchmarks.md", "data.md", "guarantees.md", "measures.md")  # pages without commands of scorer
 EXTRAS = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
 CODE = re.compile(r"^    (?:\$ )?(.*?)(?:  +# .*)?$", re.MULTILINE)
 

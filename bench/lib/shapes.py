@@ -115,7 +115,7 @@ def outline(name: str, folder: Path) -> ModelFiles:
     with (folder / WEIGHTS).open("wb") as file:  # vLLM parses the header even for dummy weights
         file.write(struct.pack("<Q", len(header)) + header)
         file.truncate(file.tell() + 2 * count)
-    return ModelFiles(name, folder, f"random:{name}", None, "directory")
+    return ModelFiles(name, folder, f"random:{name}", None, "random")
 
 
 def fill(files: ModelFiles, device: str) -> None:

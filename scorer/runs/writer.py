@@ -44,6 +44,20 @@ class Work:
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
+def _counted(table: ScoreTable) -> dict[str, Any]:
+    """What a manifest says of the shards of a complete run."""
+    infos = table.infos
+    made = Counter(tuple(sorted(info.environment.items())) for info in infos)
+    return {
+        "shards": [[info.rows, info.sha256] for info in infos],
+        "tokens": sum(info.tokens for info in infos),
+        "seconds": round(sum(info.seconds for info in infos), 3),
+        "shards_by": dict(Counter(info.by for info in infos)),
+        "environments": [{**dict(items), "shards": count} for items, count in made.items()],
+        **count_rows(table.scores(["record_id", "status", *LABELS])),
+    }
+
+
 class RunWriter(Run):
     """A run directory that is written. All but `check_usable` and `locked` are called while `locked` is held."""
 
@@ -95,32 +109,24 @@ class RunWriter(Run):
         Raises EngineError where a record has no row.
         """
         with self.snapshot() as table:
-            self._copy_equal_scores(table)
-        with self.snapshot() as table:
-            infos = table.infos
-            counts = count_rows(table.scores(["record_id", "status", *LABELS]))
-        if (missing := manifest.records - sum(info.records for info in infos)) or self.missing():
-            raise EngineError(f"{self.path}: {missing:,} of {manifest.records:,} records have no row")
-        made = Counter(tuple(sorted(info.environment.items())) for info in infos)
-        found: dict[str, Any] = {
-            "shards": [[info.rows, info.sha256] for info in infos],
-            "tokens": sum(info.tokens for info in infos),
-            "seconds": round(sum(info.seconds for info in infos), 3),
-            "shards_by": dict(Counter(info.by for info in infos)),
-            "environments": [{**dict(items), "shards": count} for items, count in made.items()],
-            **counts,
-        }
+            written = self._copy_equal_scores(table)
+            found = {} if written else _counted(table)
+        if written:
+            with self.snapshot() as table:
+                found = _counted(table)
+        if missing := self.missing():  # each that is there has the rows of all its records
+            raise EngineError(f"{self.path}: {len(missing):,} shards are gone; the same command scores them again")
         self.write_manifest(replace(manifest, state="complete", **found | values))
 
-    def _copy_equal_scores(self, table: ScoreTable) -> None:
-        """Give all rows of the same tokens the scores of the first of them.
+    def _copy_equal_scores(self, table: ScoreTable) -> bool:
+        """Give all rows of the same tokens the scores of the first of them. Whether a shard was written for it.
 
         The last bits of a score depend on what it was batched with, and would decide which of equal records is kept.
         """
         hashes = table.scores(["tokens_hash"])["tokens_hash"].drop_nulls()
         repeated = hashes.filter(hashes.is_duplicated()).unique().to_frame()
         if repeated.is_empty():
-            return
+            return False
         columns = ["record_id", "tokens_hash", *MEASURES]
         rows = table.collect(lambda t: t.select(columns).join(repeated.lazy(), on="tokens_hash", how="semi"))
         first = rows.sort("record_id", maintain_order=True).unique("tokens_hash", keep="first").drop("record_id")
@@ -132,6 +138,7 @@ class RunWriter(Run):
             copied = table.shard(index).update(first, on="tokens_hash")
             self._check()
             write_shard_file(self.shard(index), copied, replace(infos[index], sha256=ZEROS))
+        return not indices.is_empty()
 
     def write_manifest(self, manifest: Manifest) -> None:
         """Replace the manifest. Raises ScorerError where the run's lock was lost."""

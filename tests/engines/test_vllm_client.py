@@ -174,7 +174,6 @@ def test_what_cannot_be_served_is_one_line(tiny: Tiny, tmp_path: Path) -> None:
         for arguments, words in (
             (("--model", unknown), "whose architecture is PerceptronForCausalLM"),
             (("--vllm-arg", "block_size=large"), "block_size"),
-            (("--max-model-len", 2000), "2000"),  # of 1024 positions
             (("--port", taken.getsockname()[1]), "Address already in use"),
         ):
             given = ("serve", "--model", tiny("gpt2").path, "--device", "cpu", "--port", free_port(), *arguments)

@@ -309,7 +309,7 @@ def test_mutations_of_a_run_give_its_table_or_one_line(
     half.shard(2).unlink()
     same = Counter[str]()
     for number in range(500):
-        path = run.path if number % 25 else tmp_path / f"half-{number}"
+        path = run.path if number % 50 else tmp_path / f"half-{number}"
         if path != run.path:
             shutil.copytree(half.path, path)
         victim = draw.choice([path / "manifest.json", *Run(path).shards()])
@@ -325,14 +325,14 @@ def test_mutations_of_a_run_give_its_table_or_one_line(
             assert "\n" not in said
         victim.write_bytes(content)
     assert same["read"] < 50  # the layout of the manifest is free, and little else
-    assert same["resumed"] > 8  # shards are scored again; a manifest can't be mended
+    assert same["resumed"] > 4  # shards are scored again; a manifest can't be mended
 
 
 def test_every_flipped_bit_is_found(run: Run, tmp_path: Path) -> None:
     shard = run.shard(1)
     content, draw = shard.read_bytes(), random.Random(3)
     copy = tmp_path / "part-00001.parquet"
-    for bit in draw.sample(range(8 * len(content)), 1000):
+    for bit in draw.sample(range(8 * len(content)), 500):
         changed = bytearray(content)
         changed[bit // 8] ^= 1 << bit % 8
         copy.write_bytes(changed)
