@@ -14,7 +14,7 @@ from rich.table import Table
 
 from scorer.printing import MAX_CHARACTERS, error_line, printable
 from scorer.runs.progress import PlainConsole
-from tests.lib.command import Commands
+from tests.lib.command import Commands, bash
 from tests.lib.runs import make_run
 
 ROOT = Path(__file__).parents[1]
@@ -30,8 +30,7 @@ def command(tmp_path: Path) -> Commands:
 
 def shell(folder: Path, line: str) -> subprocess.CompletedProcess[str]:
     """A line of bash in which $S is the command, in three words."""
-    script = f"S='{sys.executable} {ROOT / 'cli.py'}'; {line}"
-    return subprocess.run(["bash", "-c", script], cwd=folder, capture_output=True, text=True, timeout=60)
+    return bash(folder, f"S='{sys.executable} {ROOT / 'cli.py'}'; {line}")
 
 
 def test_escapes_are_python_s_and_other_text_stays() -> None:

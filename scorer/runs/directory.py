@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import fields
@@ -163,11 +163,9 @@ class Run:
         with local_copies(shards) as files:
             infos, faults = inspect_shards(files, current)
             if faults:
-                name, fault = next(iter(faults.items()))
-                others = f", and {len(faults) - 1:,} other shards are faulty" if len(faults) > 1 else ""
                 raise ScorerError(
-                    f"{self.path / 'scores' / name} {fault}{others}: run the same command that scored it again, which "
-                    "scores what is damaged"
+                    f"{self.path / 'scores'}/{describe_faults(faults)}: run the same command that scored it again, "
+                    "which scores what is damaged"
                 )
             yield ScoreTable(self.path, files, infos, check_same)
 
@@ -271,6 +269,13 @@ def inspect_shards(files: Sequence[Path], manifest: Manifest) -> tuple[list[Shar
         found = list(zip(files, pool.map(inspect, files), strict=True))
     faults = {file.name: info for file, info in found if isinstance(info, str)}
     return [info for _, info in found if not isinstance(info, str)], faults
+
+
+def describe_faults(faults: Mapping[str, str]) -> str:
+    """The first of what `inspect_shards` found wrong, and how many more there are, as text for a message."""
+    name, fault = next(iter(faults.items()))
+    others = f", and {len(faults) - 1:,} other shards are faulty" if len(faults) > 1 else ""
+    return f"{name} {fault}{others}"
 
 
 def _name(index: int) -> str:

@@ -32,7 +32,7 @@ from scorer.models.load import choose_device
 from scorer.options import keywords
 from scorer.protocols import PROTOCOLS
 from scorer.requirements import require
-from scorer.runs.directory import Run
+from scorer.runs.directory import Run, describe_faults
 from scorer.runs.environment import changes, environment
 from scorer.runs.local import score_locally
 from scorer.runs.manifest import Manifest, differences
@@ -226,9 +226,8 @@ def resume(run: RunWriter, data: Dataset, identity: dict[str, Any], progress: Pr
 def say_removed(faults: Mapping[str, str], progress: Progress) -> None:
     """Tell the user of shards that were removed, if any."""
     if faults:
-        name, fault = next(iter(faults.items()))
-        others = f", and {len(faults) - 1:,} others are faulty" if len(faults) > 1 else ""
-        progress.say(f"scores/{name} {fault}{others}: removed, and scored again where the run has such records")
+        found = describe_faults(faults)
+        progress.say(f"scores/{found}: removed, and scored again where the run has such records")
 
 
 def _grown(run: RunWriter, manifest: Manifest, data: Dataset) -> Manifest:

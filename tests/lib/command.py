@@ -155,6 +155,11 @@ def alpaca(count: int, seed: int = 0, words: int = 30) -> list[dict[str, Any]]:
     return [{"instruction": f"{i}: {text(words)}", "input": "", "output": text(words), "n": i} for i in range(count)]
 
 
+def bash(folder: Path, script: str) -> subprocess.CompletedProcess[str]:
+    """Run a script of bash in a folder."""
+    return subprocess.run(["bash", "-c", script], cwd=folder, capture_output=True, text=True, timeout=60)
+
+
 def read_jsonl(path: Path) -> list[Any]:
     """The rows of a JSON Lines file (`str.splitlines` would split at U+2028 too)."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]

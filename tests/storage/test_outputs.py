@@ -18,7 +18,7 @@ from scorer.runs.directory import Run
 from scorer.storage.atomic import is_stream, remove_temporaries, replacing
 from scorer.storage.outputs import RUN_FILES, RUN_FOLDERS, check_outside_runs, check_writable
 from scorer.types import ScorerError
-from tests.lib.command import CONSOLE_SCRIPT, Commands
+from tests.lib.command import CONSOLE_SCRIPT, Commands, bash
 from tests.lib.runs import make_run
 
 ROWS = [{"instruction": f"q{i}", "output": f"a{i}"} for i in range(4)]
@@ -39,8 +39,7 @@ def command(tmp_path: Path) -> Commands:
 
 def shell(folder: Path, line: str) -> subprocess.CompletedProcess[str]:
     """A line of bash, in which $S is the command, and what ends it well is a selection of one record."""
-    script = f"S='{CONSOLE_SCRIPT} select run --keep 1'; {line}"
-    return subprocess.run(["bash", "-c", script], cwd=folder, capture_output=True, text=True, timeout=60)
+    return bash(folder, f"S='{CONSOLE_SCRIPT} select run --keep 1'; {line}")
 
 
 def mode(path: Path) -> int:
