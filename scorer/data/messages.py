@@ -256,7 +256,7 @@ def _read_message(message: Mapping[str, Any]) -> Spoken:
     fields = {key: value for key, value in message.items() if key not in READ_KEYS and value is not None}
     fields |= {"reasoning_content": reasoning} if reasoning else {}
     fields |= {"tool_calls": calls} if calls else {}
-    fault = fault or (text_fault(reasoning) if json_of(fields) else RowStatus.NOT_TEXT)
+    fault = fault or (text_fault(reasoning) if not fields or json_of(fields) else RowStatus.NOT_TEXT)
     if fault:
         return Spoken(role, fault=fault)
     return Spoken(
