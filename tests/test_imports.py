@@ -31,6 +31,7 @@ WINGS = (
     "agreement",
     "clusters",
     "learning",
+    "validation",
     "reporting",
     "commands",
 )
