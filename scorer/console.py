@@ -1,7 +1,7 @@
 """What the command line shows: progress, the summary of a run, the outcome of a selection, comparisons, models.
 
-The results of `compare` and `models` go to standard output; progress, summaries and messages go to standard error.
-Knows rich; computes nothing.
+The results of `compare`, `validate` and `models` go to standard output; progress, summaries and messages go to standard
+error. Knows rich; computes nothing.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from scorer.runs.progress import PlainConsole, console
 from scorer.scores.summary import QUANTILES
 from scorer.selection.selection import Selection
 from scorer.types import ScorerError
+from scorer.validation.comparison import Comparison, Verdicts
+from scorer.validation.tables import sentences, tables
 
 line = partial(console.print, soft_wrap=True)  # prints a line that stays one, however long
 PIPE_WIDTH = 10_000  # columns
@@ -117,6 +119,22 @@ def show_comparison(rows: Sequence[Pair] | Sequence[Contents]) -> None:
 def _cells(found: Estimate) -> tuple[str, str]:
     value = "none" if found.value is None else f"{found.value:.3f}"
     return value, "" if found.low is None or found.high is None else f"{found.low:.3f} to {found.high:.3f}"
+
+
+def show_validation(comparison: Comparison, verdicts: Sequence[Verdicts] = ()) -> None:
+    """The fine-tuned models side by side, against the baseline, and as judged, on standard output."""
+    output = _standard_output()
+    for found in tables(comparison, verdicts, full=False):
+        first, *others = found.header
+        columns = [Column(first), *(Column(name, justify="right") for name in others)]
+        for column in columns:
+            column.overflow = "fold"  # a number that is cut would be another one
+        table = Table(*columns, title=found.title, title_justify="left", box=_box(output))
+        for row in found.rows:
+            table.add_row(*row)
+        output.print(table)
+    for sentence in sentences(comparison):
+        output.print(sentence, soft_wrap=True)
 
 
 def show_models(rows: Sequence[ModelRow]) -> None:

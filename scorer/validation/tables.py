@@ -1,6 +1,6 @@
 """A comparison of fine-tuned models as tables of text and as sentences, for the console and for the page.
 
-Knows text only. The console's tables have fewer figures and intervals than the page's: they fit 120 columns.
+Knows text only. The console's tables have fewer figures and intervals than the page's: they fit 80 to 100 columns.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ class TextTable:
 
 
 def tables(found: Comparison, verdicts: Sequence[Verdicts] = (), *, full: bool) -> list[TextTable]:
-    """The arms, the arms against the baseline, and the judge's verdicts, as far as there are any.
+    """The arms, those against the baseline, the judge's verdicts, and parts of the records, as far as there are any.
 
-    full: with all figures and intervals, clusters and groups.
+    full: with all figures and intervals, and by cluster and group.
     """
-    result = [_arms(found, full)]
+    parts = {kind: _parts(found, kind, full) for kind in found.sizes if full or kind == "length"}
+    result = [_arms(found, full), *(table for kind, table in parts.items() if kind == "length")]
     if found.pairs:
         result.append(_against(found, full))
     if verdicts:
         result.append(_judged(verdicts))
-    return [*result, *(_parts(found, kind) for kind in ("cluster", "group") if full and kind in found.sizes)]
+    return [*result, *(table for kind, table in parts.items() if kind != "length")]
 
 
 def sentences(found: Comparison) -> Iterator[str]:
@@ -53,16 +54,14 @@ def sentences(found: Comparison) -> Iterator[str]:
 
 
 def _arms(found: Comparison, full: bool) -> TextTable:
-    bands = [*found.sizes.get("length", ())]
-    last = ["hardest third", "weighted by ifd"] if full else ["hardest third"]
+    header = ["arm", "trained on records", "trained on tokens", "NLL a token", "mean of rows", "hardest third"]
     rows = []
     for arm in found.arms:
-        figures = [arm.nll_per_token, arm.mean_of_rows, *(arm.by["length"][band] for band in bands)]
-        figures += [arm.hardest_third, arm.ifd_weighted] if full else [arm.hardest_third]
+        figures = [arm.nll_per_token, arm.mean_of_rows, arm.hardest_third, *([arm.ifd_weighted] if full else [])]
         trained = ["none" if count is None else f"{count:,.0f}" for count in (arm.records, arm.tokens)]
         rows.append([arm.arm, *trained, *(_text(figure, ".4f", interval=full) for figure in figures)])
     title = f"NLL a token of {found.records:,} held-out records, in nats: low is good"
-    return TextTable(title, ["arm", "records", "tokens", "NLL a token", "mean of rows", *bands, *last], rows)
+    return TextTable(title, [*header, "weighted by ifd"] if full else header, rows)
 
 
 def _against(found: Comparison, full: bool) -> TextTable:
@@ -88,14 +87,14 @@ def _judged(verdicts: Sequence[Verdicts]) -> TextTable:
     return TextTable("answers to held-out prompts, judged", header, rows)
 
 
-def _parts(found: Comparison, kind: str) -> TextTable:
+def _parts(found: Comparison, kind: str, full: bool) -> TextTable:
     sizes = found.sizes[kind]
     rows = [
-        [part, f"{sizes[part]:,}", *(_text(arm.by[kind][part], ".4f") for arm in found.arms)]
+        [part, f"{sizes[part]:,}", *(_text(arm.by[kind][part], ".4f", interval=full) for arm in found.arms)]
         for part in [*sizes][:LARGEST]
     ]
-    title = f"mean of rows by {kind}: the {len(rows)} largest of {len(sizes):,}"
-    return TextTable(title, [kind, "records", *(arm.arm for arm in found.arms)], rows)
+    largest = f": the {LARGEST} largest of {len(sizes):,}" if len(sizes) > LARGEST else ""
+    return TextTable(f"mean of rows by {kind}{largest}", [kind, "records", *(arm.arm for arm in found.arms)], rows)
 
 
 def _text(of: Estimate, digits: str, *, interval: bool = True) -> str:

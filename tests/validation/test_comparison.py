@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from typing import Any
 
@@ -12,6 +13,7 @@ import polars as pl
 import pytest
 
 from scorer.agreement.statistics import Bootstrap, Estimate
+from scorer.console import show_validation
 from scorer.types import ScorerError
 from scorer.validation.comparison import ArmPair, Comparison, Verdicts, verdict
 from scorer.validation.statistics import compare_arms
@@ -213,19 +215,42 @@ def test_tables() -> None:
     shown = tables(compared(resamples=0), [judged], full=False)
     assert [table.rows for table in shown] == [
         [
-            ["untrained", "none", "none", "4.0000", "4.0000", "4.0000", "4.0000", "4.0000", "4.0000"],
-            ["selected", "6", "90", "1.9333", "1.7500", "1.5000", "2.0000", "2.0000", "1.0000"],
-            ["random", "6", "60", "2.0667", "2.1250", "2.2500", "2.0000", "2.0000", "2.0000"],
+            ["untrained", "none", "none", "4.0000", "4.0000", "4.0000"],
+            ["selected", "6", "90", "1.9333", "1.7500", "1.0000"],
+            ["random", "6", "60", "2.0667", "2.1250", "2.0000"],
+        ],
+        [
+            ["under 30 tokens", "2", "4.0000", "1.5000", "2.2500"],
+            ["30 to 79 tokens", "1", "4.0000", "2.0000", "2.0000"],
+            ["from 80 tokens", "1", "4.0000", "2.0000", "2.0000"],
         ],
         [["selected", "-0.1333", "-0.3750", "68.8%"]],
         [["selected", "random", "5", "1", "2", "3", "2 timeout", "1.273"]],
     ]
-    assert shown[1].title.startswith("against random: ")
-    arms, against, clusters, groups = tables(compared(), full=True)
+    assert shown[2].title.startswith("against random: ")
+    arms, lengths, against, clusters, groups = tables(compared(), full=True)
     assert arms.rows[0][-1] == "4.0000 (4.0000 to 4.0000)"
     assert against.rows[0][-2:] == ["-1.0000 (-1.0000 to -1.0000)", "100.0% (100.0 to 100.0)"]
     assert [row[:2] for row in clusters.rows] == [["5", "2"], ["2", "1"]]
-    assert groups.title == "mean of rows by group: the 2 largest of 2"
+    assert [table.title for table in (lengths, groups)] == ["mean of rows by length", "mean of rows by group"]
+
+
+def test_what_the_console_shows(capsys: pytest.CaptureFixture[str]) -> None:
+    nlls = {("a\n" * 30 if arm == "selected" else arm, seed): of for (arm, seed), of in NLLS.items()}
+    show_validation(compare_arms(long(nlls, TOKENS), ROWS, ARMS, Bootstrap(200)), [])
+    lines = [re.split(r"  +", line.strip()) for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == ["NLL a token of 4 held-out records, in nats: low is good"]
+    assert lines[4] == ["random", "6", "60", "2.0667", "2.1250", "2.0000"]
+    arm = "a\\n" * 30  # on one line, however long
+    assert lines[3][0] == lines[12][0] == arm
+    assert lines[12][3].startswith("68.8% (")
+    assert lines[13:] == [
+        [f"{arm} against random: no difference seen by the mean of rows, no difference seen by NLL a token"],
+        ["the intervals are 95%, over records and seeds"],
+    ]
+    alone = {key: of for key, of in NLLS.items() if key[0] == "selected"}
+    show_validation(compare_arms(long(alone, TOKENS), ROWS.head(0), ARMS, Bootstrap(10)))
+    assert "against" not in capsys.readouterr().out
 
 
 def test_a_usual_validation_takes_about_a_second() -> None:
