@@ -48,13 +48,16 @@ COMMANDS_AT_THEIR_TOP = {
 }
 # Wings and modules that never import torch, not even inside a function, nor anything of ours that does.
 TORCH_FREE_WINGS = {"base", "storage", "scores", "files", "data", "encoding", "selection", "agreement", "reporting"}
-TORCH_FREE_RUNS = {
+TORCH_FREE_MODULES = {
     "scorer.runs",
     "scorer.runs.directory",
     "scorer.runs.shard_file",
     "scorer.runs.extras",
     "scorer.runs.manifest",
     "scorer.runs.progress",
+    "scorer.validation.comparison",
+    "scorer.validation.statistics",
+    "scorer.validation.tables",
 }
 SCORING = {"scorer.selection.filtering"}
 TORCH_BOUND = {"torch", "transformers", "safetensors", "triton", "scorer_kernels"}
@@ -80,7 +83,7 @@ def wing(module: str) -> str:
 
 
 MODULES = sorted(SOURCES.keys() - {"scorer"})
-TORCH_FREE = {name for name in MODULES if wing(name) in TORCH_FREE_WINGS} - SCORING | TORCH_FREE_RUNS
+TORCH_FREE = {name for name in MODULES if wing(name) in TORCH_FREE_WINGS} - SCORING | TORCH_FREE_MODULES
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,7 @@ def agree(
         labels = np.unique(clusters[finite], return_inverse=True)[1]
         shares = zip(at, sizes, strict=True)
         per_cluster = tuple(_overlap_per_cluster(orders, labels, *share, bootstrap) for share in shares)
-    spearman = _with_interval(_spearman(ranks, once), rhos)
+    spearman = with_interval(_spearman(ranks, once), rhos)
     return Agreement(
         len(x), len(first) - len(x), spearman, _kendall(ranks[0], ranks[1], bootstrap), tuple(whole), per_cluster
     )
@@ -192,12 +192,13 @@ def _overlap(share: Fraction, size: int, shared: int, drawn: Ints, drawn_sizes: 
         return Overlap(share, 0, 0, Estimate(None), Estimate(None))
     filled = drawn_sizes > 0
     drawn, drawn_sizes = drawn[filled], drawn_sizes[filled]
-    overlap = _with_interval(shared / size, drawn / drawn_sizes)
-    iou = _with_interval(shared / (2 * size - shared), drawn / (2 * drawn_sizes - drawn))
+    overlap = with_interval(shared / size, drawn / drawn_sizes)
+    iou = with_interval(shared / (2 * size - shared), drawn / (2 * drawn_sizes - drawn))
     return Overlap(share, size, shared, overlap, iou)
 
 
-def _with_interval(value: float, drawn: Sequence[float] | Floats) -> Estimate:
+def with_interval(value: float, drawn: Sequence[float] | Floats) -> Estimate:
+    """A statistic with the percentile interval of its resamples `drawn`, [b]; NaN is not defined, there and here."""
     values = np.asarray(drawn, dtype=np.float64)
     values = values[np.isfinite(values)]
     if math.isnan(value) or not len(values):
