@@ -113,3 +113,40 @@ class CompareKeywords(TypedDict, total=False):
     at: str | Sequence[str | float | Fraction]
     resamples: int
     seed: int
+
+
+class ValidateKeywords(TypedDict, total=False):
+    """Options of `scorer.validate`: the fields of scorer.validation.config.ValidateConfig, and what is selected."""
+
+    target: str | None
+    revision: str | None
+    device: str
+    trust_remote_code: bool
+    allow_pickle: bool
+    arms: tuple[str, ...]
+    equal: str
+    recipe: str
+    full: bool
+    seeds: int
+    seed: int
+    holdout: int
+    eval_file: str | Path | None
+    resamples: int
+    judge: str | None
+    judge_model: str | None
+    judge_prompts: int
+    answer_tokens: int
+    keep_models: bool
+    keep: Size | None
+    by: str | None
+    lowest: bool | None
+    max_ifd: float | str | None
+    aggregate: str
+    response: str | None
+    per: str | None
+    per_cluster: bool
+    rounding: str
+    bucket: str | None
+    diverse: Size | None
+    pool: Size | None
+    drop_flagged: tuple[str, ...]

@@ -69,7 +69,7 @@ def train_to(
         progress.advance(done, done * tokens // len(rows))
 
     try:
-        checkpoint, step = _last_checkpoint(folder, max_step=epoch * steps)
+        checkpoint, step = last_checkpoint(folder, max_step=epoch * steps)
         if step < epoch * steps:
             if checkpoint is not None and step % steps:
                 progress.say(f"training goes on after step {step:,} of {epoch * steps:,}")
@@ -83,7 +83,7 @@ def train_to(
                 allow_pickle=plan.allow_pickle,
             )
             _train(model, rows, folder, plan, _StopAfterEpoch(epoch, steps, len(rows), plan, advance), checkpoint)
-            checkpoint, step = _last_checkpoint(folder, max_step=epoch * steps)
+            checkpoint, step = last_checkpoint(folder, max_step=epoch * steps)
         if checkpoint is None or step != epoch * steps:
             raise EngineError(f"{folder}: training ended at step {step}, not {epoch * steps}")
         return _as_model(checkpoint, files, model_folder)
@@ -174,7 +174,7 @@ def _collate(rows: TokenBatch, chosen: Sequence[int]) -> dict[str, torch.Tensor]
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def _last_checkpoint(folder: Path, max_step: int) -> tuple[Path | None, int]:
+def last_checkpoint(folder: Path, max_step: int) -> tuple[Path | None, int]:
     """The newest complete checkpoint and its step, or None and 0. Removes incomplete ones and those past `max_step`."""
     found: list[tuple[int, Path]] = []
     for path in folder.glob("checkpoint-*"):

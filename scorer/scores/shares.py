@@ -66,6 +66,11 @@ def split_bounds(size: int, parts: int) -> list[int]:
     return [each * part + min(part, more) for part in range(1, parts + 1)]
 
 
+def to_count(keep: int | Fraction, total: int) -> int:
+    """How many of `total` records `keep` is: a share is rounded to the nearest number, halves up."""
+    return keep if isinstance(keep, int) else math.floor(keep * total + Fraction(1, 2))
+
+
 # The number of digits is limited, and exponents are refused: Fraction("1e999999999") would take all memory.
 NUMBER = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,18})?|\.[0-9]{1,18})(%?)")
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from scorer.config import Reading
 from scorer.data.records import to_record
 from scorer.data.subset import Subset
 from scorer.files.arrow import framed
@@ -193,11 +194,16 @@ class ConvertedRows:
         return framed(where, [raw.value for raw in self.records()])
 
     def _converted(self, raw: RawRecord) -> Converted | None:
-        if raw.text is not None and overflows(raw.text):
-            return None  # Python has an infinity in place of the number
-        record = to_record(raw, replace(self._rows.reading, reasoning="with", tool_calls="score"))
-        unread = any(turn.status in UNREADABLE or turn.after is None for turn in record.turns)
-        return FORMS[self.form].convert(record) if _turns(record) and not unread else None
+        return converted(raw, self._rows.reading, self.form)
+
+
+def converted(raw: RawRecord, reading: Reading, form: str) -> Converted | None:
+    """What a row becomes in one of FORMS; None where the form can't hold it."""
+    if raw.text is not None and overflows(raw.text):
+        return None  # Python has an infinity in place of the number
+    record = to_record(raw, replace(reading, reasoning="with", tool_calls="score"))
+    unread = any(turn.status in UNREADABLE or turn.after is None for turn in record.turns)
+    return FORMS[form].convert(record) if _turns(record) and not unread else None
 
 
 def check_dataset_info(output: str | Path, form: str) -> None:

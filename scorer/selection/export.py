@@ -72,12 +72,14 @@ def select(
         raise ScorerError(f"data: {str(data)!r} is not a list of paths; write [{str(data)!r}]")
     data = [file for path in data for file in input_files(str(path))]
     check_options(list(map(str, data)) or manifest.paths, output, config, scored=True)
-    config = _ranked_as(config, manifest.ranking)
+    config = ranked_as(config, manifest.ranking)
     writes = output is not None or config.rejected is not None
     reads_text = config.per is not None or set(config.drop_flagged) & set(TEXT_FLAGS)
     opened = run.data_at(data) if writes or reads_text or data else nullcontext()
     with run.snapshot(finished=True) as scores, opened as records:
-        selection = replace(_choose(scores, run, records, config), _open=partial(run.data_at, data))
+        chosen = choose(scores, run, records, config)
+        kept = _with_scores(chosen.kept.select("record_id", "rank"), scores, config)
+        selection = replace(chosen, kept=kept, _open=partial(run.data_at, data))
         if records is not None and data:
             selection = replace(selection, unchecked=unchecked(manifest.inputs, records.inputs))
         if records is not None and writes:
@@ -88,7 +90,7 @@ def select(
     return selection
 
 
-def _ranked_as(config: SelectConfig, ranking: Mapping[str, Any]) -> SelectConfig:
+def ranked_as(config: SelectConfig, ranking: Mapping[str, Any]) -> SelectConfig:
     """The configuration with the column and the end of a manifest's ranking, unless it names its own."""
     lowest = config.lowest
     if lowest is None:
@@ -96,8 +98,17 @@ def _ranked_as(config: SelectConfig, ranking: Mapping[str, Any]) -> SelectConfig
     return replace(config, by=config.by or ranking["by"], lowest=lowest)
 
 
-def _choose(shards: ScoreTable, run: Run, data: Dataset | None, config: SelectConfig) -> Selection:
-    """Read what the configuration needs, and select."""
+def choose(
+    shards: ScoreTable,
+    run: Run,
+    data: Dataset | None,
+    config: SelectConfig,
+    among: pl.Series | None = None,
+) -> Selection:
+    """Read what the configuration needs, and select: from all records, or as if the run had those of `among` alone.
+
+    data: needed for `per`, and for flags of texts.
+    """
     schema = shards.schema
     one_of("by", config.column, measures_of(schema))
     parts = [] if config.diverse is None else embedding_parts(run)
@@ -105,6 +116,8 @@ def _choose(shards: ScoreTable, run: Run, data: Dataset | None, config: SelectCo
     flag_columns = [name for name, _ in SCORE_FLAGS.values()] if config.drop_flagged else []
     names = dict.fromkeys((*KEYS, "response", config.column, "ifd", *flag_columns))
     scores = shards.scores([name for name in names if name in schema])  # other columns are read for kept records only
+    if among is not None:
+        scores = scores.filter(pl.col("record_id").is_in(among.implode()))
     flagged = flags(run, data, scores, config.drop_flagged) if config.drop_flagged else None
     if config.per is not None and data is not None:
         groups = column_groups(data, config.per)
@@ -112,9 +125,7 @@ def _choose(shards: ScoreTable, run: Run, data: Dataset | None, config: SelectCo
     def diversify(ids: pl.Series, size: int) -> list[int]:
         return facility_location(embeddings(parts, ids), size)
 
-    selection = select_records(scores, config, groups=groups, flags=flagged, diversify=diversify)
-    kept = selection.kept.select("record_id", "rank")
-    return replace(selection, kept=_with_scores(kept, shards, config))
+    return select_records(scores, config, groups=groups, flags=flagged, diversify=diversify)
 
 
 def _with_scores(table: pl.DataFrame, shards: ScoreTable, config: SelectConfig) -> pl.DataFrame:

@@ -6,7 +6,6 @@ that it knows by name is `ifd`, which has an upper limit. scorer.scores.shares c
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from random import Random
@@ -15,7 +14,7 @@ import numpy as np
 import polars as pl
 
 from scorer.scores.aggregate import check_response, measures_of, per_record
-from scorer.scores.shares import exact_quotas, largest_remainder, paper_quotas, split_bounds
+from scorer.scores.shares import exact_quotas, largest_remainder, paper_quotas, split_bounds, to_count
 from scorer.selection.config import BUCKETS, SelectConfig
 from scorer.selection.selection import Selection
 from scorer.types import RowStatus, ScorerError, one_of
@@ -73,7 +72,7 @@ def select_records(
     if config.diverse is not None:
         if diversify is None:
             raise ScorerError("diverse: diversity needs embeddings")
-        requested = _to_count(config.size, total)
+        requested = to_count(config.size, total)
         if requested > sum(asked):
             raise ScorerError(f"diverse: {requested:,} records can't be kept of the {sum(asked):,} that rank first")
         outcome = outcome.scatter(positions, REASONS.index("not_diverse"))
@@ -133,14 +132,10 @@ def _counts(group: pl.Series, groups: int) -> list[int]:
     return counts
 
 
-def _to_count(keep: int | Fraction, total: int) -> int:
-    return keep if isinstance(keep, int) else math.floor(keep * total + Fraction(1, 2))
-
-
 def _quotas(config: SelectConfig, total: int, sizes: list[int]) -> list[int]:
     if isinstance(config.by_rank, Fraction) and config.rounding == "paper":
         return paper_quotas(config.by_rank, sizes)
-    return largest_remainder(_to_count(config.by_rank, total), sizes) if sizes else [_to_count(config.by_rank, total)]
+    return largest_remainder(to_count(config.by_rank, total), sizes) if sizes else [to_count(config.by_rank, total)]
 
 
 def _bucket(pool: pl.DataFrame, bucket: str, counts: list[int]) -> pl.DataFrame:

@@ -1,0 +1,151 @@
+"""The folder of a validation.
+
+    OUT/validation.json               what is validated, and when it is done the results
+    OUT/holdout.jsonl                 the held-out records, as samples
+    OUT/arms/NAME-SEED/train.jsonl    what is trained on, in the form that TRL reads
+    OUT/arms/NAME-SEED/nll.parquet    the NLL of each held-out record; an arm that has it is done
+    OUT/arms/NAME-SEED/arm.json       which training this is; checkpoints/ and model/ while they are needed
+    OUT/arms/untrained/               the same of the target as it was
+
+Knows files; neither models nor statistics.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from scorer.runs.manifest import differences
+from scorer.runs.shard_file import ShardInfo, read_info, write_shard_file
+from scorer.storage.atomic import check_folder, replacing
+from scorer.storage.lock import locked
+from scorer.storage.outputs import check_outside_runs
+from scorer.storage.paths import exists, is_remote, list_folder, to_path
+from scorer.types import ScorerError
+
+VALIDATION = "validation.json"
+VERSION = 1
+LOCK = ".lock"
+Json = Mapping[str, Any]
+
+
+def digest(value: Any) -> str:
+    """The SHA-256 of a JSON value, as hexadecimal digits."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+class ValidationFolder:
+    """The folder `path`. Raises ScorerError where it can't be one."""
+
+    def __init__(self, path: str | Path):
+        self.path = to_path(path)
+        if is_remote(self.path):
+            raise ScorerError(f"{self.path}: models are trained in it; name a folder on a disk")
+        check_outside_runs(self.path)
+        check_folder(self.path)
+        if list_folder(self.path) and not exists(self.path / VALIDATION) and not self._only_begun():
+            raise ScorerError(f"{self.path} is no folder of a validation, and not empty: choose another with -o")
+
+    def _only_begun(self) -> bool:
+        return {path.name for path in list_folder(self.path)} <= {LOCK}
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Make the folder, and be its only writer while the block runs."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with locked(self.path / LOCK):
+            yield
+
+    def clear(self) -> None:
+        """Discard what is there."""
+        for name in ("arms", "verdicts"):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        for name in (VALIDATION, "holdout.jsonl"):
+            (self.path / name).unlink(missing_ok=True)
+
+    def begin(self, identity: Json) -> None:
+        """Say what is validated. Raises ScorerError where the folder holds another validation."""
+        known = read_validation(self.path)["identity"] if exists(self.path / VALIDATION) else identity
+        if changes := differences(known, identity):
+            raise ScorerError(
+                f"{self.path} holds another validation ({'; '.join(changes)}): use --fresh to discard it, or another -o"
+            )
+        self._write({"version": VERSION, "identity": identity, "results": None})
+
+    def finish(self, facts: Json, results: Json) -> None:
+        """Write the results."""
+        identity = read_validation(self.path)["identity"]
+        self._write({"version": VERSION, **facts, "results": results, "identity": identity})
+
+    def _write(self, content: Json) -> None:
+        with replacing(self.path / VALIDATION) as temporary:
+            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+    def arm(self, name: str) -> ArmFolder:
+        """The folder of an arm with a seed."""
+        return ArmFolder(self.path / "arms" / name)
+
+
+class ArmFolder:
+    """The folder of one training."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.model, self.checkpoints = path / "model", path / "checkpoints"
+        self._nll, self._mark = path / "nll.parquet", path / "arm.json"
+
+    def begin(self, fingerprint: str) -> bool:
+        """Keep what there is of the training `fingerprint`, and discard another. Whether there was another."""
+        content = json.dumps({"fingerprint": fingerprint})
+        other = exists(self._mark) and self._mark.read_text(encoding="utf-8") != content
+        if other:
+            shutil.rmtree(self.path)
+        with replacing(self._mark) as temporary:
+            temporary.write_text(content, encoding="utf-8")
+        return other
+
+    def read(self, fingerprint: str) -> tuple[pl.DataFrame, ShardInfo] | None:
+        """The NLLs that were written, and what is said of them; None where there are none, or not as they were."""
+        try:
+            info = read_info(self._nll)
+            if info.run_id == fingerprint:
+                return pl.read_parquet(self._nll, glob=False, hive_partitioning=False), info
+        except (OSError, ValueError, pl.exceptions.PolarsError):
+            pass
+        return None
+
+    def finish(self, table: pl.DataFrame, info: ShardInfo) -> None:
+        """Write the NLLs."""
+        write_shard_file(self._nll, table, info)
+
+    def remove_model(self) -> None:
+        """Remove what is large."""
+        for path in (self.model, self.checkpoints):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def write_rows(path: Path, rows: Iterable[Json]) -> None:
+    """Write rows as JSON Lines."""
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def read_validation(folder: Path) -> dict[str, Any]:
+    """The content of validation.json. Raises ScorerError where there is none, or it can't be read."""
+    path = folder / VALIDATION
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict) and content.get("version") == VERSION and isinstance(content["identity"], dict):
+            return content
+        raise ValueError("it is not of this version of scorer")
+    except FileNotFoundError:
+        raise ScorerError(f"{folder} is no folder of a validation: it has no {VALIDATION}") from None
+    except (OSError, ValueError, KeyError, RecursionError) as error:
+        raise ScorerError(f"{path} can't be read ({error}): restore it, or use --fresh") from error

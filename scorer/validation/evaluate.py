@@ -1,0 +1,56 @@
+"""The conditioned NLL of the held-out responses, by the project's own engines.
+
+Knows models and samples; neither arms nor statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+
+import numpy as np
+import polars as pl
+
+from scorer.config import ScoreConfig
+from scorer.engines.choose import open_engine, resolve_config
+from scorer.engines.packed import why_not_packed
+from scorer.models.find import ModelFiles
+from scorer.scores.measures import score_table
+from scorer.types import EngineError, Record, RowStatus
+from scorer.validation.samples import open_encoder
+from scorer.validation.target import Target
+
+
+def evaluation_config(files: ModelFiles, target: Target, max_length: int) -> ScoreConfig:
+    """How a model made of `target` is evaluated. Raises ScorerError where max_length is beyond its context."""
+    config = ScoreConfig(
+        model=files.name,
+        engine="packed" if why_not_packed(files) is None else "reference",
+        protocol="chat",
+        device=target.device,
+        dtype="auto" if target.device == "cuda" else "float32",  # differences of fine-tuned models are small
+        max_length=max_length,
+        trust_remote_code=target.trust_remote_code,
+        allow_pickle=target.allow_pickle,
+    )
+    return resolve_config(config, files)
+
+
+def held_out_nll(files: ModelFiles, target: Target, records: Sequence[Record], max_length: int) -> pl.DataFrame:
+    """row Int64 (the index in `records`), nll Float64 (sum over the response, in nats), tokens Int64.
+
+    files: a model made of `target`, whose template writes the records. Raises EngineError where a response has no
+    finite NLL.
+    """
+    config = evaluation_config(files, target, max_length)
+    turns, batch = open_encoder(target, max_length).encode(records)
+    nll, statuses = np.full(len(batch.rows), np.nan), np.zeros(len(batch.rows), np.uint8)
+    with closing(open_engine(config, files)) as engine:
+        for scores in engine.score([batch]):
+            nll[scores.spans], statuses[scores.spans] = scores.nll_sums, scores.statuses
+    table = score_table(turns, batch, nll, statuses, two_views=False)
+    if faults := table.filter(pl.col("nll_conditioned").is_null())["status"].to_list():
+        advice = "; a lower learning_rate in the recipe may help" if RowStatus.NON_FINITE in faults else ""
+        raise EngineError(f"{files.path}: {len(faults):,} held-out responses have no NLL ({faults[0]}){advice}")
+    row, tokens = pl.int_range(pl.len(), dtype=pl.Int64), pl.col("response_tokens").cast(pl.Int64)
+    return table.select(row=row, nll="nll_conditioned", tokens=tokens)

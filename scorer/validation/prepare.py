@@ -1,0 +1,159 @@
+"""What a validation trains and compares on: the held-out records, and a training set for each arm and seed.
+
+Raises every error that can be known before a model is trained. Knows runs and selections; neither training nor results.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import polars as pl
+
+from scorer.data.dataset import Dataset
+from scorer.encoding.encoder import Encoder
+from scorer.files.inputs import input_files
+from scorer.runs.directory import Run, ScoreTable
+from scorer.runs.extras import clusters, has_clusters
+from scorer.runs.progress import Progress
+from scorer.scores.aggregate import per_record
+from scorer.scores.shares import to_count
+from scorer.selection.config import SelectConfig
+from scorer.selection.export import choose, ranked_as
+from scorer.selection.inputs import column_groups
+from scorer.types import ScorerError
+from scorer.validation.arms import Arm, Plan, TrainingSet, training_sets
+from scorer.validation.config import ValidateConfig
+from scorer.validation.holdout import Texts, draw, overlaps
+from scorer.validation.samples import Sample, chosen, measure, trainable
+
+LEAST_HELD_OUT = 10  # fewer say nothing
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Held-out samples in order; a row of each for the comparison (row, tokens, ifd, cluster, group); training sets."""
+
+    held_out: Sequence[Sample]
+    rows: pl.DataFrame
+    sets: Sequence[TrainingSet]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """The run that is validated, its records, and its scores."""
+
+    run: Run
+    data: Dataset
+    scores: ScoreTable
+
+
+def prepare(
+    source: Source,
+    encoder: Encoder,
+    arms: Sequence[Arm],
+    config: ValidateConfig,
+    selection: SelectConfig,
+    least: int,
+    progress: Progress,
+) -> Prepared:
+    """Hold records out, and choose what each arm trains on. `least`: records that a training set has to have.
+
+    Raises ScorerError where there are too few records, where two arms are the same, and where an arm would train on
+    what is held out.
+    """
+    table = measure(source.data, encoder)
+    pool = trainable(table)
+    _say_left_out("records", table, progress)
+    facts = _facts(source, pool, selection)
+    if config.eval_file is None:
+        ids = draw(facts.filter(pl.col("scored")), config.holdout, config.seed)
+        held_out = [sample for _, sample in chosen(source.data, ids)]
+        rows = pl.DataFrame({"record_id": ids}).join(facts, on="record_id", how="left", maintain_order="left")
+        pool = pool.filter(~pl.col("record_id").is_in(ids))
+    else:
+        held_out, rows = _read_eval(config.eval_file, source.data, encoder, progress)
+    if len(held_out) < LEAST_HELD_OUT:
+        raise ScorerError(f"holdout: {len(held_out)} records say nothing; hold out {LEAST_HELD_OUT} or more")
+    texts = Texts({i: sample.text for i, sample in enumerate(held_out)})
+    remaining = chosen(source.data, pool["record_id"].to_list())
+    alike = dict(overlaps(texts, ((i, sample.text) for i, sample in remaining)))
+    if config.eval_file is None and alike:
+        pool = pool.filter(~pl.col("record_id").is_in(list(alike)))
+        progress.say(f"left out of every arm: {len(alike):,} records that are nearly the same as a held-out one")
+    plan = Plan(
+        range(config.seed, config.seed + config.seeds), config.equal, to_count(selection.size, pool.height), least
+    )
+    sets = training_sets(arms, pool, lambda arm: _choose(arm, source, pool["record_id"]), plan)
+    _check_apart(sets, alike, held_out)
+    return Prepared(held_out, rows.drop("record_id", "scored", strict=False).with_row_index("row"), sets)
+
+
+def _say_left_out(what: str, table: pl.DataFrame, progress: Progress) -> None:
+    reasons = Counter(table.join(trainable(table), on="record_id", how="anti")["status"].to_list())
+    if reasons:
+        counts = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
+        progress.say(f"left out: {reasons.total():,} of {table.height:,} {what} can't be trained on ({counts})")
+
+
+def _facts(source: Source, pool: pl.DataFrame, selection: SelectConfig) -> pl.DataFrame:
+    """record_id, tokens, ifd, scored, and where they are known cluster and group, of the records of the pool."""
+    names = [name for name in ("record_id", "turn", "status", "response", "ifd") if name in source.scores.schema]
+    scores = per_record(source.scores.scores(names), selection.aggregate, None)
+    ifd = pl.col("ifd") if "ifd" in scores.columns else pl.lit(None, pl.Float64)
+    facts = pool.select("record_id", "tokens").join(
+        scores.select("record_id", ifd=ifd, scored=pl.col("reason").is_null()), on="record_id", how="left"
+    )
+    if has_clusters(source.run):
+        facts = facts.join(clusters(source.run).rename({"group": "cluster"}), on="record_id", how="left")
+    if selection.per is not None:
+        facts = facts.join(column_groups(source.data, selection.per), on="record_id", how="left")
+    return facts.sort("record_id")
+
+
+def _read_eval(
+    path: object, data: Dataset, encoder: Encoder, progress: Progress
+) -> tuple[list[Sample], pl.DataFrame]:
+    """The samples of a file that can be compared on, and what is known of them."""
+    with Dataset(input_files(str(path)), reading=data.reading) as file:
+        file.inspect()
+        table = measure(file, encoder)
+        usable = trainable(table)
+        _say_left_out(f"records of {path}", table, progress)
+        held_out = [sample for _, sample in chosen(file, usable["record_id"].to_list())]
+    return held_out, usable.select("record_id", "tokens")
+
+
+def _choose(arm: Arm, source: Source, among: pl.Series) -> list[int]:
+    """The ids of the records that an arm selects."""
+    assert arm.config is not None
+    if arm.run is None:
+        selection = choose(source.scores, source.run, source.data, _ranked(arm, source.run), among)
+    else:
+        other = Run(arm.run)
+        if _data_of(other) != _data_of(source.run):
+            raise ScorerError(f"arm {arm.name}: {arm.run} is a run of other data than {source.run.path}; score the same")
+        with other.snapshot(finished=True) as scores:
+            selection = choose(scores, other, source.data, _ranked(arm, other), among)
+    ids: list[int] = selection.kept["record_id"].to_list()
+    return ids
+
+
+def _ranked(arm: Arm, run: Run) -> SelectConfig:
+    assert arm.config is not None
+    return ranked_as(arm.config, run.manifest.ranking)
+
+
+def _data_of(run: Run) -> tuple[object, int]:
+    return run.manifest.identity.get("inputs"), run.manifest.records
+
+
+def _check_apart(sets: Sequence[TrainingSet], alike: Mapping[int, int], held_out: Sequence[Sample]) -> None:
+    for one in sets:
+        if shared := [i for i in one.ids if i in alike]:
+            other = held_out[alike[shared[0]]].source
+            raise ScorerError(
+                f"--eval: {other} is nearly the same as record {shared[0]}, which arm {one.arm} trains on "
+                f"({len(shared):,} such records): leave such records out of the file, or compare on --holdout"
+            )

@@ -1,0 +1,109 @@
+"""The records of a run as the target reads them: prompt and completion, their tokens, and what can't be trained on.
+
+    {"prompt": [messages], "completion": [message], "tools": [...]}    TRL's conversational prompt-completion form
+
+Knows records and the target's tokenizer; neither scores nor arms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from scorer.config import Reading
+from scorer.data.dataset import Dataset
+from scorer.data.records import to_record
+from scorer.encoding.encoder import Encoder
+from scorer.encoding.tokenizer import BulkTokenizer
+from scorer.files.raw import RawRecord
+from scorer.protocols import PROTOCOLS
+from scorer.selection.convert import converted
+from scorer.tokens import STATUSES, TokenBatch, TurnTable
+from scorer.types import SCORED, Record
+from scorer.validation.target import Target
+
+FORM = "prompt-completion"
+NOT_CONVERTIBLE = "not_convertible"  # the form can't hold the record, as with an unreadable or a missing response
+CHUNK = 1000  # records that are tokenised at a time
+# The protocol chat with the response after its prompt alone.
+CONDITIONED = replace(PROTOCOLS["chat"], name="validation", alone=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A record in FORM, `value`; `record` is the same for the encoder: the completion is its only scored turn."""
+
+    source: str
+    value: dict[str, Any]
+    record: Record
+
+    @property
+    def text(self) -> str:
+        """All that is said in it."""
+        messages = (*self.value["prompt"], *self.value["completion"])
+        return "\n".join(str(message.get("content") or "") for message in messages)
+
+
+def open_encoder(target: Target, max_length: int) -> Encoder:
+    """The encoder of the target's tokenizer. Raises ScorerError where it can't write conversations."""
+    return Encoder(BulkTokenizer(target.tokenizer), CONDITIONED, max_length, target.files.document_token_id)
+
+
+def samples(rows: Iterable[RawRecord], reading: Reading) -> Iterator[tuple[int, Sample | None]]:
+    """The record id of each row, and the sample that it becomes: None where FORM can't hold it."""
+    for raw in rows:
+        value = converted(raw, reading, FORM)
+        if value is None:
+            yield raw.record_id, None
+        else:
+            record = to_record(RawRecord(raw.record_id, raw.source, value), Reading())
+            yield raw.record_id, Sample(raw.source, value, record)
+
+
+def measure(data: Dataset, encoder: Encoder) -> pl.DataFrame:
+    """record_id Int64, status String, tokens Int64, of all records.
+
+    tokens: of the response, as far as max_length leaves them. status: a RowStatus; the records of SCORED can be trained
+    on.
+    """
+    tables = []
+    found = samples(data.rows(), data.reading)
+    while chunk := list(islice(found, CHUNK)):
+        readable = [sample.record for _, sample in chunk if sample is not None]
+        turns, batch = encoder.encode(readable) if readable else (None, None)
+        table = pl.DataFrame({"record_id": [i for i, _ in chunk]}, schema={"record_id": pl.Int64})
+        if turns is not None and batch is not None:
+            table = table.join(_measured(turns, batch), on="record_id", how="left", maintain_order="left")
+        else:
+            table = table.with_columns(status=pl.lit(None, pl.String), tokens=pl.lit(None, pl.Int64))
+        tables.append(table)
+    return pl.concat(tables).with_columns(pl.col("status").fill_null(NOT_CONVERTIBLE), pl.col("tokens").fill_null(0))
+
+
+def _measured(turns: TurnTable, batch: TokenBatch) -> pl.DataFrame:
+    tokens = np.zeros(len(turns), np.int64)
+    tokens[batch.rows] = batch.ends - batch.starts
+    return pl.DataFrame(
+        {
+            "record_id": turns.record_ids,
+            "status": [STATUSES[code].value for code in turns.statuses.tolist()],
+            "tokens": tokens,
+        }
+    )
+
+
+def trainable(table: pl.DataFrame) -> pl.DataFrame:
+    """The rows of `measure` that can be trained on."""
+    return table.filter(pl.col("status").is_in(SCORED) & (pl.col("tokens") > 0))
+
+
+def chosen(data: Dataset, ids: Sequence[int]) -> Iterator[tuple[int, Sample]]:
+    """The samples of some trainable records, by record id."""
+    wanted = frozenset(ids)
+    rows = (raw for raw in data.rows() if raw.record_id in wanted)
+    return ((i, sample) for i, sample in samples(rows, data.reading) if sample is not None)
