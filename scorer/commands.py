@@ -21,7 +21,7 @@ from click.core import ParameterSource
 
 from scorer.agreement.config import CompareConfig
 from scorer.config import Cluster, ClusterConfig, Part, ScoreConfig, Training
-from scorer.options import DATA, GROUPS, OUTPUT, SELECTION, OptionInfo, describe
+from scorer.options import DATA, EVALUATION, GROUPS, OUTPUT, SELECTION, OptionInfo, describe
 from scorer.printing import error_line, printable
 from scorer.selection.config import SelectConfig
 from scorer.types import ScorerError
@@ -330,6 +330,13 @@ def compare(runs: tuple[str, ...], **options: Any) -> None:
 @cli.command()
 @click.argument("runs", nargs=-1, required=True, metavar="RUN [RUN]...")
 @options_of(SelectConfig, "by", "keep", keep="10%")
+@command_option(
+    EVALUATION,
+    "--validation",
+    metavar="OUT",
+    help="Show what scorer validate found, which wrote the folder OUT.",
+    unset="not shown",
+)
 @output_option("FILE", "The page, an .html file.")
 @command_option(
     OUTPUT,

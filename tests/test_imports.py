@@ -56,6 +56,7 @@ TORCH_FREE_MODULES = {
     "scorer.runs.manifest",
     "scorer.runs.progress",
     "scorer.validation.comparison",
+    "scorer.validation.directory",
     "scorer.validation.statistics",
     "scorer.validation.tables",
 }

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from scorer.printing import printable
 from scorer.storage.atomic import replacing
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ Floats = npt.NDArray[np.float64]
 INK = "#23272f"  # becomes the page's own text colour
 COLOURS = ("#3d85c6", "#e07b27", "#2fa070", "#a06cd5", "#d1495b", "#8a8f98")  # readable on white and on black
 MAX_POINTS = 3_000  # more are counted into cells
+MAX_LABEL = 24  # characters of a name that fit into a picture
 MAX_BINS = 60  # fewer for few records: twice the square root of their number
 DRAWN_QUANTILES = (0.001, 0.999)  # a distribution is drawn between them
 STYLE: dict[str, Any] = {
@@ -134,6 +136,20 @@ def curves(
     return figure
 
 
+def intervals(rows: Mapping[str, tuple[float, float, float]], name: str) -> Figure:
+    """(value, low, high) by label, the first on top, and a line at 0; NaN where there is no interval."""
+    figure, axes = _axes(name, "")
+    figure.set_figheight(1 + 0.4 * len(rows))
+    values, lows, highs = np.array([*rows.values()], dtype=np.float64).T
+    places = np.arange(len(rows))
+    axes.axvline(0, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
+    axes.hlines(places, lows, highs, color=COLOURS[0], linewidth=1.8)
+    axes.plot(values, places, color=COLOURS[0], marker="o", markersize=5, linestyle="")
+    axes.set_yticks(places, [shortened(printable(label)) for label in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    return figure
+
+
 def group_sizes(sizes: Floats, taken: Mapping[str, Floats]) -> Figure:
     """Sizes of [k] groups, the largest first, and by label how many records were taken from each."""
     figure, axes = _axes("cluster, by size", "records")
@@ -148,6 +164,11 @@ def group_sizes(sizes: Floats, taken: Mapping[str, Floats]) -> Figure:
     axes.set_ylim(-0.2, None)
     _legend(axes, 2)
     return figure
+
+
+def shortened(name: str) -> str:
+    """The name as far as it fits into a picture."""
+    return name if len(name) <= MAX_LABEL else f"{name[:MAX_LABEL]}…"
 
 
 def inline(figure: Figure, name: str) -> str:

@@ -19,6 +19,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from scorer.agreement.compare import Pair, compare
 from scorer.reporting import plots
 from scorer.reporting.samples import digits, samples
+from scorer.reporting.validation import Validation
+from scorer.reporting.validation import read as read_validation
 from scorer.requirements import require
 from scorer.runs.directory import Run
 from scorer.runs.extras import clusters, has_clusters
@@ -43,7 +45,6 @@ MAX_RESAMPLED_RECORDS = 100_000  # with intervals; those of a million records ta
 RESAMPLES = 100
 CLUSTER_ROWS = 10  # of the table, largest clusters first
 TAILS_NOTE = "The outermost 0.1% at each end may not be drawn."
-LABEL_CHARACTERS = 24  # of a run's name that fit into a picture
 
 Floats = npt.NDArray[np.float64]
 
@@ -93,17 +94,20 @@ def report(
     runs: Sequence[Run | str | Path],
     output: str | Path,
     *,
+    validation: str | Path | None = None,
     pictures_folder: str | Path | None = None,
     by: str | None = None,
     keep: str | float | int = "10%",
 ) -> Path:
     """Write the report of one or more finished runs of the same data to `output`, an .html file, and return its path.
 
-    The page shows samples and clusters of the first run, and compares it with each further run. pictures_folder: write
-    each picture there too, as PNG and SVG. by: the column to rank by; None is each run's own. keep: the share or number
-    of records whose selection is shown.
+    The page shows samples and clusters of the first run, and compares it with each further run. validation: the folder
+    of a finished validation, whose results the page shows. pictures_folder: write each picture there too, as PNG and
+    SVG. by: the column to rank by; None is each run's own. keep: the share or number of records whose selection is
+    shown.
 
-    Raises ScorerError where a run is unfinished, where the runs do not hold the same records, and without matplotlib.
+    Raises ScorerError where a run or the validation is unfinished, where the runs do not hold the same records, and
+    without matplotlib.
     """
     path = to_path(output)
     if not runs or isinstance(runs, str | Path | Run):
@@ -118,8 +122,10 @@ def report(
         check_outside_runs(folder)
         if not is_remote(folder):
             check_folder(folder)
+    validated = None if validation is None else read_validation(to_path(validation))
+    paths = [run.path if isinstance(run, Run) else to_path(run) for run in runs]
     with plots.style():
-        page = _page([run.path if isinstance(run, Run) else to_path(run) for run in runs], Draw(folder), by, keep)
+        page = _page(paths, Draw(folder), by, keep) | _validation(validated, Draw(folder))
     environment = Environment(
         loader=PackageLoader("scorer", "reporting"),
         autoescape=True,
@@ -160,7 +166,7 @@ def _load(number: int, path: Path, count: int) -> LoadedRun:
     run = Run(path)
     scores = run.scores()
     name = Path(absolute(path)).name.encode("utf-8", "backslashreplace").decode()
-    label = name if len(name) <= LABEL_CHARACTERS else f"{name[:LABEL_CHARACTERS]}…"
+    label = plots.shortened(name)
     return LoadedRun(run, label if count == 1 else f"{number}: {label}", run.manifest, scores, per_record(scores))
 
 
@@ -255,6 +261,17 @@ def _agreement(loaded: Sequence[LoadedRun], pairs: Sequence[Pair], draw: Draw) -
         note = "Shaded: 95% bootstrap intervals." if shaded else "Too many records for intervals here."
         note += " Selections are of all records, with no limit on ifd."
         yield draw("agreement", picture, "Agreement of the selections by percentage", note)
+
+
+def _validation(found: Validation | None, draw: Draw) -> dict[str, Any]:
+    """What was validated, and the picture of the arms against the baseline where there are several."""
+    if found is None or not found.differences:
+        return {"validation": found, "difference": None}
+    rows = {arm: (_or_nan(of.value), _or_nan(of.low), _or_nan(of.high)) for arm, of in found.differences.items()}
+    picture = plots.intervals(rows, "difference of the mean of rows, nats")
+    title = f"NLL a token of held-out records, against {found.baseline}"
+    note = "Below 0 the arm is better. Lines: 95% bootstrap intervals."
+    return {"validation": found, "difference": draw("validation", picture, title, note)}
 
 
 def _clusters(

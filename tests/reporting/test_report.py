@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 from matplotlib.image import imread
 
 from scorer.agreement.compare import compare
+from scorer.agreement.statistics import Bootstrap
 from scorer.reporting.report import report
 from scorer.runs.directory import Run
+from scorer.validation.comparison import Comparison
+from scorer.validation.statistics import compare_arms
 from tests.lib.browser import open_page
 from tests.lib.command import Commands
 from tests.lib.runs import make_run, write_clusters
@@ -96,6 +100,75 @@ def test_the_page_in_a_browser(runs: tuple[Path, Path], tmp_path: Path) -> None:
     drawn = imread(seen.screenshot)[:, :, :3]
     for colour in (BLUE, 0.75 * BLUE + 0.25):  # lines, and the points of images in the pictures
         assert (np.abs(drawn - colour).max(axis=2) < 0.03).sum() > 300
+
+
+def validated(folder: Path, results: Any, **facts: Any) -> Path:
+    """The folder of a validation with these results."""
+    folder.mkdir()
+    content = {"version": 1, "identity": {}, "results": results, **facts}
+    (folder / "validation.json").write_text(json.dumps(content))
+    return folder
+
+
+def two_arms(names: tuple[str, str] = ("selected", "random")) -> Comparison:
+    """Two records, of which the first arm has the one 0.5 and the other 1.5 nats a token lower; two equal seeds."""
+    nlls = {names[0]: [1.0, 2.0], names[1]: [1.5, 3.5]}
+    results = pl.DataFrame(
+        [(arm, seed, row, 10 * nlls[arm][row], 10) for arm in names for seed in (1, 2) for row in (0, 1)],
+        ["arm", "seed", "row", "nll", "tokens"],
+        orient="row",
+    )
+    rows = pl.DataFrame({"row": [0, 1], "cluster": [3, 3], "group": ["x", HOSTILE[1]]})
+    return compare_arms(results, rows, pl.DataFrame({"arm": names, "records": 7, "tokens": 70}), Bootstrap(200))
+
+
+def test_what_it_says_of_a_validation(runs: tuple[Path, Path], command: Commands, tmp_path: Path) -> None:
+    judged = {"arm": "selected", "against": "random", "wins": 4, "ties": 0, "losses": 2, "disagreed": 1}
+    found = two_arms().to_dict()
+    verdicts = [judged | {"failed": {}, "winning_score": 1.286}]
+    validated(tmp_path / "out", found, verdicts=verdicts, target=HOSTILE[0], recipe="lora", seeds=[1, 2])
+    command("report", "weak", "-o", "r.html", "--validation", "out", "--pictures", "p").done()
+    text = (tmp_path / "r.html").read_text()
+    assert "<h2>Does the selection help?</h2>" in text
+    assert f'<p class="note">target: {HOSTILE[0]}; recipe: lora; seeds: 1, 2</p>' in unescape(text)
+    assert HOSTILE[0] not in text
+    assert "selected against random: better by the mean of rows, better by NLL a token<br>" in text
+    rows = rows_of(text)
+    assert ["selected", "7", "70", *["1.5000 (1.0000 to 2.0000)"] * 2, "none", "none"] in rows
+    less = "-1.0000 (-1.5000 to -0.5000)"
+    assert ["selected", less, less, "100.0% (100.0 to 100.0)", "none", "none"] in rows
+    assert ["selected", "random", "4", "0", "2", "1", "0", "1.286"] in rows
+    assert ["3", "2", "1.5000 (1.0000 to 2.0000)", "2.5000 (1.5000 to 3.5000)"] in rows
+    assert [HOSTILE[1], "1", *["2.0000 (2.0000 to 2.0000)", "3.5000 (3.5000 to 3.5000)"]] in rows
+    assert imread(tmp_path / "p" / "validation.png").std() > 0.01
+    assert "Does the selection help?" not in report(runs[:1], tmp_path / "without.html").read_text()
+
+
+def test_a_validation_in_a_browser(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    out = validated(tmp_path / "out", two_arms(("\x00LONE" + HOSTILE[3], HOSTILE[0])).to_dict(), target=HOSTILE[2])
+    path = out / "validation.json"
+    path.write_text(path.read_text().replace("LONE", "\\ud800"))
+    seen = open_page(report(runs[:1], tmp_path / "report.html", validation=out), tmp_path)
+    assert (seen.console, seen.requests) == ([], [])
+    assert "Does the selection help?" in seen.document
+    assert not re.search(r"<(script|iframe|link rel=.stylesheet|img)\b", seen.document)
+    assert re.search(r'<figure>.*?id="title-validation".*?<svg .*?</svg></figure>', seen.document, re.DOTALL)
+
+
+@pytest.mark.usefixtures("runs")
+def test_a_validation_that_is_none(command: Commands, tmp_path: Path) -> None:
+    def line(results: Any, **facts: Any) -> str:
+        folder = validated(tmp_path / f"out-{len(list(tmp_path.iterdir()))}", results, **facts)
+        return command("report", "weak", "-o", "r.html", "--validation", folder).line()
+
+    found = two_arms().to_dict()
+    assert "is unfinished: run the same command" in line(None)
+    assert "has no results that can be read (Comparison lacks arms, left_out" in line({"records": 1})
+    assert "'many' is not int" in line(found | {"records": "many"})
+    assert "'3' is not Verdicts" in line(found, verdicts=[3])
+    assert "has no results that can be read" in line(found, verdicts=3)
+    assert "is no folder of a validation" in command("report", "weak", "-o", "r.html", "--validation", "weak").line()
+    assert not (tmp_path / "r.html").exists()
 
 
 def test_its_policy_holds_even_where_nothing_is_escaped(runs: tuple[Path, Path], tmp_path: Path) -> None:

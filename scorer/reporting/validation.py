@@ -1,0 +1,49 @@
+"""The folder of a validation -> what the page says of it. Knows no pictures; scorer.reporting.report draws them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scorer.agreement.statistics import Estimate
+from scorer.types import ScorerError
+from scorer.validation.comparison import Comparison, Verdicts
+from scorer.validation.directory import VALIDATION, read_validation
+from scorer.validation.tables import TextTable, sentences, tables
+
+FACTS = ("target", "recipe", "seeds")  # of validation.json
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """What was validated, what comes of it, and the differences of the mean of rows to the baseline, by arm."""
+
+    facts: str
+    sentences: list[str]
+    tables: list[TextTable]
+    baseline: str | None
+    differences: dict[str, Estimate]
+
+
+def read(folder: Path) -> Validation:
+    """What a finished validation found. Raises ScorerError where there is none, or its results can't be read."""
+    content = read_validation(folder)
+    if content.get("results") is None:
+        raise ScorerError(f"{folder} is unfinished: run the same command that validates again to finish it")
+    try:
+        found = Comparison.from_dict(content["results"])
+        verdicts = [Verdicts.from_dict(values) for values in content.get("verdicts") or ()]
+    except (ValueError, TypeError) as error:
+        raise ScorerError(f"{folder / VALIDATION} has no results that can be read ({error}): restore it") from error
+    return Validation(
+        facts="; ".join(f"{name}: {_text(content[name])}" for name in FACTS if name in content),
+        sentences=[*sentences(found)],
+        tables=tables(found, verdicts, full=True),
+        baseline=found.baseline,
+        differences={pair.arm: pair.mean_of_rows for pair in found.against_baseline},
+    )
+
+
+def _text(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
