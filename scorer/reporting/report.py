@@ -124,8 +124,9 @@ def report(
             check_folder(folder)
     validated = None if validation is None else read_validation(to_path(validation))
     paths = [run.path if isinstance(run, Run) else to_path(run) for run in runs]
+    draw = Draw(folder)
     with plots.style():
-        page = _page(paths, Draw(folder), by, keep) | _validation(validated, Draw(folder))
+        page = _page(paths, draw, by, keep) | _validation(validated, draw)
     environment = Environment(
         loader=PackageLoader("scorer", "reporting"),
         autoescape=True,

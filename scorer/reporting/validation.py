@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from scorer.agreement.statistics import Estimate
+from scorer.faults import faults_of
 from scorer.types import ScorerError
 from scorer.validation.comparison import Comparison, Verdicts
 from scorer.validation.directory import VALIDATION, read_validation
@@ -31,18 +32,16 @@ def read(folder: Path) -> Validation:
     content = read_validation(folder)
     if content.get("results") is None:
         raise ScorerError(f"{folder} is unfinished: run the same command that validates again to finish it")
-    try:
+    with faults_of(f"{folder / VALIDATION} has no results that can be read; restore it"):
         found = Comparison.from_dict(content["results"])
         verdicts = [Verdicts.from_dict(values) for values in content.get("verdicts") or ()]
-    except (ValueError, TypeError) as error:
-        raise ScorerError(f"{folder / VALIDATION} has no results that can be read ({error}): restore it") from error
-    return Validation(
-        facts="; ".join(f"{name}: {_text(content[name])}" for name in FACTS if name in content),
-        sentences=[*sentences(found)],
-        tables=tables(found, verdicts, full=True),
-        baseline=found.baseline,
-        differences={pair.arm: pair.mean_of_rows for pair in found.against_baseline},
-    )
+        return Validation(
+            facts="; ".join(f"{name}: {_text(content[name])}" for name in FACTS if name in content),
+            sentences=[*sentences(found)],
+            tables=tables(found, verdicts, full=True),
+            baseline=found.baseline,
+            differences={pair.arm: pair.mean_of_rows for pair in found.against_baseline},
+        )
 
 
 def _text(value: Any) -> str:

@@ -163,8 +163,11 @@ def test_a_validation_that_is_none(command: Commands, tmp_path: Path) -> None:
 
     found = two_arms().to_dict()
     assert "is unfinished: run the same command" in line(None)
-    assert "has no results that can be read (Comparison lacks arms, left_out" in line({"records": 1})
+    assert "can be read; restore it: ValueError: Comparison lacks arms, left_out" in line({"records": 1})
     assert "'many' is not int" in line(found | {"records": "many"})
+    assert "KeyError: 'cluster'" in line(
+        found | {"sizes": {"cluster": {"3": 2}}, "arms": [found["arms"][0] | {"by": {}}]}
+    )
     assert "'3' is not Verdicts" in line(found, verdicts=[3])
     assert "has no results that can be read" in line(found, verdicts=3)
     assert "is no folder of a validation" in command("report", "weak", "-o", "r.html", "--validation", "weak").line()
