@@ -118,7 +118,7 @@ GROUPS_SHOWN = {
     "scorer lp": ["Data", "Model", "Engine", "vLLM", "Training", "Output", "Options"],
     "scorer cluster": ["Model", "Engine", "Clusters", "Output", "Options"],
     "scorer compare": ["Selection", "Output", "Options"],
-    "scorer report": ["Selection", "Output", "Options"],
+    "scorer report": ["Selection", "Evaluation", "Output", "Options"],
     "scorer serve": ["Model", "Engine", "vLLM", "Options"],
     "scorer models": ["Options", "Commands"],
     "scorer models fetch": ["Model", "Options"],
