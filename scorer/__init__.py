@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from scorer.types import EngineError as EngineError
     from scorer.types import RowStatus as RowStatus
     from scorer.types import ScorerError as ScorerError
+    from scorer.validation.validate import validate as validate
 
     __version__: str
 
@@ -49,6 +50,7 @@ HOMES = {
     "report": "scorer.reporting.report",
     "score": "scorer.runs.run",
     "select": "scorer.selection.export",
+    "validate": "scorer.validation.validate",
 }
 __all__ = [
     "Cluster",
@@ -69,6 +71,7 @@ __all__ = [
     "report",
     "score",
     "select",
+    "validate",
 ]
 
 

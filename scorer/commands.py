@@ -23,8 +23,9 @@ from scorer.agreement.config import CompareConfig
 from scorer.config import Cluster, ClusterConfig, Part, ScoreConfig, Training
 from scorer.options import DATA, EVALUATION, GROUPS, OUTPUT, SELECTION, OptionInfo, describe
 from scorer.printing import error_line, printable
-from scorer.selection.config import SelectConfig
+from scorer.selection.config import CHOICES, SelectConfig
 from scorer.types import ScorerError
+from scorer.validation.config import ValidateConfig
 
 Decorated = Callable[..., Any]
 Decorator = Callable[[Decorated], Decorated]
@@ -173,10 +174,18 @@ def names_of(config: type[Any], group: str) -> list[str]:
 
 def _take(config: type[Any], options: dict[str, Any]) -> dict[str, Any]:
     """The options that are fields of a dataclass, out of `options`."""
-    return {field.name: options.pop(field.name) for field in fields(config)}
+    return {field.name: options.pop(field.name) for field in fields(config) if field.name in options}
 
 
 data_argument = click.argument("data", nargs=-1, required=True)
+data_option = command_option(
+    DATA,
+    "--data",
+    multiple=True,
+    metavar="FILE",
+    help="Where a file that was scored lies now; once for each, in the order in which they were scored.",
+    unset="where they were",
+)
 run_option = output_option("RUN", "The run directory.")
 file_option = output_option(
     "FILE",
@@ -216,14 +225,7 @@ def score(data: tuple[str, ...], output: str, **options: Any) -> None:
 
 @cli.command()
 @click.argument("run")
-@command_option(
-    DATA,
-    "--data",
-    multiple=True,
-    metavar="FILE",
-    help="Where a file that was scored lies now; once for each, in the order in which they were scored.",
-    unset="where they were",
-)
+@data_option
 @options_of(SelectConfig)
 @no_limit_option
 @file_option
@@ -355,6 +357,27 @@ def report(runs: tuple[str, ...], output: str, pictures: str | None, **options: 
 
     path = write_report(runs, output, pictures_folder=pictures, **options)
     line(f"report: {path}, {path.stat().st_size:,} bytes")
+
+
+@cli.command()
+@click.argument("run")
+@data_option
+@options_of(ValidateConfig)
+@options_of(SelectConfig, *CHOICES)
+@no_limit_option
+@output_option("FOLDER", "The folder of the validation.")
+@fresh_option
+def validate(run: str, output: str, data: tuple[str, ...], fresh: bool, **options: Any) -> None:
+    """Fine-tune a model on what is selected of the run RUN and on baselines, and compare them on held-out records.
+
+    The same command again goes on after the last training that is done. See docs/validation.md for what the figures
+    can tell.
+    """
+    selection = _selection(options)
+    from scorer.console import show_validation
+    from scorer.validation.validate import validate as validate_run
+
+    show_validation(validate_run(run, output, data=data, fresh=fresh, progress=True, **options, **selection))
 
 
 @cli.command()

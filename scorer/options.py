@@ -14,7 +14,19 @@ from typing import Any, TypeVar, get_args, get_type_hints
 from scorer.types import ScorerError, one_of
 
 # The headings of `--help`, in order.
-GROUPS = ("Data", "Model", "Engine", "vLLM", "Ray", "Selection", "Training", "Clusters", "Evaluation", "Output", "Options")
+GROUPS = (
+    "Data",
+    "Model",
+    "Engine",
+    "vLLM",
+    "Ray",
+    "Selection",
+    "Training",
+    "Clusters",
+    "Evaluation",
+    "Output",
+    "Options",
+)
 DATA, MODEL, ENGINE, VLLM, RAY, SELECTION, TRAINING, CLUSTERS, EVALUATION, OUTPUT, OTHER = GROUPS
 Config = TypeVar("Config")
 Function = TypeVar("Function", bound=Callable[..., Any])

@@ -34,9 +34,7 @@ REQUIREMENTS: Mapping[str, Requirement] = {
     "serve": Requirement(("vllm",), VLLM, VLLM),
     "--engine vllm": Requirement(("vllm",), VLLM, VLLM),
     "--ray": Requirement(("ray", "pandas"), "'ray[data]'", "ray"),
-    "validate": Requirement(
-        ("accelerate", "datasets", "peft", "trl"), "accelerate datasets peft trl", "validate"
-    ),
+    "validate": Requirement(("accelerate", "datasets", "peft", "trl"), "accelerate datasets peft trl", "validate"),
     "s3://": Requirement(("s3fs", "upath"), "s3fs universal-pathlib", "s3"),
 }
 

@@ -45,6 +45,7 @@ COMMANDS_AT_THEIR_TOP = {
     "scorer.printing",
     "scorer.selection.config",
     "scorer.types",
+    "scorer.validation.config",
 }
 # Wings and modules that never import torch, not even inside a function, nor anything of ours that does.
 TORCH_FREE_WINGS = {"base", "storage", "scores", "files", "data", "encoding", "selection", "agreement", "reporting"}

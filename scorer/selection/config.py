@@ -11,7 +11,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from scorer.config import AGGREGATES, parse_names
-from scorer.options import OUTPUT, SELECTION, check_fields, option
+from scorer.options import OUTPUT, SELECTION, check_fields, describe, option
 from scorer.scores.shares import ROUNDINGS, parse_keep
 from scorer.types import ScorerError
 
@@ -175,3 +175,9 @@ class SelectConfig:
     def by_rank(self) -> int | Fraction:
         """How many records are kept by rank, before diversity."""
         return self.size if self.diverse is None else parse_keep("20%" if self.pool is None else self.pool, "pool")
+
+
+# The options that say which records are chosen by their scores.
+CHOICES = tuple(
+    f.name for f, _, info in describe(SelectConfig) if info.group == SELECTION and f.name not in ("random", "seed")
+)

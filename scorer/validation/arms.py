@@ -6,7 +6,7 @@ Knows record ids and tokens; neither texts nor models.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from scorer.options import SELECTION, describe, from_options
-from scorer.selection.config import SelectConfig
+from scorer.options import from_options
+from scorer.selection.config import CHOICES, SelectConfig
 from scorer.types import ScorerError
 from scorer.validation.config import BASELINES, SELECTED
 from scorer.validation.recipes import SUFFIX, read_toml
@@ -23,8 +23,6 @@ from scorer.validation.recipes import SUFFIX, read_toml
 TOLERANCE = 0.01  # by which the tokens of two arms may differ that are to have equally many
 NAME = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")  # it is part of a folder's name
 MAX_NAME = 60
-# The options of `scorer.select` that say which records are kept; a baseline draws, and output has other options.
-CHOICES = [f.name for f, _, info in describe(SelectConfig) if info.group == SELECTION and f.name not in ("random", "seed")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +58,9 @@ def read_arms(names: Sequence[str], options: Mapping[str, Any]) -> list[Arm]:
     arms = []
     for name in names:
         if name not in (SELECTED, *BASELINES):
-            raise ScorerError(f"arms: '{name}' is not one of {', '.join((SELECTED, *BASELINES))}, nor one {SUFFIX} file")
+            raise ScorerError(
+                f"arms: '{name}' is not one of {', '.join((SELECTED, *BASELINES))}, nor one {SUFFIX} file"
+            )
         arms.append(Arm(name, from_options(SelectConfig, options) if name == SELECTED else None))
     return arms
 
@@ -78,7 +78,9 @@ def _read_arm(file: str, name: str, table: Any, options: Mapping[str, Any]) -> A
     if run is not None and not isinstance(run, str):
         raise ScorerError(f"{file}: run, of {name}, is not the path of a run directory")
     if unknown := sorted(set(table) - set(CHOICES)):
-        raise ScorerError(f"{file}: {name} has unknown option {', '.join(unknown)}; the options are {', '.join(CHOICES)}")
+        raise ScorerError(
+            f"{file}: {name} has unknown option {', '.join(unknown)}; the options are {', '.join(CHOICES)}"
+        )
     if "drop_flagged" in table:
         table["drop_flagged"] = tuple(table["drop_flagged"])
     try:

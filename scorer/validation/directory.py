@@ -111,12 +111,11 @@ class ArmFolder:
             temporary.write_text(content, encoding="utf-8")
         return other
 
-    def read(self, fingerprint: str) -> tuple[pl.DataFrame, ShardInfo] | None:
-        """The NLLs that were written, and what is said of them; None where there are none, or not as they were."""
+    def read(self, fingerprint: str) -> pl.DataFrame | None:
+        """The NLLs that were written; None where there are none, or not as they were."""
         try:
-            info = read_info(self._nll)
-            if info.run_id == fingerprint:
-                return pl.read_parquet(self._nll, glob=False, hive_partitioning=False), info
+            if read_info(self._nll).run_id == fingerprint:
+                return pl.read_parquet(self._nll, glob=False, hive_partitioning=False)
         except (OSError, ValueError, pl.exceptions.PolarsError):
             pass
         return None

@@ -49,20 +49,23 @@ class Source:
     scores: ScoreTable
 
 
-def prepare(
-    source: Source,
-    encoder: Encoder,
-    arms: Sequence[Arm],
-    config: ValidateConfig,
-    selection: SelectConfig,
-    least: int,
-    progress: Progress,
-) -> Prepared:
-    """Hold records out, and choose what each arm trains on. `least`: records that a training set has to have.
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What to prepare. selection: of the arm `selected`. least: how many records a training set has to have."""
+
+    config: ValidateConfig
+    selection: SelectConfig
+    arms: Sequence[Arm]
+    least: int
+
+
+def prepare(source: Source, encoder: Encoder, asked: Asked, progress: Progress) -> Prepared:
+    """Hold records out, and choose what each arm trains on.
 
     Raises ScorerError where there are too few records, where two arms are the same, and where an arm would train on
     what is held out.
     """
+    config, selection = asked.config, asked.selection
     table = measure(source.data, encoder)
     pool = trainable(table)
     _say_left_out("records", table, progress)
@@ -82,10 +85,9 @@ def prepare(
     if config.eval_file is None and alike:
         pool = pool.filter(~pl.col("record_id").is_in(list(alike)))
         progress.say(f"left out of every arm: {len(alike):,} records that are nearly the same as a held-out one")
-    plan = Plan(
-        range(config.seed, config.seed + config.seeds), config.equal, to_count(selection.size, pool.height), least
-    )
-    sets = training_sets(arms, pool, lambda arm: _choose(arm, source, pool["record_id"]), plan)
+    seeds = range(config.seed, config.seed + config.seeds)
+    plan = Plan(seeds, config.equal, to_count(selection.size, pool.height), asked.least)
+    sets = training_sets(asked.arms, pool, lambda arm: _choose(arm, source, pool["record_id"]), plan)
     _check_apart(sets, alike, held_out)
     return Prepared(held_out, rows.drop("record_id", "scored", strict=False).with_row_index("row"), sets)
 
@@ -112,9 +114,7 @@ def _facts(source: Source, pool: pl.DataFrame, selection: SelectConfig) -> pl.Da
     return facts.sort("record_id")
 
 
-def _read_eval(
-    path: object, data: Dataset, encoder: Encoder, progress: Progress
-) -> tuple[list[Sample], pl.DataFrame]:
+def _read_eval(path: object, data: Dataset, encoder: Encoder, progress: Progress) -> tuple[list[Sample], pl.DataFrame]:
     """The samples of a file that can be compared on, and what is known of them."""
     with Dataset(input_files(str(path)), reading=data.reading) as file:
         file.inspect()
@@ -133,7 +133,9 @@ def _choose(arm: Arm, source: Source, among: pl.Series) -> list[int]:
     else:
         other = Run(arm.run)
         if _data_of(other) != _data_of(source.run):
-            raise ScorerError(f"arm {arm.name}: {arm.run} is a run of other data than {source.run.path}; score the same")
+            raise ScorerError(
+                f"arm {arm.name}: {arm.run} is a run of other data than {source.run.path}; score the same"
+            )
         with other.snapshot(finished=True) as scores:
             selection = choose(scores, other, source.data, _ranked(arm, other), among)
     ids: list[int] = selection.kept["record_id"].to_list()

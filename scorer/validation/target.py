@@ -38,12 +38,10 @@ class Target:
 
 
 def open_target(config: ValidateConfig, recipe: Recipe, progress: Progress) -> Target:
-    """Find the target, and give its tokenizer the recipe's template. Raises ScorerError where they don't fit together."""
+    """Find the target, and give its tokenizer the recipe's template. Raises ScorerError where they don't fit."""
     assert config.target is not None
     device = choose_device(config.device)
-    files = find_model(
-        config.target, revision=config.revision, allow_pickle=config.allow_pickle, report=progress.say
-    )
+    files = find_model(config.target, revision=config.revision, allow_pickle=config.allow_pickle, report=progress.say)
     tokenizer = load_tokenizer(files, trust_remote_code=config.trust_remote_code)
     template = recipe.template
     if template == "auto":

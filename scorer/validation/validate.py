@@ -23,8 +23,8 @@ from scorer.requirements import require
 from scorer.runs.directory import Run
 from scorer.runs.progress import Progress, shown
 from scorer.runs.shard_file import ShardInfo
-from scorer.selection.config import SelectConfig
-from scorer.validation.arms import CHOICES, TrainingSet, read_arms
+from scorer.selection.config import CHOICES, SelectConfig
+from scorer.validation.arms import TrainingSet, read_arms
 from scorer.validation.comparison import UNTRAINED, Comparison
 from scorer.validation.config import ValidateConfig
 from scorer.validation.directory import ArmFolder, ValidationFolder, digest, write_rows
@@ -64,7 +64,7 @@ def validate(
     run = run if isinstance(run, Run) else Run(run)
     run.check_finished()
     folder = ValidationFolder(output)
-    from scorer.validation.prepare import Source, prepare
+    from scorer.validation.prepare import Asked, Source, prepare
     from scorer.validation.samples import open_encoder
     from scorer.validation.target import open_target
 
@@ -76,7 +76,7 @@ def validate(
         with run.snapshot(finished=True) as scores:
             source = Source(run, records, scores)
             encoder = open_encoder(target, recipe.max_length)
-            prepared = prepare(source, encoder, arms, config, chosen, recipe.batch_size, receiver)
+            prepared = prepare(source, encoder, Asked(config, chosen, arms, recipe.batch_size), receiver)
         identity = {
             "config": {
                 "target": target.files.name,
@@ -99,7 +99,11 @@ def validate(
         )
         comparison = compare_arms(results, prepared.rows, trained, bootstrap)
         folder.finish(
-            {"target": target.files.name, "recipe": config.recipe, "seeds": [*dict.fromkeys(s.seed for s in prepared.sets)]},
+            {
+                "target": target.files.name,
+                "recipe": config.recipe,
+                "seeds": [*dict.fromkeys(s.seed for s in prepared.sets)],
+            },
             comparison.to_dict(),
         )
     return comparison
