@@ -120,6 +120,7 @@ GROUPS_SHOWN = {
     "scorer compare": ["Selection", "Output", "Options"],
     "scorer report": ["Selection", "Evaluation", "Output", "Options"],
     "scorer serve": ["Model", "Engine", "vLLM", "Options"],
+    "scorer validate": ["Data", "Model", "Engine", "Selection", "Training", "Evaluation", "Output", "Options"],
     "scorer models": ["Options", "Commands"],
     "scorer models fetch": ["Model", "Options"],
 }

@@ -143,7 +143,7 @@ class SelectConfig:
         first, _ = self.by_rank, self.size  # parses both, so that an invalid one raises here
         if self.rounding == "paper" and not isinstance(first, Fraction):
             raise ScorerError(f"rounding: the paper's needs a share such as 10%, not a number of records ({first})")
-        if isinstance(self.drop_flagged, str):
+        if not isinstance(self.drop_flagged, tuple | list):
             raise ScorerError(f"drop_flagged: {self.drop_flagged!r} is not a tuple of names")
         limit = self.max_ifd
         if limit not in (None, AUTO) and (

@@ -54,6 +54,8 @@ def read_arms(names: Sequence[str], options: Mapping[str, Any]) -> list[Arm]:
     """
     if len(names) == 1 and names[0].endswith(SUFFIX):
         tables = read_toml(Path(names[0]))
+        if not tables:
+            raise ScorerError(f"{names[0]}: holds no arm; write [NAME], and options of the selection below it")
         return [_read_arm(names[0], name, table, options) for name, table in tables.items()]
     arms = []
     for name in names:
@@ -81,7 +83,7 @@ def _read_arm(file: str, name: str, table: Any, options: Mapping[str, Any]) -> A
         raise ScorerError(
             f"{file}: {name} has unknown option {', '.join(unknown)}; the options are {', '.join(CHOICES)}"
         )
-    if "drop_flagged" in table:
+    if isinstance(table.get("drop_flagged"), list):
         table["drop_flagged"] = tuple(table["drop_flagged"])
     try:
         return Arm(name, from_options(SelectConfig, {**options, **table}), run)
@@ -139,15 +141,17 @@ def training_sets(
 
 
 def _fill(name: str, order: Any, tokens: Any, budget: int) -> Any:
-    """The first of `order` that have at most `budget` tokens, and the one that makes up best what they lack."""
+    """The first of `order` that have at most `budget` tokens, and of the others those that make up what they lack."""
     ends = np.cumsum(tokens[order])
     taken = int(np.searchsorted(ends, budget, side="right"))
     lack = budget - (int(ends[taken - 1]) if taken else 0)
     rows, rest = order[:taken], order[taken:]
-    if len(rest):
-        best = rest[np.argmin(np.abs(tokens[rest] - lack))]
-        if abs(int(tokens[best]) - lack) < lack:
-            rows, lack = np.append(rows, best), lack - int(tokens[best])
+    while lack > 0 and len(rest):
+        best = int(np.argmin(np.abs(tokens[rest] - lack)))
+        left = lack - int(tokens[rest[best]])
+        if abs(left) >= lack:
+            break
+        rows, rest, lack = np.append(rows, rest[best]), np.delete(rest, best), left
     if abs(lack) > TOLERANCE * budget:
         raise ScorerError(
             f"arm {name}: no records make the {budget:,} response tokens of the first arm, to {TOLERANCE:.0%}: give a "

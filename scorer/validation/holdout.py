@@ -12,34 +12,31 @@ from random import Random
 
 import polars as pl
 
-from scorer.scores.shares import exact_quotas
 from scorer.types import ScorerError
 
-LENGTH_PARTS = 4  # of the records by length: a quarter of what is drawn comes from each
 SHINGLE = 3  # words
 ALIKE = 0.8  # Jaccard similarity of the shingles of two texts that are nearly the same
 WORD = re.compile(r"[^\W\u2e80-\uffff]+|[^\W\x00-\u2e7f]")  # scripts without spaces have a word a character
 
 
 def draw(candidates: pl.DataFrame, count: int, seed: int) -> list[int]:
-    """The ids of `count` of the candidates (record_id, tokens, and where there are clusters, group), ascending.
+    """The ids of `count` of the candidates (record_id, tokens, and where there are clusters, cluster), ascending.
 
-    They have the shares of lengths and clusters that all candidates have, as nearly as whole numbers allow. Raises
-    ScorerError where it would be more than half of them.
+    A systematic sample in the order of cluster and length: every cluster has its share, and within it the lengths are
+    spread evenly. Raises ScorerError where it would be more than half of the candidates.
     """
-    if 2 * count > candidates.height:
+    total = candidates.height
+    if 2 * count > total:
         raise ScorerError(
-            f"holdout: {count:,} of {candidates.height:,} records that can be trained on are more than half; give a "
-            "smaller --holdout, or --eval FILE"
+            f"holdout: {count:,} of {total:,} records that can be trained on are more than half; give a smaller "
+            "--holdout, or --eval FILE"
         )
-    part = (pl.col("tokens").rank("ordinal") - 1) * LENGTH_PARTS // candidates.height
-    keys = ["part", *(["group"] if "group" in candidates.columns else [])]
-    strata = candidates.with_columns(part=part).sort("record_id").group_by(keys).agg("record_id").sort(keys)
-    groups = strata["record_id"].to_list()
-    sizes = list(map(len, groups))
     random = Random(seed)
-    drawn = [random.sample(ids, quota) for ids, quota in zip(groups, exact_quotas(count, sizes, sizes), strict=True)]
-    return sorted(record_id for ids in drawn for record_id in ids)
+    shuffled = candidates.sort("record_id")[random.sample(range(total), total)]  # for equal lengths
+    keys = [name for name in ("cluster", "tokens") if name in candidates.columns]
+    ordered = shuffled.sort(keys, nulls_last=True, maintain_order=True)["record_id"]
+    start = random.random()
+    return sorted(ordered.gather([int((start + i) * total / count) for i in range(count)]).to_list())
 
 
 class Texts:
