@@ -145,16 +145,13 @@ def _fill(name: str, order: Any, tokens: Any, budget: int) -> Any:
     ends = np.cumsum(tokens[order])
     taken = int(np.searchsorted(ends, budget, side="right"))
     lack = budget - (int(ends[taken - 1]) if taken else 0)
-    rows, rest = order[:taken], order[taken:]
-    while lack > 0 and len(rest):
-        best = int(np.argmin(np.abs(tokens[rest] - lack)))
-        left = lack - int(tokens[rest[best]])
-        if abs(left) >= lack:
-            break
-        rows, rest, lack = np.append(rows, rest[best]), np.delete(rest, best), left
-    if abs(lack) > TOLERANCE * budget:
+    rows, rest, most = order[:taken], order[taken:], TOLERANCE * budget / 2
+    while lack > most and len(fit := np.flatnonzero(tokens[rest] <= lack + most)):
+        best = fit[np.argmax(tokens[rest[fit]])]
+        rows, rest, lack = np.append(rows, rest[best]), np.delete(rest, best), lack - int(tokens[rest[best]])
+    if lack > most:
         raise ScorerError(
-            f"arm {name}: no records make the {budget:,} response tokens of the first arm, to {TOLERANCE:.0%}: give a "
+            f"arm {name}: no records make the {budget:,} response tokens of the first arm: give a "
             "smaller --keep, or --equal rows"
         )
     return rows

@@ -39,7 +39,9 @@ def test_no_arm_trains_on_what_is_held_out(tokens: list[int], count: int, seed: 
     arms = selected("random", "length", "all")
     sets = training_sets(arms, rest, lambda _: best, Plan((seed, seed + 1), "rows", 1, 1))
     assert [(one.arm, len(one.ids)) for one in sets] == [
-        (name, size) for name, size in (("selected", 7), ("random", 7), ("length", 7), ("all", rest.height)) for _ in "12"
+        (name, size)
+        for name, size in (("selected", 7), ("random", 7), ("length", 7), ("all", rest.height))
+        for _ in "12"
     ]
     sizes = dict(rest.iter_rows())
     for one in sets:
@@ -54,7 +56,9 @@ def test_arms_of_equal_tokens(seed: int) -> None:
     table = pool(np.exp(draws.normal(4, 1, 400)).astype(int).clip(1).tolist())
     best = table.sort("tokens", descending=True)["record_id"].to_list()[20:60]
     for one in training_sets(selected("random", "length"), table, lambda _: best, Plan((seed,), "tokens", 1, 1)):
-        assert one.tokens == pytest.approx(sum(table.filter(pl.col("record_id").is_in(best))["tokens"]), rel=TOLERANCE)
+        assert one.tokens == pytest.approx(
+            sum(table.filter(pl.col("record_id").is_in(best))["tokens"]), rel=TOLERANCE / 2
+        )
 
 
 def test_the_held_out_records_look_like_the_data() -> None:
@@ -116,8 +120,8 @@ def test_sets_that_can_not_be_compared(options: tuple[str, ...], sizes: dict[str
 
 
 def test_tokens_that_no_record_makes_up() -> None:
-    with pytest.raises(ScorerError, match="no records make the 6 response tokens of the first arm"):
-        training_sets(selected("length"), pool([1000, 3, 3, 1000]), lambda _: [11, 12], Plan((1,), "tokens", 1, 1))
+    with pytest.raises(ScorerError, match="no records make the 10 response tokens of the first arm"):
+        training_sets(selected("length"), pool([7, 5, 5, 1000]), lambda _: [11, 12], Plan((1,), "tokens", 1, 1))
 
 
 def test_arms_of_a_file(tmp_path: Path) -> None:
