@@ -69,9 +69,7 @@ class VllmEngine:
 
             arguments = EngineArgs(**engine_arguments(config, files))
             self.engine = LLMEngine.from_engine_args(arguments)
-            core = self.engine.engine_core
-            self.processes = [process.sentinel for process in core.resources.engine_manager.processes]
-            watch_processes(self.processes, core.outputs_queue)
+            self.processes = watched_processes(self.engine)
             self.vocab_size = self.engine.model_config.get_vocab_size()
         self.requests = 0
 
@@ -122,15 +120,22 @@ class VllmEngine:
         self.log.close()
 
 
-def watch_processes(processes: list[int], outputs_queue: Any) -> None:
-    """Put an EngineDeadError into the queue when a process ends, since a waiting step of vLLM would wait for ever."""
+def watched_processes(engine: Any) -> list[int]:
+    """The sentinels of the processes of an LLMEngine, which become ready when one ends.
+
+    An EngineDeadError then comes out of its queue, since a waiting step of vLLM would wait for ever.
+    """
     from vllm.v1.engine.exceptions import EngineDeadError
+
+    core = engine.engine_core
+    processes = [process.sentinel for process in core.resources.engine_manager.processes]
 
     def watch() -> None:
         wait(processes)
-        outputs_queue.put_nowait(EngineDeadError())
+        core.outputs_queue.put_nowait(EngineDeadError())
 
     Thread(target=watch, daemon=True, name="scorer-vllm-watch").start()
+    return processes
 
 
 def serve(config: ScoreConfig, files: ModelFiles, host: str, port: int) -> NoReturn:
