@@ -58,7 +58,7 @@ the answers influence you.
 """
 SCORE = r"(\d{1,3}(?:\.\d{1,9})?)(?: ?/ ?10)?"
 SCORES = re.compile(rf"{SCORE}(?:\s*[,;:|&-]\s*|\s+and\s+|\s+){SCORE}\.?", re.ASCII)
-MARKUP = re.compile(r"[*_`()\[\]]")
+MARKUP = re.compile(r"[*_`]")
 LONGEST_LINE = 100  # characters of a line with scores
 
 

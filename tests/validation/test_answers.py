@@ -8,7 +8,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
+import torch
 
 from scorer.encoding.chat import Conversation
 from scorer.models.find import ModelFiles, find_model
@@ -86,3 +88,11 @@ def test_a_model_that_cannot_chat(tiny: Tiny, chat: ModelFiles) -> None:
         answers(tiny("llama"), "Why?")
     with pytest.raises(ScorerError, match="by: 'magic' is not one of auto, transformers, vllm"):
         answers(chat, "Why?", options=replace(OPTIONS, by="magic"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="vLLM for CPU")
+def test_vllm_gives_the_same_answers_and_ends(chat: ModelFiles) -> None:
+    expected = answers(chat, *QUESTIONS)
+    assert answers(chat, *QUESTIONS, options=replace(OPTIONS, by="vllm")) == expected
+    assert not [process for process in psutil.Process().children(recursive=True) if "VLLM::" in process.name()]
