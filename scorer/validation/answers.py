@@ -9,6 +9,7 @@ import gc
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ BATCH_TOKENS = {"cpu": 8192, "cuda": 131072}  # of prompts and answers, with pad
 # vLLM starts in half a minute on two cores, and then answers several times as fast: with a model of 135M, 10 answers of
 # 80 tokens took 45 s, start included, where transformers took 80.
 CPU_PROMPTS = 10
+ENDING_SECONDS = 30.0  # that a process of vLLM may take to end
 TokenIds = list[int]
 
 
@@ -199,8 +201,8 @@ def _by_vllm(plan: _Plan, prompts: Mapping[int, TokenIds], progress: Progress) -
             progress.say(f"{error}; answering with transformers")
             yield from _by_transformers(plan, prompts, progress)
             return
+        processes = engine.watched_processes(llm.llm_engine)
         try:
-            processes = engine.watched_processes(llm.llm_engine)
             with engine.convert_errors(log, f"vLLM can't answer with {plan.files.name}", processes):
                 from vllm import SamplingParams
 
@@ -211,6 +213,8 @@ def _by_vllm(plan: _Plan, prompts: Mapping[int, TokenIds], progress: Progress) -
                 outputs = llm.generate(asked, sampling, use_tqdm=False)
         finally:
             llm.llm_engine.engine_core.shutdown()
+            for process in processes:  # what they hold is free when they have ended
+                wait([process], ENDING_SECONDS)
     for i, output in zip(prompts, outputs, strict=True):
         ids = list(output.outputs[0].token_ids)
         progress.advance(1, len(ids))
