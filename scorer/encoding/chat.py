@@ -111,12 +111,14 @@ class ChatTemplate:
             return whole[:start], whole[start:]
         return HiddenResponseError()
 
-    def render(self, conversations: Sequence[Conversation]) -> list[str | ChatTemplateError]:
-        """The text of each conversation. Raises ScorerError as `split`."""
+    def render(
+        self, conversations: Sequence[Conversation], *, to_answer: bool = False
+    ) -> list[str | ChatTemplateError]:
+        """The text of each conversation, or with `to_answer` up to where the model answers. ScorerError as `split`."""
         common = {
             **self._tokenizer.special_tokens_map,
             "documents": None,
-            "add_generation_prompt": False,
+            "add_generation_prompt": to_answer,
             "strftime_now": self.now.strftime,
         }
         requests = [

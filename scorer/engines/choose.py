@@ -145,7 +145,7 @@ def resolve_config(
     named = elsewhere and "auto" not in (config.device, config.dtype)
     device = "auto" if served else config.device if named else choose_device(config.device)
     protocol = PROTOCOLS[config.protocol]
-    context = _context_length(files)
+    context = context_length(files)
     if context is not None:
         check_length(config, context)
     resolved = replace(
@@ -169,6 +169,7 @@ def check_length(config: ScoreConfig, context: int) -> None:
         )
 
 
-def _context_length(files: ModelFiles) -> int | None:
+def context_length(files: ModelFiles) -> int | None:
+    """The tokens of the model's context; None where its configuration does not say."""
     settings = model_settings(files)
     return next((int(settings[key]) for key in CONTEXT_KEYS if isinstance(settings.get(key), int)), None)

@@ -1,18 +1,23 @@
 """One HTTP request to a server that is not trusted: bounded in time and in bytes, never redirected or decompressed.
 
-Knows HTTP; neither the routes of a server nor what it answers.
+Knows HTTP and JSON; neither the routes of a server nor what it answers.
 """
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException, HTTPSConnection, IncompleteRead
 from threading import Event, Thread
+from typing import Any
 from urllib.parse import urlsplit
 
+import orjson
+
+from scorer.files.json_texts import too_deep
 from scorer.printing import printable
 from scorer.types import ScorerError
 
@@ -41,10 +46,11 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The status, the header Location ("" where there is none), and the body: cut after one byte too many."""
+    """The status, two headers ("" where there is none), and the body: cut after one byte too many."""
 
     status: int
     location: str
+    retry_after: str
     body: bytes
 
 
@@ -102,7 +108,8 @@ class Address:
                 raise TimeoutError
             if response.length and len(body) <= request.most_bytes:
                 raise IncompleteRead(body, response.length)
-            return Answer(response.status, response.getheader("Location", ""), body)
+            location, retry_after = (response.getheader(name, "") for name in ("Location", "Retry-After"))
+            return Answer(response.status, location, retry_after, body)
         except Exception as error:  # whatever a parser of untrusted bytes, or a socket closed under it, may raise
             if late.is_set() or (isinstance(error, TimeoutError) and stream is not None):
                 raise TooLateError from error
@@ -118,6 +125,35 @@ def _reason(error: Exception) -> str:
     if isinstance(error, IncompleteRead):
         return "the connection ended before the answer did"
     return f"not HTTP: {type(error).__name__}" if isinstance(error, HTTPException) else type(error).__name__
+
+
+def api_key(*variables: str) -> str:
+    """The API key of the first of some environment variables that is set, or "". Raises ScorerError for a wrong one."""
+    name = next(filter(os.environ.get, variables), variables[0])
+    key = os.environ.get(name, "")
+    if not (key.isascii() and key.isprintable()):
+        raise ScorerError(f"{name}: an HTTP header can't hold its characters")
+    return key
+
+
+def json_headers(key: str) -> dict[str, str]:
+    """The headers of a request with a JSON body, and with an API key unless that is ""."""
+    return {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+
+
+def json_object(body: bytes, most_bytes: int) -> dict[str, Any]:
+    """The JSON object that the body of an Answer is. Raises ValueError, with the reason, for any other body."""
+    if len(body) > most_bytes:
+        raise ValueError(f"it has more than {most_bytes:,} bytes")
+    if too_deep(body):
+        raise ValueError("its JSON is nested too deep")
+    try:
+        parsed = orjson.loads(body)
+    except ValueError as error:
+        raise ValueError(f"it is not JSON ({shown(body[:40])})") from error
+    if not isinstance(parsed, dict):
+        raise ValueError("it is not a JSON object")
+    return parsed
 
 
 def shown(text: str | bytes) -> str:

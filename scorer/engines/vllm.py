@@ -63,15 +63,13 @@ class VllmEngine:
         self.engine: Any = None
         self.processes: list[int] = []  # sentinels, which become ready when a process ends
         self.log = tempfile.TemporaryFile("w+b")  # noqa: SIM115  # lives as long as vLLM's processes write to it
-        with _redirect_output(self.log), _convert_errors(self.log, f"vLLM can't run {files.name}"):
+        with redirect_output(self.log), convert_errors(self.log, f"vLLM can't run {files.name}"):
             from vllm import EngineArgs
             from vllm.v1.engine.llm_engine import LLMEngine
 
             arguments = EngineArgs(**engine_arguments(config, files))
             self.engine = LLMEngine.from_engine_args(arguments)
-            core = self.engine.engine_core
-            self.processes = [process.sentinel for process in core.resources.engine_manager.processes]
-            _watch_processes(self.processes, core.outputs_queue)
+            self.processes = watched_processes(self.engine)
             self.vocab_size = self.engine.model_config.get_vocab_size()
         self.requests = 0
 
@@ -94,14 +92,14 @@ class VllmEngine:
                 yield from self._step(waiting, running)
         finally:
             if running:
-                with _convert_errors(self.log, "vLLM failed", self.processes):
+                with convert_errors(self.log, "vLLM failed", self.processes):
                     self.engine.abort_request(list(running))
 
     def _step(self, waiting: deque[_Request], running: dict[str, _Request]) -> Iterator[SpanScores]:
         """Fill up the running requests from the waiting ones, and yield the scores of those that a step finishes."""
         from scorer.engines.vllm_plugin import scoring_request
 
-        with _convert_errors(self.log, "vLLM failed", self.processes):
+        with convert_errors(self.log, "vLLM failed", self.processes):
             while waiting and len(running) < CONCURRENT_REQUESTS:
                 batch, sequence = waiting.popleft()
                 prompt, params = scoring_request(batch.ids(sequence).tolist(), batch.bounds(sequence).tolist())
@@ -122,15 +120,22 @@ class VllmEngine:
         self.log.close()
 
 
-def _watch_processes(processes: list[int], outputs_queue: Any) -> None:
-    """Put an EngineDeadError into the queue when a process ends, since a waiting step of vLLM would wait for ever."""
+def watched_processes(engine: Any) -> list[int]:
+    """The sentinels of the processes of an LLMEngine, which become ready when one ends.
+
+    An EngineDeadError then comes out of its queue, since a waiting step of vLLM would wait for ever.
+    """
     from vllm.v1.engine.exceptions import EngineDeadError
+
+    core = engine.engine_core
+    processes = [process.sentinel for process in core.resources.engine_manager.processes]
 
     def watch() -> None:
         wait(processes)
-        outputs_queue.put_nowait(EngineDeadError())
+        core.outputs_queue.put_nowait(EngineDeadError())
 
     Thread(target=watch, daemon=True, name="scorer-vllm-watch").start()
+    return processes
 
 
 def serve(config: ScoreConfig, files: ModelFiles, host: str, port: int) -> NoReturn:
@@ -143,7 +148,7 @@ def serve(config: ScoreConfig, files: ModelFiles, host: str, port: int) -> NoRet
     arguments = engine_arguments(config, files)
     _check_port(host, port)
     environment = dict(os.environ)  # which vLLM changes as it checks its arguments
-    with tempfile.TemporaryFile() as log, _convert_errors(log, f"vLLM can't serve {files.name}"):
+    with tempfile.TemporaryFile() as log, convert_errors(log, f"vLLM can't serve {files.name}"):
         from vllm import EngineArgs
 
         EngineArgs(**arguments).create_engine_config()
@@ -210,7 +215,7 @@ def check_model(config: ScoreConfig, files: ModelFiles) -> tuple[str, int]:
     """
     check_vllm()
     set_environment(config)
-    with tempfile.TemporaryFile() as log, _redirect_output(log):
+    with tempfile.TemporaryFile() as log, redirect_output(log):
         from vllm import ModelRegistry
 
         from scorer.engines.vllm_plugin import PREFIX, register
@@ -279,7 +284,7 @@ def check_vllm_args(config: ScoreConfig) -> None:
     if not config.vllm_args:
         return
     set_environment(config)
-    with tempfile.TemporaryFile() as log, _redirect_output(log):
+    with tempfile.TemporaryFile() as log, redirect_output(log):
         from vllm import EngineArgs
     known = {field.name for field in fields(EngineArgs)}
     for key in config.vllm_args:
@@ -313,7 +318,7 @@ def set_environment(config: ScoreConfig) -> None:
 
 
 @contextmanager
-def _redirect_output(log: Any) -> Iterator[None]:
+def redirect_output(log: Any) -> Iterator[None]:
     """Write the output of this process and its children to `log`, unless VLLM_LOGGING_LEVEL asks to see it."""
     if os.environ["VLLM_LOGGING_LEVEL"] != "ERROR":
         yield
@@ -334,7 +339,7 @@ def _redirect_output(log: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _convert_errors(log: Any, what: str, processes: Sequence[int] = ()) -> Iterator[None]:
+def convert_errors(log: Any, what: str, processes: Sequence[int] = ()) -> Iterator[None]:
     """Turn vLLM's errors into ScorerError or EngineError of one line: `what` and the cause.
 
     The cause may be in `log` only, where another process printed it. If one of `processes` has ended, any other error

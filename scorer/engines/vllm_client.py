@@ -20,9 +20,18 @@ import orjson
 
 from scorer.background import Background
 from scorer.config import DTYPES, ScoreConfig
-from scorer.engines.http import Address, Answer, Request, TooLateError, UnreachableError, shown
+from scorer.engines.http import (
+    Address,
+    Answer,
+    Request,
+    TooLateError,
+    UnreachableError,
+    api_key,
+    json_headers,
+    json_object,
+    shown,
+)
 from scorer.engines.spans import check_token_ids, no_scores, with_sums
-from scorer.files.json_texts import too_deep
 from scorer.models.find import ModelFiles, model_settings, weight_bytes
 from scorer.tokens import Array, SpanScores, TokenBatch, ranges
 from scorer.types import EngineError, ScorerError
@@ -85,10 +94,7 @@ class Server:
         self.url = url.rstrip("/")
         self.limits = limits or Limits.default()
         self.address = Address(self.url)
-        key = os.environ.get(API_KEY, "")
-        if not (key.isascii() and key.isprintable()):
-            raise ScorerError(f"{API_KEY}: an HTTP header can't hold its characters")
-        self.headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        self.headers = json_headers(api_key(API_KEY))
         self.heard = time.monotonic()  # the last answer
         self.told = False  # that it is waited for; two threads may both tell, which does no harm
         # A server that still loads its model may take a connection and stay silent.
@@ -139,17 +145,10 @@ class Server:
             raise EngineError(f"{self.url} redirects to {shown(answer.location)}, which is not followed")
         if answer.status != 200:
             raise EngineError(f"{self.url} answers {answer.status}: {shown(answer.body)}")
-        if len(answer.body) > request.most_bytes:
-            raise self._wrong(f"it has more than {request.most_bytes:,} bytes")
-        if too_deep(answer.body):
-            raise self._wrong("its JSON is nested too deep")
         try:
-            parsed = orjson.loads(answer.body)
-        except ValueError as error:
-            raise self._wrong(f"it is not JSON ({shown(answer.body[:40])})") from error
-        if not isinstance(parsed, dict):
-            raise self._wrong("it is not a JSON object")
-        return parsed
+            return json_object(answer.body, request.most_bytes)
+        except ValueError as error:  # a page of another server, such as a proxy
+            raise self._wrong(str(error)) from error
 
     def _try_until_reached(self, request: Request) -> Answer:
         """The server's answer; one that it may get over is asked for again, until `limits.wait` seconds have passed."""

@@ -5,11 +5,10 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from threading import Event, Thread
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from scorer.types import EngineError, ScorerError
 from tests.engines.test_engines import samples
 from tests.lib.command import Commands, alpaca, shards
 from tests.lib.tokens import token_batch
+from tests.lib.web import Sent, WebServer, drip, http, silent
 
 Tiny = Callable[[str], ModelFiles]
 Json = dict[str, Any]
@@ -39,62 +39,15 @@ DESCRIPTION: Json = {
 LIMITS = Limits(wait=0.2, answer=1.0, quiet=0.4)
 
 
-def http(body: bytes, status: str = "200 OK", *headers: str) -> bytes:
-    """A whole HTTP response."""
-    lines = [f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", *headers, "", ""]
-    return "\r\n".join(lines).encode() + body
-
-
 def right(body: bytes) -> Json:
     """The scores of a request: half a nat a token."""
     rows = [[[(end - start) / 2, end - start] for start, end in s["spans"]] for s in json.loads(body)["sequences"]]
     return {"identity": "one", "request": hashlib.sha256(body).hexdigest(), "rows": rows}
 
 
-class WebServer:
-    """A server on a real socket. `answer` gives the bytes, or pieces of them, that it sends for scores."""
-
-    def __init__(self) -> None:
-        self.answer: Callable[[bytes], bytes | Iterator[bytes]] = lambda body: http(json.dumps(right(body)).encode())
-        self.description: bytes | Iterator[bytes] = http(json.dumps(DESCRIPTION).encode())
-        self.requests = 0
-        self.closed = Event()
-        self.socket = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
-        Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        while not self.closed.is_set():
-            try:
-                connection, _ = self.socket.accept()
-            except OSError:
-                return
-            Thread(target=self._serve, args=(connection,), daemon=True).start()
-
-    def _serve(self, connection: socket.socket) -> None:
-        with connection, connection.makefile("rb") as stream:
-            first, length = stream.readline(), 0
-            while (line := stream.readline().strip()) != b"":
-                name, _, value = line.partition(b": ")
-                length = int(value) if name == b"Content-Length" else length
-            answer = self.description
-            if first.startswith(b"POST"):
-                self.requests += 1
-                answer = self.answer(stream.read(length))
-            try:
-                for piece in [answer] if isinstance(answer, bytes) else answer:
-                    connection.sendall(piece)
-            except OSError:
-                pass  # the client has gone
-
-    def close(self) -> None:
-        self.closed.set()
-        self.socket.close()
-
-
 @pytest.fixture
 def server() -> Iterator[WebServer]:
-    web = WebServer()
+    web = WebServer(lambda body: http(json.dumps(right(body)).encode()), http(json.dumps(DESCRIPTION).encode()))
     yield web
     web.close()
 
@@ -120,21 +73,8 @@ def first_span(nll: Any, tokens: Any) -> Callable[[bytes], bytes]:
     return changed(change)
 
 
-def drip(body: bytes, first: bytes = b"") -> Iterator[bytes]:
-    """A byte now and then, for ever."""
-    yield first
-    while True:
-        time.sleep(0.05)
-        yield body
-
-
-def silent() -> Iterator[bytes]:
-    time.sleep(5)
-    yield b""
-
-
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
-WRONG: dict[str, tuple[Callable[[bytes], bytes | Iterator[bytes]], str]] = {
+WRONG: dict[str, tuple[Callable[[bytes], Sent], str]] = {
     "a negative sum": (first_span(-30, None), "an NLL is negative"),
     "a sum just below what rounding gives": (first_span(1.1 * LEAST_NLL * 5, None), "an NLL is negative"),
     "NaN": (first_span(float("nan"), None), "not JSON"),
@@ -235,7 +175,7 @@ def test_a_right_answer_is_taken_as_it_is(tiny: Tiny, server: WebServer) -> None
     ],
 )  # fmt: skip
 def test_a_wrong_description(tiny: Tiny, server: WebServer, description: bytes, words: str) -> None:
-    server.description = description
+    server.page = description
     with pytest.raises(ScorerError, match=words) as raised:
         engine_of(server, tiny("gpt2"))
     assert str(raised.value).isprintable()
@@ -259,11 +199,11 @@ def test_silence_is_told_once(tiny: Tiny, server: WebServer, caplog: pytest.LogC
 
 
 def test_a_client_that_comes_early_waits(tiny: Tiny, server: WebServer, caplog: pytest.LogCaptureFixture) -> None:
-    good, server.description = server.description, http(b"loading", "503 Service Unavailable")
+    good, server.page = server.page, http(b"loading", "503 Service Unavailable")
 
     def load() -> None:
         time.sleep(1)
-        server.description = good
+        server.page = good
 
     Thread(target=load).start()
     assert engine_of(server, tiny("gpt2"), Limits(wait=9)).server.model == DESCRIPTION
