@@ -60,12 +60,12 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first, and from the end of the alphabet: that of vLLM takes longest.
+    """Files with slow tests first, by name from the end of the alphabet: those of vLLM and Ray take longest.
 
-    So neither of two processes is left with a long one at the end.
+    So no process is left with a long one at the end.
     """
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: (item.path in slow, item.path), reverse=True)
+    items.sort(key=lambda item: (item.path in slow, item.path.name, item.path), reverse=True)
 
 
 @pytest.fixture(scope="session")

@@ -35,11 +35,12 @@ from scorer.clusters.embedder import Embedder
 from scorer.config import EmbedderConfig
 from scorer.models.find import find_model
 from scorer.types import ScorerError
-try:
-    files = find_model(sys.argv[1], embedder=True)
-    print(json.dumps([files.origin, Embedder(files, EmbedderConfig()).embed(["a", ""]).shape, seen]))
-except ScorerError as error:
-    print(json.dumps(str(error)))
+for name in sys.argv[1:]:
+    try:
+        files = find_model(name, embedder=True)
+        print(json.dumps([files.origin, Embedder(files, EmbedderConfig()).embed(["a", ""]).shape, seen]))
+    except ScorerError as error:
+        print(json.dumps(str(error)))
 """
 
 
@@ -232,14 +233,13 @@ def test_nothing_is_printed_nor_asked_of_the_network(
     (home / "refs" / "main").write_text(COMMIT)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
 
-    def found(name: str) -> Any:
-        command = [sys.executable, "-c", QUIET, name]
+    def found(*names: str) -> list[Any]:
+        command = [sys.executable, "-c", QUIET, *names]
         ended = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
         assert ended.stderr == ""
-        return json.loads(ended.stdout)
+        return list(map(json.loads, ended.stdout.splitlines()))
 
-    assert found(str(snapshot)) == ["directory", [2, 8], []]
-    assert found("someone/tiny") == ["hub", [2, 8], []]
+    assert found(str(snapshot), "someone/tiny") == [["directory", [2, 8], []], ["hub", [2, 8], []]]
     (snapshot / "2_Dense" / "model.safetensors").unlink()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert "2_Dense: files of the module Dense are missing" in found("someone/tiny")
+    assert "2_Dense: files of the module Dense are missing" in found("someone/tiny")[0]

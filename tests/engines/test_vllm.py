@@ -43,6 +43,7 @@ pytestmark = [
 Tiny = Callable[[str], ModelFiles]
 
 LONGEST = 1024  # tokens
+CACHE = 64 << 20  # bytes of keys and values, instead of 2 GiB, whose pages take seconds to fill
 # A sequence that is longer takes 32 tokens of a step of 100, and others pass it.
 CHUNKS = {"enable_chunked_prefill": True, "long_prefill_token_threshold": 32}
 
@@ -70,9 +71,10 @@ def mixed() -> list[TokenSequence]:
 
 
 @contextmanager
-def opened(files: ModelFiles, **options: Any) -> Iterator[Engine]:
+def opened(files: ModelFiles, vllm_args: dict[str, Any] | None = None, **options: Any) -> Iterator[Engine]:
     """The engine, whose processes are gone when it is closed."""
     before = set(psutil.Process().children(recursive=True))
+    options["vllm_args"] = {"kv_cache_memory_bytes": CACHE} | (vllm_args or {})
     with closing(open_engine(config("vllm", **options), files)) as engine:
         processes = of_vllm([p for p in psutil.Process().children(recursive=True) if p not in before])
         assert len(processes) > 1
@@ -257,7 +259,7 @@ def test_deaths_are_one_line_each_and_the_same_command_finishes(place: Path, arg
     It ends with the reference's table.
     """
     run = place / "disturbed"
-    command = [*arguments, "--engine", "vllm", "-o", run]
+    command = [*arguments, "--engine", "vllm", "--vllm-arg", f"kv_cache_memory_bytes={CACHE}", "-o", run]
     left = 0
     for name in ("VLLM::Worker", "Control-C"):
         running = Command.start(*command)
@@ -307,7 +309,7 @@ def test_an_architecture_that_vllm_does_not_know(place: Path, arguments: list[ob
     settings = json.loads((folder / "config.json").read_text()) | {"architectures": ["PerceptronForCausalLM"]}
     (folder / "config.json").write_text(json.dumps(settings))
     changed = [folder if argument == tiny("gpt2").path else argument for argument in arguments]
-    ended = Command.start(*changed, "--engine", "vllm", "-o", place / "unknown").end()
+    ended = Commands(place)("score", *changed, "--engine", "vllm", "-o", place / "unknown")
     assert ended.code == 2, ended
     assert_quiet(ended)
     assert ended.err.splitlines()[-1] == (

