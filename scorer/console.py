@@ -23,7 +23,7 @@ from scorer.runs.progress import PlainConsole, console
 from scorer.scores.summary import QUANTILES
 from scorer.selection.selection import Selection
 from scorer.types import ScorerError
-from scorer.validation.comparison import Comparison, Verdicts
+from scorer.validation.comparison import Comparison
 from scorer.validation.tables import sentences, tables
 
 line = partial(console.print, soft_wrap=True)  # prints a line that stays one, however long
@@ -121,10 +121,10 @@ def _cells(found: Estimate) -> tuple[str, str]:
     return value, "" if found.low is None or found.high is None else f"{found.low:.3f} to {found.high:.3f}"
 
 
-def show_validation(comparison: Comparison, verdicts: Sequence[Verdicts] = ()) -> None:
+def show_validation(comparison: Comparison) -> None:
     """The fine-tuned models side by side, against the baseline, and as judged, on standard output."""
     output = _standard_output()
-    for found in tables(comparison, verdicts, full=False):
+    for found in tables(comparison, full=False):
         first, *others = found.header
         columns = [Column(first), *(Column(name, justify="right") for name in others)]
         for column in columns:

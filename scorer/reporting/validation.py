@@ -9,7 +9,7 @@ from typing import Any
 from scorer.agreement.statistics import Estimate
 from scorer.faults import faults_of
 from scorer.types import ScorerError
-from scorer.validation.comparison import Comparison, Verdicts
+from scorer.validation.comparison import Comparison
 from scorer.validation.directory import VALIDATION, read_validation
 from scorer.validation.tables import TextTable, sentences, tables
 
@@ -34,11 +34,10 @@ def read(folder: Path) -> Validation:
         raise ScorerError(f"{folder} is unfinished: run the same command that validates again to finish it")
     with faults_of(f"{folder / VALIDATION} has no results that can be read; restore it"):
         found = Comparison.from_dict(content["results"])
-        verdicts = [Verdicts.from_dict(values) for values in content.get("verdicts") or ()]
         return Validation(
             facts="; ".join(f"{name}: {_text(content[name])}" for name in FACTS if name in content),
             sentences=[*sentences(found)],
-            tables=tables(found, verdicts, full=True),
+            tables=tables(found, full=True),
             baseline=found.baseline,
             differences={pair.arm: pair.mean_of_rows for pair in found.against_baseline},
         )

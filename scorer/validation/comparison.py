@@ -55,12 +55,32 @@ class ArmPair:
 
 
 @dataclass(frozen=True, slots=True)
+class Verdicts:
+    """How a judge found the answers of `arm` against those of `against`, counted in prompts and seeds.
+
+    wins, ties, losses: what it said in both orders. disagreed: it said otherwise when it saw the answers in the other
+    order. failed: pairs without a verdict, by the reason. winning_score: 1 + (wins - losses) / judged, where as in the
+    papers a win and a tie are a win, a loss and a tie a loss; None where nothing was judged.
+    """
+
+    arm: str
+    against: str
+    wins: int
+    ties: int
+    losses: int
+    disagreed: int
+    failed: dict[str, int]
+    winning_score: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class Comparison:
     """The arms, and each trained arm against each other one.
 
     records: how many held-out records are compared. left_out: how many more lack a finite NLL from one of the models.
     seeds: how many models each arm has. sampled: what is drawn anew for the intervals, records and, where there are
-    several, seeds; empty without intervals. sizes: how many records each part has, as in ArmResult.by.
+    several, seeds; empty without intervals. sizes: how many records each part has, as in ArmResult.by. verdicts: of the
+    judge, if there was one.
     """
 
     records: int
@@ -70,6 +90,7 @@ class Comparison:
     sizes: dict[str, dict[str, int]]
     arms: tuple[ArmResult, ...]
     pairs: tuple[ArmPair, ...]
+    verdicts: tuple[Verdicts, ...] = ()
 
     @property
     def baseline(self) -> str | None:
@@ -84,36 +105,11 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, all numbers finite."""
-        lists = {"sampled": [*self.sampled], "arms": [*map(asdict, self.arms)], "pairs": [*map(asdict, self.pairs)]}
-        return asdict(self) | lists
+        return {name: [*value] if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: Any) -> Self:
         """What `to_dict` gave. Raises ValueError where the values can't be that."""
-        found: Self = _typed(cls, values)
-        return found
-
-
-@dataclass(frozen=True, slots=True)
-class Verdicts:
-    """How a judge found the answers of `arm` against those of `against`, counted in prompts.
-
-    disagreed: the judge chose otherwise when it saw the answers in the other order. failed: prompts without a verdict,
-    by the reason. winning_score: (wins - losses) / (wins + ties + losses + disagreed) + 1; None without verdicts.
-    """
-
-    arm: str
-    against: str
-    wins: int
-    ties: int
-    losses: int
-    disagreed: int
-    failed: dict[str, int]
-    winning_score: float | None
-
-    @classmethod
-    def from_dict(cls, values: Any) -> Self:
-        """The fields in plain JSON values. Raises ValueError where the values can't be that."""
         found: Self = _typed(cls, values)
         return found
 

@@ -3,9 +3,11 @@
     OUT/validation.json               what is validated, and when it is done the results
     OUT/holdout.jsonl                 the held-out records, as samples
     OUT/arms/NAME-SEED/train.jsonl    what is trained on, in the form that TRL reads
-    OUT/arms/NAME-SEED/nll.parquet    the NLL of each held-out record; an arm that has it is done
+    OUT/arms/NAME-SEED/nll.parquet    the NLL of each held-out record; an arm that has it is not trained again
+    OUT/arms/NAME-SEED/answers.parquet    its model's answers to prompts, for the judge
     OUT/arms/NAME-SEED/arm.json       which training this is; checkpoints/ and model/ while they are needed
-    OUT/arms/untrained/               the same of the target as it was
+    OUT/arms/untrained/               the NLL by the target as it was
+    OUT/verdicts/                     see scorer.validation.verdicts
 
 Knows files; neither models nor statistics.
 """
@@ -88,41 +90,39 @@ class ValidationFolder:
         with replacing(self.path / VALIDATION) as temporary:
             temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
-    def arm(self, name: str) -> ArmFolder:
+    def arm(self, name: str, fingerprint: str) -> ArmFolder:
         """The folder of an arm with a seed."""
-        return ArmFolder(self.path / "arms" / name)
+        return ArmFolder(self.path / "arms" / name, fingerprint)
 
 
 class ArmFolder:
-    """The folder of one training."""
+    """The folder of one training, `fingerprint`. What another training left there is discarded."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, fingerprint: str):
+        self.path, self.fingerprint = path, fingerprint
         self.model, self.checkpoints = path / "model", path / "checkpoints"
-        self._nll, self._mark = path / "nll.parquet", path / "arm.json"
-
-    def begin(self, fingerprint: str) -> bool:
-        """Keep what there is of the training `fingerprint`, and discard another. Whether there was another."""
-        content = json.dumps({"fingerprint": fingerprint})
-        other = exists(self._mark) and self._mark.read_text(encoding="utf-8") != content
-        if other:
-            shutil.rmtree(self.path)
-        with replacing(self._mark) as temporary:
+        mark, content = path / "arm.json", json.dumps({"fingerprint": fingerprint})
+        self.replaced = exists(mark) and mark.read_text(encoding="utf-8") != content
+        if self.replaced:
+            shutil.rmtree(path)
+        with replacing(mark) as temporary:
             temporary.write_text(content, encoding="utf-8")
-        return other
 
-    def read(self, fingerprint: str) -> pl.DataFrame | None:
-        """The NLLs that were written; None where there are none, or not as they were."""
+    def read(self, name: str) -> pl.DataFrame | None:
+        """A table of this training; None where there is none, or not as it was written."""
+        path = self.path / name
         try:
-            if read_info(self._nll).run_id == fingerprint:
-                return pl.read_parquet(self._nll, glob=False, hive_partitioning=False)
+            if read_info(path).run_id == self.fingerprint:
+                return pl.read_parquet(path, glob=False, hive_partitioning=False)
         except (OSError, ValueError, pl.exceptions.PolarsError):
             pass
         return None
 
-    def finish(self, table: pl.DataFrame, info: ShardInfo) -> None:
-        """Write the NLLs."""
-        write_shard_file(self._nll, table, info)
+    def write(self, name: str, table: pl.DataFrame, seconds: float) -> None:
+        """Write a table. seconds: that it took to make it."""
+        rows = table.height
+        info = ShardInfo(run_id=self.fingerprint, index=0, records=rows, rows=rows, seconds=round(seconds, 3))
+        write_shard_file(self.path / name, table, info)
 
     def remove_model(self) -> None:
         """Remove what is large."""

@@ -23,7 +23,7 @@ class TextTable:
     rows: list[list[str]]
 
 
-def tables(found: Comparison, verdicts: Sequence[Verdicts] = (), *, full: bool) -> list[TextTable]:
+def tables(found: Comparison, *, full: bool) -> list[TextTable]:
     """The arms, those against the baseline, the judge's verdicts, and parts of the records, as far as there are any.
 
     full: with all figures and intervals, and by cluster and group.
@@ -32,8 +32,8 @@ def tables(found: Comparison, verdicts: Sequence[Verdicts] = (), *, full: bool) 
     result = [_arms(found, full), *(table for kind, table in parts.items() if kind == "length")]
     if found.pairs:
         result.append(_against(found, full))
-    if verdicts:
-        result.append(_judged(verdicts))
+    if found.verdicts:
+        result.append(_judged(found.verdicts))
     return [*result, *(table for kind, table in parts.items() if kind != "length")]
 
 

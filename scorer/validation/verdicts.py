@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from scorer.runs.progress import Progress
 from scorer.runs.shard_file import ShardInfo, read_info, write_shard_file
 from scorer.storage.atomic import remove_temporaries
 from scorer.types import ScorerError
+from scorer.validation.comparison import Verdicts
 from scorer.validation.judge import Judge, JudgeClient, Pair, PairStatus, Reply
 
 PART_PAIRS = 20
@@ -45,25 +45,6 @@ VERDICT = {
     "swapped_text": pl.String,
 }
 SCHEMA = pl.Schema(PAIR | VERDICT)
-
-
-@dataclass(frozen=True, slots=True)
-class JudgeSummary:
-    """The verdicts on an arm against another, over all prompts and seeds.
-
-    failed: pairs without a verdict, by status. win_share: wins / pairs judged. winning_score: the papers', 1 + (wins -
-    losses) / pairs judged, where `papers_verdict` counts. Both are None where nothing was judged.
-    """
-
-    arm: str
-    against: str
-    wins: int
-    ties: int
-    losses: int
-    disagreed: int
-    failed: Mapping[str, int]
-    win_share: float | None
-    winning_score: float | None
 
 
 def judge_pairs(judge: Judge, pairs: Sequence[Pair], folder: Path, progress: Progress) -> pl.DataFrame:
@@ -167,25 +148,13 @@ def _number(path: Path) -> int:
     return int(digits) if digits.isdecimal() else -1
 
 
-def summarise_verdicts(table: pl.DataFrame) -> list[JudgeSummary]:
-    """A summary of each arm and what it was compared with, in the order of a table of `judge_pairs`."""
+def count_verdicts(table: pl.DataFrame) -> tuple[Verdicts, ...]:
+    """The verdicts on each arm and what it was compared with, in the order of a table of `judge_pairs`."""
     found = []
     for (arm, against), group in table.group_by("arm", "against", maintain_order=True):
         counts, papers, failed = (Counter(group[name]) for name in ("verdict", "papers_verdict", "status"))
         judged = failed.pop(PairStatus.JUDGED, 0)
+        score = 1 + (papers["win"] - papers["loss"]) / judged if judged else None
         wins, ties, losses, disagreed = (counts[name] for name in (*OUTCOMES.values(), DISAGREED))
-        lead = papers["win"] - papers["loss"]
-        found.append(
-            JudgeSummary(
-                arm=str(arm),
-                against=str(against),
-                wins=wins,
-                ties=ties,
-                losses=losses,
-                disagreed=disagreed,
-                failed=dict(failed),
-                win_share=wins / judged if judged else None,
-                winning_score=1 + lead / judged if judged else None,
-            )
-        )
-    return found
+        found.append(Verdicts(str(arm), str(against), wins, ties, losses, disagreed, dict(failed), score))
+    return tuple(found)

@@ -124,9 +124,8 @@ def two_arms(names: tuple[str, str] = ("selected", "random")) -> Comparison:
 
 def test_what_it_says_of_a_validation(runs: tuple[Path, Path], command: Commands, tmp_path: Path) -> None:
     judged = {"arm": "selected", "against": "random", "wins": 4, "ties": 0, "losses": 2, "disagreed": 1}
-    found = two_arms().to_dict()
-    verdicts = [judged | {"failed": {}, "winning_score": 1.286}]
-    validated(tmp_path / "out", found, verdicts=verdicts, target=HOSTILE[0], recipe="lora", seeds=[1, 2])
+    found = two_arms().to_dict() | {"verdicts": [judged | {"failed": {}, "winning_score": 1.286}]}
+    validated(tmp_path / "out", found, target=HOSTILE[0], recipe="lora", seeds=[1, 2])
     command("report", "weak", "-o", "r.html", "--validation", "out", "--pictures", "p").done()
     text = (tmp_path / "r.html").read_text()
     assert "<h2>Does the selection help?</h2>" in text
@@ -168,8 +167,8 @@ def test_a_validation_that_is_none(command: Commands, tmp_path: Path) -> None:
     assert "KeyError: 'cluster'" in line(
         found | {"sizes": {"cluster": {"3": 2}}, "arms": [found["arms"][0] | {"by": {}}]}
     )
-    assert "'3' is not Verdicts" in line(found, verdicts=[3])
-    assert "has no results that can be read" in line(found, verdicts=3)
+    assert "'3' is not Verdicts" in line(found | {"verdicts": [3]})
+    assert "has no results that can be read" in line(found | {"verdicts": 3})
     assert "is no folder of a validation" in command("report", "weak", "-o", "r.html", "--validation", "weak").line()
     assert not (tmp_path / "r.html").exists()
 

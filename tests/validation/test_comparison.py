@@ -6,6 +6,7 @@ import json
 import math
 import re
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -193,8 +194,8 @@ def test_through_json_and_back() -> None:
     values = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert values == found.to_dict()
     assert Comparison.from_dict(values) == found
-    judged = {"arm": "a", "against": "b", "wins": 1, "ties": 0, "losses": 2, "disagreed": 0, "failed": {"timeout": 3}}
-    assert Verdicts.from_dict(judged | {"winning_score": 1}).winning_score == 1.0
+    judged = replace(found, verdicts=(Verdicts("a", "b", 1, 0, 2, 0, {"timed_out": 3}, 1.0),))
+    assert Comparison.from_dict(json.loads(json.dumps(judged.to_dict()))) == judged
     wrong: Any
     for wrong in (
         None,
@@ -212,7 +213,7 @@ def test_through_json_and_back() -> None:
 
 def test_tables() -> None:
     judged = Verdicts("selected", "random", 5, 1, 2, 3, {"timeout": 2}, 1.273)
-    shown = tables(compared(resamples=0), [judged], full=False)
+    shown = tables(replace(compared(resamples=0), verdicts=(judged,)), full=False)
     assert [table.rows for table in shown] == [
         [
             ["untrained", "none", "none", "4.0000", "4.0000", "4.0000"],
@@ -237,7 +238,7 @@ def test_tables() -> None:
 
 def test_what_the_console_shows(capsys: pytest.CaptureFixture[str]) -> None:
     nlls = {("a\n" * 30 if arm == "selected" else arm, seed): of for (arm, seed), of in NLLS.items()}
-    show_validation(compare_arms(long(nlls, TOKENS), ROWS, ARMS, Bootstrap(200)), [])
+    show_validation(compare_arms(long(nlls, TOKENS), ROWS, ARMS, Bootstrap(200)))
     lines = [re.split(r"  +", line.strip()) for line in capsys.readouterr().out.splitlines()]
     assert lines[0] == ["NLL a token of 4 held-out records, in nats: low is good"]
     assert lines[4] == ["random", "6", "60", "2.0667", "2.1250", "2.0000"]

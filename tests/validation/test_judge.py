@@ -17,8 +17,9 @@ import pytest
 from scorer.encoding.chat import Conversation
 from scorer.runs.progress import Silent
 from scorer.types import ScorerError
+from scorer.validation.comparison import Verdicts
 from scorer.validation.judge import Judge, Pair, check_judge, prompt_text, read_reply
-from scorer.validation.verdicts import JudgeSummary, judge_pairs, summarise_verdicts
+from scorer.validation.verdicts import count_verdicts, judge_pairs
 from tests.lib.command import wait
 from tests.lib.web import Sent, WebServer, http, silent
 
@@ -106,12 +107,12 @@ def test_verdicts_of_both_orders(server: WebServer, tmp_path: Path) -> None:
     assert scores.row(3) == (5.5, 8, 5.5, 8)
     assert table["text"][0] == "8 5.5\nlonger 1\nshort"
     assert table["swapped_text"][0] == "5.5 8\nshort\nlonger 1"
-    assert summarise_verdicts(table) == [
-        JudgeSummary("selected", "random", 3, 1, 1, 0, {"no_answer": 1}, win_share=0.6, winning_score=1.4),
-        JudgeSummary("length", "random", 0, 0, 1, 0, {}, win_share=0, winning_score=0),
-    ]
-    (nothing,) = summarise_verdicts(table[5:6])
-    assert (nothing.failed, nothing.win_share, nothing.winning_score) == ({"no_answer": 1}, None, None)
+    assert count_verdicts(table) == (
+        Verdicts("selected", "random", 3, 1, 1, 0, {"no_answer": 1}, winning_score=1.4),
+        Verdicts("length", "random", 0, 0, 1, 0, {}, winning_score=0),
+    )
+    (nothing,) = count_verdicts(table[5:6])
+    assert (nothing.failed, nothing.winning_score) == ({"no_answer": 1}, None)
 
 
 @pytest.mark.parametrize(
@@ -128,8 +129,8 @@ def test_orders_that_disagree(
     server.answer = judging(rate)
     table = judge_pairs(judge_of(server), [pair("longer", "short")], tmp_path, Silent())
     assert (table["verdict"][0], table["papers_verdict"][0]) == ("disagreed", papers)
-    (found,) = summarise_verdicts(table)
-    assert (found.wins, found.disagreed, found.win_share, found.winning_score) == (0, 1, 0, score)
+    (found,) = count_verdicts(table)
+    assert (found.wins, found.disagreed, found.winning_score) == (0, 1, score)
 
 
 FAULTS: dict[str, tuple[Callable[[], Sent], str]] = {

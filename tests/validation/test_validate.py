@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 import pytest
 from transformers import AutoTokenizer
 
@@ -50,6 +48,11 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> str:
 def asked(tiny: Tiny, recipe: str) -> dict[str, Any]:
     """Options under which all is well."""
     return {"target": str(tiny("llama").path), "recipe": recipe, "keep": 8, "holdout": 12, "seeds": 1, "resamples": 50}
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Commands:
+    return Commands(tmp_path)
 
 
 def trained(folder: Path) -> dict[str, int]:
@@ -183,7 +186,7 @@ def test_what_is_evaluated_is_what_trl_trains_on(
     import trl
 
     target = open_target(ValidateConfig(target="smollm2-135m"), Recipe(template=template), Silent())
-    values = [
+    values: list[dict[str, Any]] = [
         {"instruction": "Name a colour.", "input": "", "output": "Blue."},
         {"instruction": "Sort:", "input": "b, a", "output": "a, b"},
         {"instruction": "  Spaces \n", "input": "", "output": " kept \n\n"},
@@ -247,7 +250,7 @@ def test_the_model_that_is_written_is_the_trained_one(tiny: Tiny, lora: Lora | N
     assert find_model(str(tmp_path / "model")).path == tmp_path / "model"
 
 
-WRONG = {
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "too few rows": ({"keep": 3}, "arm selected: 3 records are too few"),
     "equal arms": ({"keep": "100%", "arms": ("selected", "all")}, "the same"),
     "held out too much": ({"holdout": 40}, "more than half"),
@@ -273,7 +276,7 @@ def test_a_template_whose_tokens_the_target_lacks(run: Run, asked: dict[str, Any
         (tmp_path / f"{name}.toml").write_text(RECIPE + text)
     with pytest.raises(ScorerError, match=r"has no token <\|im_start\|>, <\|im_end\|>, which the template \(chatml\)"):
         scorer.validate(run, tmp_path / "out", **asked | {"recipe": str(tmp_path / "a.toml")})
-    with pytest.raises(ScorerError, match="own.jinja can't be read"):
+    with pytest.raises(ScorerError, match=r"own.jinja can't be read"):
         scorer.validate(run, tmp_path / "out", **asked | {"recipe": str(tmp_path / "b.toml")})
 
 
@@ -314,7 +317,7 @@ def test_the_folder(run: Run, asked: dict[str, Any], tmp_path: Path) -> None:
     """Of another validation, not empty, a part of the run, broken: one error each, and nothing is lost."""
     scorer.validate(run, tmp_path / "a", **asked)
     before = trained(tmp_path / "a")
-    with pytest.raises(ScorerError, match="holds another validation .*keep was 8, is 9"):
+    with pytest.raises(ScorerError, match=r"holds another validation .*keep was 8, is 9"):
         scorer.validate(run, tmp_path / "a", **asked | {"keep": 9})
     with pytest.raises(ScorerError, match="held-out records changed"):
         scorer.validate(run, tmp_path / "a", **asked | {"holdout": 13})
