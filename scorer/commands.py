@@ -150,7 +150,7 @@ def _field_option(name: str, kind: Any, info: OptionInfo, default: Any) -> Decor
         except ValueError as error:
             raise click.BadParameter(str(error)) from error
 
-    unset = default is None or default is False or default == ()
+    unset = default is None or default is False or isinstance(default, tuple)
     plain = kind if kind in (bool, int, float) and not info.parse else str
     return command_option(
         info.group,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 from transformers import AutoTokenizer
 
@@ -24,6 +25,7 @@ from scorer.validation.target import open_target
 from scorer.validation.trainer import Training, fine_tune
 from tests.lib.command import Commands, alpaca, wait
 from tests.lib.runs import make_run, write_clusters
+from tests.lib.web import WebServer, http
 
 Tiny = Callable[[str], ModelFiles]
 ROOT = Path(__file__).parents[2]
@@ -303,7 +305,7 @@ def test_records_of_a_file_to_compare_on(run: Run, asked: dict[str, Any], tmp_pa
     options = asked | {"eval_file": path, "arms": ("selected", "length")}
     found = scorer.validate(run, tmp_path / "a", **options, progress=lines)
     assert found.records == 15
-    assert f"left out: 1 of 16 records of {path} can't be trained on (1 empty_response)" in lines.lines
+    assert f"left out: 1 of 16 records of {path} can't be trained on (1 not_convertible)" in lines.lines
     best = {**alpaca(60, words=12)[0], "n": None}
     with path.open("a") as file:
         file.write(json.dumps(best) + "\n")
@@ -344,5 +346,35 @@ def test_what_can_not_be_trained_on_is_said(asked: dict[str, Any], tmp_path: Pat
     run = make_run(tmp_path / "run", rows, ifd=[0.9 - i / 100 for i in range(42)])
     lines = Lines()
     scorer.validate(run, tmp_path / "a", **asked | {"arms": ("all",)}, progress=lines)
-    assert "left out: 2 of 42 records can't be trained on (1 empty_response, 1 prompt_too_long)" in lines.lines
+    assert "left out: 2 of 42 records can't be trained on (1 not_convertible, 1 prompt_too_long)" in lines.lines
     assert len(rows_of(tmp_path / "a/arms/all-42/train.jsonl")) == 28
+
+
+def test_a_judge_of_the_answers(run: Run, asked: dict[str, Any], tmp_path: Path) -> None:
+    """One that always prefers the first answer has no verdict; what is answered and judged is not asked for again."""
+
+    def reply(body: bytes) -> bytes:
+        text = "Yes." if "1 to 10" not in json.loads(body)["messages"][0]["content"] else "9 3\nThe first is better."
+        return http(json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]}).encode())
+
+    server = WebServer(reply)
+    try:
+        scorer.validate(run, tmp_path / "a", **asked | {"keep_models": True})
+        judged = {"judge": f"{server.url}/v1", "judge_model": "m", "judge_prompts": 4, "answer_tokens": 8}
+        (verdicts,) = scorer.validate(run, tmp_path / "a", **asked | judged).verdicts
+        same = (
+            pl.read_parquet(tmp_path / "a/arms/selected-42/answers.parquet")["answer"].to_list()
+            == pl.read_parquet(tmp_path / "a/arms/random-42/answers.parquet")["answer"].to_list()
+        )
+        assert not same
+        assert (verdicts.arm, verdicts.against, verdicts.failed) == ("selected", "random", {})
+        assert (verdicts.wins, verdicts.losses, verdicts.disagreed, verdicts.winning_score) == (0, 0, 4, 1.0)
+        asked_for = server.requests
+        assert asked_for >= 1 + 1 + 2 * 4
+        assert scorer.validate(run, tmp_path / "a", **asked | judged).verdicts == (verdicts,)
+        assert server.requests == asked_for + 1  # whether it is there
+    finally:
+        server.close()
+    with pytest.raises(ScorerError, match="judge"):
+        scorer.validate(run, tmp_path / "b", **asked | judged | {"judge": "http://127.0.0.1:9/v1"})
+    assert not (tmp_path / "b/arms").exists()
