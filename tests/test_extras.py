@@ -82,6 +82,7 @@ def test_the_base_alone_filters_and_says_what_the_rest_needs(
         "serve": ["serve", *unknown],
         "--engine vllm": ["score", "alpaca.json", "-o", "a", "--engine", "vllm", *unknown],
         "--ray": ["score", "alpaca.json", "-o", "a", "--ray", "local", *unknown],
+        "validate": ["validate", "out/best.jsonl.run", "-o", "a", "--target", "someone/unknown"],
         "s3://": ["score", "s3://bucket/a.jsonl", "-o", "a", *unknown],
     }
     assert set(without) == set(REQUIREMENTS)
@@ -141,6 +142,15 @@ def test_learn(environment: Callable[..., Environment], tiny: Tiny) -> None:
     command = ["scorer", "lp", "alpaca.json", "-o", "lp", "--epochs", 1, "--limit", 40, "--batch-size", 8]
     said = done(learn, *command, "--model", tiny("gpt2").path, "--device", "cpu")
     assert "lp1_approx" in said
+
+
+def test_validate(environment: Callable[..., Environment], tiny: Tiny) -> None:
+    validate = environment("validate")
+    examples_run(validate.cwd / "run")
+    sizes = ["--keep", 16, "--holdout", 20, "--seeds", 1, "--recipe", EXAMPLES / "recipe.toml"]
+    shown = validate("scorer", "validate", "run", "-o", "out", "--target", tiny("llama").path, "--device", "cpu", *sizes)
+    assert shown.returncode == 0, shown.stderr
+    assert "NLL a token of 20 held-out records" in shown.stdout
 
 
 def test_ray(environment: Callable[..., Environment], tiny: Tiny) -> None:

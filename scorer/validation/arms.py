@@ -17,6 +17,7 @@ import polars as pl
 from scorer.options import from_options
 from scorer.selection.config import CHOICES, SelectConfig
 from scorer.types import ScorerError
+from scorer.validation.comparison import UNTRAINED
 from scorer.validation.config import BASELINES, SELECTED
 from scorer.validation.recipes import SUFFIX, read_toml
 
@@ -72,6 +73,8 @@ def _read_arm(file: str, name: str, table: Any, options: Mapping[str, Any]) -> A
         raise ScorerError(f"{file}: {name} is no table; write [{name}], and options of the selection below it")
     if not name or len(name) > MAX_NAME or not set(name) <= NAME:
         raise ScorerError(f"{file}: an arm's name has letters, digits, '.', '_' and '-' only, not '{name}'")
+    if name == UNTRAINED:
+        raise ScorerError(f"{file}: {name} is the target before training; give the arm another name")
     if name in BASELINES:
         if table:
             raise ScorerError(f"{file}: {name} is a baseline, and takes no options; give the arm another name")
@@ -132,8 +135,8 @@ def training_sets(
             rows = rows_of(arm, seed)
             if len(rows) < plan.least:
                 raise ScorerError(
-                    f"arm {arm.name}: {len(rows):,} records are too few; a step of the recipe takes {plan.least:,} "
-                    "(batch_size): give a larger --keep, or a recipe with smaller batches"
+                    f"arm {arm.name}: {len(rows):,} records are too few to train on, the recipe needs {plan.least:,}: "
+                    "give a larger --keep, or a recipe with a smaller batch_size"
                 )
             found.append(TrainingSet(arm.name, seed, tuple(ids[rows].tolist()), int(tokens[rows].sum())))
     _check_distinct(found)

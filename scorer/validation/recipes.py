@@ -57,6 +57,11 @@ class Recipe:
         if not 0 < self.learning_rate < 1 or not 0 <= self.warmup_ratio < 1 or not 0 <= self.weight_decay < 1:
             raise ScorerError("learning_rate, warmup_ratio and weight_decay are numbers from 0 to 1")
 
+    @property
+    def least_records(self) -> int:
+        """How many records make a training: a whole batch, and not one step at the warm-up's learning rate of 0."""
+        return self.batch_size + (self.epochs == 1 and self.warmup_ratio > 0)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return asdict(self)

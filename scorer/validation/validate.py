@@ -74,7 +74,7 @@ def validate(
         with run.snapshot(finished=True) as scores:
             source = Source(run, records, scores)
             encoder = open_encoder(target, recipe.max_length)
-            prepared = prepare(source, encoder, Asked(config, chosen, arms, recipe.batch_size), receiver)
+            prepared = prepare(source, encoder, Asked(config, chosen, arms, recipe.least_records), receiver)
         identity = {
             "config": {
                 "target": target.files.name,

@@ -146,6 +146,7 @@ def test_arms_of_a_file(tmp_path: Path) -> None:
         ("[a]\nrun = 3", "run, of a, is not"),
         ("[a]\ndrop_flagged = 3", "a: drop_flagged: 3 is not a tuple of names"),
         ("[random]\nkeep = 3", "random is a baseline"),
+        ("[untrained]", "untrained is the target before training"),
         ('["../a"]', "an arm's name"),
         ("[a", "is no TOML file"),
         ("", "holds no arm"),

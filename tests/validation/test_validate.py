@@ -253,7 +253,7 @@ def test_the_model_that_is_written_is_the_trained_one(tiny: Tiny, lora: Lora | N
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "too few rows": ({"keep": 3}, "arm selected: 3 records are too few"),
+    "too few rows": ({"keep": 3}, "arm selected: 3 records are too few to train on, the recipe needs 5"),
     "equal arms": ({"keep": "100%", "arms": ("selected", "all")}, "the same"),
     "held out too much": ({"holdout": 40}, "more than half"),
     "held out too little": ({"holdout": 5}, "say nothing"),
