@@ -51,7 +51,7 @@ def main() -> None:
         help = "; raise the limit with ulimit -n" if error.errno == EMFILE else ""
         _end(f"{where}{error.strerror or error}){help}", 1)
     except (click.Abort, KeyboardInterrupt):
-        _end("interrupted; the same command resumes a run after its last whole shard", 130)
+        _end("interrupted; the same command goes on after what is done", 130)
     finally:
         _drop_unwritten()
 

@@ -129,7 +129,7 @@ class ValidateKeywords(TypedDict, total=False):
     full: bool
     seeds: int
     seed: int
-    holdout: int
+    holdout: int | None
     eval_file: str | Path | None
     resamples: int
     judge: str | None

@@ -148,7 +148,9 @@ def test_validate(environment: Callable[..., Environment], tiny: Tiny) -> None:
     validate = environment("validate")
     examples_run(validate.cwd / "run")
     sizes = ["--keep", 16, "--holdout", 20, "--seeds", 1, "--recipe", EXAMPLES / "recipe.toml"]
-    shown = validate("scorer", "validate", "run", "-o", "out", "--target", tiny("llama").path, "--device", "cpu", *sizes)
+    shown = validate(
+        "scorer", "validate", "run", "-o", "out", "--target", tiny("llama").path, "--device", "cpu", *sizes
+    )
     assert shown.returncode == 0, shown.stderr
     assert "NLL a token of 20 held-out records" in shown.stdout
 

@@ -15,6 +15,7 @@ from scorer.types import ScorerError
 SELECTED = "selected"
 BASELINES = ("random", "length", "all")
 EQUALS = ("rows", "tokens")
+HOLDOUT = 500  # records
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,12 @@ class ValidateConfig:
     full: bool = option(TRAINING, False, "Train all weights, not a LoRA adapter.")
     seeds: int = option(TRAINING, 3, "How often each arm is trained, with another seed each time.", maximum=1000)
     seed: int = option(TRAINING, 42, "The first seed; it draws the held-out records, too.", minimum=0)
-    holdout: int = option(EVALUATION, 500, "Records that no arm trains on, to compare on.")
+    holdout: int | None = option(
+        EVALUATION,
+        None,
+        "Records that no arm trains on, to compare on.",
+        unset=f"{HOLDOUT}, or a quarter where there are few",
+    )
     eval_file: str | Path | None = option(
         EVALUATION, None, "Compare on the records of this file instead.", unset="held-out records", flags="--eval"
     )

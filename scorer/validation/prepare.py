@@ -24,7 +24,7 @@ from scorer.selection.export import choose, ranked_as
 from scorer.selection.inputs import column_groups
 from scorer.types import ScorerError
 from scorer.validation.arms import Arm, Plan, TrainingSet, training_sets
-from scorer.validation.config import ValidateConfig
+from scorer.validation.config import HOLDOUT, ValidateConfig
 from scorer.validation.holdout import Texts, draw, overlaps
 from scorer.validation.samples import Sample, chosen, measure, trainable
 
@@ -71,7 +71,8 @@ def prepare(source: Source, encoder: Encoder, asked: Asked, progress: Progress) 
     _say_left_out("records", table, progress)
     facts = _facts(source, pool, selection)
     if config.eval_file is None:
-        ids = draw(facts.filter(pl.col("scored")), config.holdout, config.seed)
+        candidates = facts.filter(pl.col("scored"))
+        ids = draw(candidates, config.holdout or min(HOLDOUT, candidates.height // 4), config.seed)
         held_out = [sample for _, sample in chosen(source.data, ids)]
         rows = pl.DataFrame({"record_id": ids}).join(facts, on="record_id", how="left", maintain_order="left")
         pool = pool.filter(~pl.col("record_id").is_in(ids))

@@ -5,6 +5,7 @@ Knows TRL and its checkpoints; neither arms nor scores.
 
 from __future__ import annotations
 
+import gc
 import logging
 import shutil
 import warnings
@@ -67,6 +68,10 @@ def fine_tune(target: Target, training: Training, checkpoints: Path, model: Path
         ) from error
     except OSError as error:
         raise storage_error(checkpoints, error) from error
+    finally:  # a trainer and its model refer to each other, and the next model needs the memory
+        trainer = trained = None
+        gc.collect()
+        torch.cuda.empty_cache()
     shutil.rmtree(checkpoints, ignore_errors=True)
 
 

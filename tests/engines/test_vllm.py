@@ -277,7 +277,7 @@ def test_deaths_are_one_line_each_and_the_same_command_finishes(place: Path, arg
         last = ended.err.splitlines()[-1]
         if name == "Control-C":
             assert ended.code == 130, ended
-            assert last == "scorer: interrupted; the same command resumes a run after its last whole shard"
+            assert last == "scorer: interrupted; the same command goes on after what is done"
         else:
             assert ended.code == 1, ended
             assert last.startswith("scorer: vLLM failed: ")

@@ -109,9 +109,7 @@ def test_control_c_says_that_the_same_command_resumes(
     ended = end(process)
     assert ended.code == 130
     assert "Traceback" not in ended.err
-    assert ended.err.strip().splitlines()[-1] == (
-        "scorer: interrupted; the same command resumes a run after its last whole shard"
-    )
+    assert ended.err.strip().splitlines()[-1] == ("scorer: interrupted; the same command goes on after what is done")
     left = shards(tmp_path / "run")
     assert 1 < left < 15
     assert not list((tmp_path / "run").rglob("*.tmp"))
