@@ -122,8 +122,8 @@ def report(
         check_outside_runs(folder)
         if not is_remote(folder):
             check_folder(folder)
-    validated = None if validation is None else read_validation(to_path(validation))
     paths = [run.path if isinstance(run, Run) else to_path(run) for run in runs]
+    validated = None if validation is None else read_validation(to_path(validation), Run(paths[0]))
     draw = Draw(folder)
     with plots.style():
         page = _page(paths, draw, by, keep) | _validation(validated, draw)

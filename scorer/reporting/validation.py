@@ -8,6 +8,7 @@ from typing import Any
 
 from scorer.agreement.statistics import Estimate
 from scorer.faults import faults_of
+from scorer.runs.directory import Run
 from scorer.types import ScorerError
 from scorer.validation.comparison import Comparison
 from scorer.validation.directory import VALIDATION, read_validation
@@ -27,9 +28,14 @@ class Validation:
     differences: dict[str, Estimate]
 
 
-def read(folder: Path) -> Validation:
-    """What a finished validation found. Raises ScorerError where there is none, or its results can't be read."""
+def read(folder: Path, run: Run) -> Validation:
+    """What a finished validation of a run found.
+
+    Raises ScorerError where there is none, where it is of other data, and where its results can't be read.
+    """
     content = read_validation(folder)
+    if content["identity"].get("data") != run.manifest.identity.get("inputs"):
+        raise ScorerError(f"{folder} is a validation of other data than {run.path}: name the run that was validated")
     if content.get("results") is None:
         raise ScorerError(f"{folder} is unfinished: run the same command that validates again to finish it")
     with faults_of(f"{folder / VALIDATION} has no results that can be read; restore it"):

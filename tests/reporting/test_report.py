@@ -103,9 +103,10 @@ def test_the_page_in_a_browser(runs: tuple[Path, Path], tmp_path: Path) -> None:
 
 
 def validated(folder: Path, results: Any, **facts: Any) -> Path:
-    """The folder of a validation with these results."""
+    """The folder of a validation of the run `weak` beside it, with these results."""
     folder.mkdir()
-    content = {"version": 1, "identity": {}, "results": results, **facts}
+    identity = {"data": Run(folder.parent / "weak").manifest.identity["inputs"]}
+    content = {"version": 1, "identity": identity, "results": results, **facts}
     (folder / "validation.json").write_text(json.dumps(content))
     return folder
 
@@ -169,6 +170,7 @@ def test_a_validation_that_is_none(command: Commands, tmp_path: Path) -> None:
     )
     assert "'3' is not Verdicts" in line(found | {"verdicts": [3]})
     assert "has no results that can be read" in line(found | {"verdicts": 3})
+    assert "other data than weak" in line(found, identity={"data": []})
     assert "is no folder of a validation" in command("report", "weak", "-o", "r.html", "--validation", "weak").line()
     assert not (tmp_path / "r.html").exists()
 
