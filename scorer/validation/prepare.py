@@ -90,7 +90,8 @@ def prepare(source: Source, encoder: Encoder, asked: Asked, progress: Progress) 
     plan = Plan(seeds, config.equal, to_count(selection.size, pool.height), asked.least)
     sets = training_sets(asked.arms, pool, lambda arm: _choose(arm, source, pool["record_id"]), plan)
     _check_apart(sets, alike, held_out)
-    return Prepared(held_out, rows.drop("record_id", "scored", strict=False).with_columns(row=pl.int_range(pl.len(), dtype=pl.Int64)), sets)
+    rows = rows.drop("record_id", "scored", strict=False).with_columns(row=pl.int_range(pl.len(), dtype=pl.Int64))
+    return Prepared(held_out, rows, sets)
 
 
 def _say_left_out(what: str, table: pl.DataFrame, progress: Progress) -> None:
