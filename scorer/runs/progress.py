@@ -92,7 +92,10 @@ class ConsoleProgress(AbstractContextManager["ConsoleProgress"]):
         if done:
             self.say(f"resuming after {done:,} of {records:,} records")
         self.records, self.done = records, done
+        self.tokens = self.scored = 0
         self.began = self.printed = time.monotonic()
+        if self.task is not None:  # of the work before
+            self.bar.remove_task(self.task)
         self.task = self.bar.add_task("", total=records, completed=done, rates="")
         self.bar.start()
 
@@ -103,7 +106,8 @@ class ConsoleProgress(AbstractContextManager["ConsoleProgress"]):
         self.tokens += tokens
         now = time.monotonic()
         seconds = max(now - self.began, 1e-6)
-        rates = f"{self.scored / seconds:,.1f} records/s  {self.tokens / seconds:,.0f} tokens/s"
+        tokens = f"  {self.tokens / seconds:,.0f} tokens/s" if self.tokens else ""
+        rates = f"{self.scored / seconds:,.1f} records/s{tokens}"
         if self.task is not None:
             self.bar.update(self.task, completed=self.done, rates=rates)
         if not console.is_terminal and now - self.printed >= PLAIN_SECONDS:
