@@ -366,7 +366,7 @@ def report(runs: tuple[str, ...], output: str, pictures: str | None, **options: 
 @options_of(SelectConfig, *CHOICES)
 @no_limit_option
 @output_option("FOLDER", "The folder of the validation.")
-@fresh_option
+@flag(OUTPUT, "--fresh", "Discard what an earlier validation left in FOLDER.")
 def validate(run: str, output: str, data: tuple[str, ...], fresh: bool, **options: Any) -> None:
     """Fine-tune a model on what is selected of the run RUN and on baselines, and compare them on held-out records.
 

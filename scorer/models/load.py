@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from scorer.config import DEVICES, DTYPES
-from scorer.models.find import ModelFiles
+from scorer.models.find import ModelFiles, model_settings
 from scorer.models.folders import check_folder, check_tokenizer, weight_files
 from scorer.models.quiet import loading
 from scorer.types import ScorerError, one_of
@@ -75,6 +75,7 @@ def load_causal_lm(
     Raises ScorerError if it does not load, or if its tensors are not those of its configuration.
     """
     check_folder(files.path, allow_pickle, weights=False)
+    check_causal(files)
     weights = weight_files(files.path, allow_pickle)
     with loading(files.path):
         import torch
@@ -93,6 +94,15 @@ def load_causal_lm(
         )
         _check_tensors(files, type(model).__name__, info)
         return model.to(device).eval().requires_grad_(False)
+
+
+def check_causal(files: ModelFiles) -> None:
+    """Raise ScorerError for an encoder, which transformers loads as if it did not see the tokens that follow."""
+    kinds = model_settings(files).get("architectures") or []
+    if masked := [kind for kind in kinds if isinstance(kind, str) and kind.endswith("ForMaskedLM")]:
+        raise ScorerError(
+            f"{files.name} is no causal language model ({masked[0]}): choose one that predicts what follows"
+        )
 
 
 def _check_size(files: ModelFiles, weights: Sequence[Path], *, trust_remote_code: bool) -> None:

@@ -106,8 +106,9 @@ class ConsoleProgress(AbstractContextManager["ConsoleProgress"]):
         self.tokens += tokens
         now = time.monotonic()
         seconds = max(now - self.began, 1e-6)
-        tokens = f"  {self.tokens / seconds:,.0f} tokens/s" if self.tokens else ""
-        rates = f"{self.scored / seconds:,.1f} records/s{tokens}"
+        rates = f"{self.scored / seconds:,.1f} records/s"
+        if self.tokens:
+            rates += f"  {self.tokens / seconds:,.0f} tokens/s"
         if self.task is not None:
             self.bar.update(self.task, completed=self.done, rates=rates)
         if not console.is_terminal and now - self.printed >= PLAIN_SECONDS:

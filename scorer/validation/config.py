@@ -61,7 +61,9 @@ class ValidateConfig:
     eval_file: str | Path | None = option(
         EVALUATION, None, "Compare on the records of this file instead.", unset="held-out records", flags="--eval"
     )
-    resamples: int = option(EVALUATION, 1000, "Bootstrap resamples for the intervals; 0 is none.", minimum=0)
+    resamples: int = option(
+        EVALUATION, 1000, "Bootstrap resamples for the intervals; 0 is none.", minimum=0, maximum=100_000
+    )
     judge: str | None = option(
         EVALUATION,
         None,
@@ -70,7 +72,7 @@ class ValidateConfig:
         metavar="URL",
     )
     judge_model: str | None = option(EVALUATION, None, "The judge's name on that server.", unset="must be given")
-    judge_prompts: int = option(EVALUATION, 100, "Prompts to answer and judge: the first of the held-out records.")
+    judge_prompts: int = option(EVALUATION, 100, "Prompts to answer and judge, drawn from the held-out records.")
     answer_tokens: int = option(EVALUATION, 512, "Maximum tokens of an answer.")
     keep_models: bool = option(OUTPUT, False, "Keep the trained models.")
 
@@ -80,5 +82,7 @@ class ValidateConfig:
             raise ScorerError("target: name the model to fine-tune, with --target MODEL")
         if (self.judge is None) != (self.judge_model is None):
             raise ScorerError("judge: --judge URL and --judge-model NAME go together")
+        if not isinstance(self.arms, tuple | list):
+            raise ScorerError(f"arms: {self.arms!r} is not a tuple of names")
         if len(set(self.arms)) != len(self.arms) or not self.arms:
             raise ScorerError("arms: name each arm once, and at least one")

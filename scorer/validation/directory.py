@@ -26,7 +26,7 @@ import polars as pl
 
 from scorer.runs.manifest import differences
 from scorer.runs.shard_file import ShardInfo, read_info, write_shard_file
-from scorer.storage.atomic import check_folder, replacing
+from scorer.storage.atomic import SUFFIX, check_folder, remove_temporaries, replacing
 from scorer.storage.lock import locked
 from scorer.storage.outputs import check_outside_runs
 from scorer.storage.paths import exists, is_remote, list_folder, to_path
@@ -52,25 +52,31 @@ class ValidationFolder:
             raise ScorerError(f"{self.path}: models are trained in it; name a folder on a disk")
         check_outside_runs(self.path)
         check_folder(self.path)
-        if list_folder(self.path) and not exists(self.path / VALIDATION) and not self._only_begun():
+        if not self._is_ours():
             raise ScorerError(f"{self.path} is no folder of a validation, and not empty: choose another with -o")
 
-    def _only_begun(self) -> bool:
-        return {path.name for path in list_folder(self.path)} <= {LOCK}
+    def _is_ours(self) -> bool:
+        """Whether nothing is lost that is not ours, where the folder is cleared."""
+        if any(self.path.glob("arms/*/arm.json")) or all(path.name.startswith(".") for path in list_folder(self.path)):
+            return True
+        try:
+            return "identity" in read_validation(self.path)
+        except ScorerError:
+            return False
 
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Make the folder, and be its only writer while the block runs."""
         self.path.mkdir(parents=True, exist_ok=True)
         with locked(self.path / LOCK):
+            for name in (VALIDATION, "holdout.jsonl"):
+                remove_temporaries(self.path / name)
             yield
 
     def clear(self) -> None:
         """Discard what is there."""
-        for name in ("arms", "verdicts"):
-            shutil.rmtree(self.path / name, ignore_errors=True)
-        for name in (VALIDATION, "holdout.jsonl"):
-            (self.path / name).unlink(missing_ok=True)
+        for name in ("arms", "verdicts", VALIDATION, "holdout.jsonl"):
+            _remove(self.path / name)
 
     def begin(self, identity: Json) -> None:
         """Say what is validated. Raises ScorerError where the folder holds another validation."""
@@ -102,11 +108,17 @@ class ArmFolder:
         self.path, self.fingerprint = path, fingerprint
         self.model, self.checkpoints = path / "model", path / "checkpoints"
         mark, content = path / "arm.json", json.dumps({"fingerprint": fingerprint})
-        self.replaced = exists(mark) and mark.read_text(encoding="utf-8") != content
-        if self.replaced:
-            shutil.rmtree(path)
+        known = mark.read_bytes() if mark.is_file() else None
+        self.replaced = known is not None and known != content.encode()
+        if known != content.encode() and exists(path):
+            old = path.with_name(f".{path.name}.old")  # of which nothing is used, if this is killed
+            _remove(old)
+            path.rename(old)
+            _remove(old)
         with replacing(mark) as temporary:
             temporary.write_text(content, encoding="utf-8")
+        for left in path.glob(f".*{SUFFIX}"):  # by a killed process
+            _remove(left)
 
     def read(self, name: str) -> pl.DataFrame | None:
         """A table of this training; None where there is none, or not as it was written."""
@@ -128,6 +140,13 @@ class ArmFolder:
         """Remove what is large."""
         for path in (self.model, self.checkpoints):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_rows(path: Path, rows: Iterable[Json]) -> None:

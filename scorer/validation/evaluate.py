@@ -12,12 +12,12 @@ import numpy as np
 import polars as pl
 
 from scorer.config import ScoreConfig
+from scorer.encoding.encoder import Encoder
 from scorer.engines.choose import open_engine, resolve_config
 from scorer.engines.packed import why_not_packed
 from scorer.models.find import ModelFiles
 from scorer.scores.measures import score_table
 from scorer.types import EngineError, Record, RowStatus
-from scorer.validation.samples import open_encoder
 from scorer.validation.target import Target
 
 
@@ -36,14 +36,14 @@ def evaluation_config(files: ModelFiles, target: Target, max_length: int) -> Sco
     return resolve_config(config, files)
 
 
-def held_out_nll(files: ModelFiles, target: Target, records: Sequence[Record], max_length: int) -> pl.DataFrame:
+def held_out_nll(files: ModelFiles, target: Target, encoder: Encoder, records: Sequence[Record]) -> pl.DataFrame:
     """row Int64 (the index in `records`), nll Float64 (sum over the response, in nats), tokens Int64.
 
-    files: a model made of `target`, whose template writes the records. Raises EngineError where a response has no
+    files: a model made of `target`; encoder: that of its template. Raises EngineError where a response has no
     finite NLL.
     """
-    config = evaluation_config(files, target, max_length)
-    turns, batch = open_encoder(target, max_length).encode(records)
+    config = evaluation_config(files, target, encoder.max_length)
+    turns, batch = encoder.encode(records)
     nll, statuses = np.full(len(batch.rows), np.nan), np.zeros(len(batch.rows), np.uint8)
     with closing(open_engine(config, files)) as engine:
         for scores in engine.score([batch]):

@@ -16,6 +16,7 @@ from scorer.types import ScorerError
 
 SHINGLE = 3  # words
 ALIKE = 0.8  # Jaccard similarity of the shingles of two texts that are nearly the same
+FEW, COMMON = 2, 0.05  # a shingle of more texts than both, in number and in share, is common
 WORD = re.compile(r"[^\W\u2e80-\uffff]+|[^\W\x00-\u2e7f]")  # scripts without spaces have a word a character
 
 
@@ -28,8 +29,8 @@ def draw(candidates: pl.DataFrame, count: int, seed: int) -> list[int]:
     total = candidates.height
     if 2 * count > total:
         raise ScorerError(
-            f"holdout: {count:,} of {total:,} records that can be trained on are more than half; give a smaller "
-            "--holdout, or --eval FILE"
+            f"holdout: {count:,} of {total:,} records that have scores and can be trained on are more than half; give "
+            "a smaller --holdout, or --eval FILE"
         )
     random = Random(seed)
     shuffled = candidates.sort("record_id")[random.sample(range(total), total)]  # for equal lengths
@@ -40,20 +41,30 @@ def draw(candidates: pl.DataFrame, count: int, seed: int) -> list[int]:
 
 
 class Texts:
-    """Some texts, to find others that are nearly the same."""
+    """Some texts, to find others that are nearly the same.
+
+    What many of them have in common, such as a system prompt or the words of a task, does not count.
+    """
 
     def __init__(self, texts: Mapping[int, str]):
+        shingles = {key: _shingles(text) for key, text in texts.items()}
+        counts = Counter(shingle for found in shingles.values() for shingle in found)
+        most = max(FEW, COMMON * len(texts))
+        self._common = frozenset(shingle for shingle, count in counts.items() if count > most)
         self._sizes: dict[int, int] = {}
         self._holders: dict[int, list[int]] = defaultdict(list)
-        for key, text in texts.items():
-            found = _shingles(text)
-            self._sizes[key] = len(found)
-            for shingle in found:
+        for key, found in shingles.items():
+            own = self._own(found)
+            self._sizes[key] = len(own)
+            for shingle in own:
                 self._holders[shingle].append(key)
+
+    def _own(self, found: frozenset[int]) -> frozenset[int]:
+        return found - self._common or found
 
     def like(self, text: str) -> int | None:
         """The key of the text most like another, if their similarity is at least ALIKE."""
-        found = _shingles(text)
+        found = self._own(_shingles(text))
         shared = Counter(key for shingle in found for key in self._holders.get(shingle, ()))
         best = max(shared, key=lambda key: self._similarity(shared[key], key, len(found)), default=None)
         if best is None or self._similarity(shared[best], best, len(found)) < ALIKE:
@@ -72,5 +83,5 @@ def overlaps(texts: Texts, others: Iterable[tuple[int, str]]) -> Iterator[tuple[
 
 
 def _shingles(text: str) -> frozenset[int]:
-    words = WORD.findall(text.casefold())
+    words = WORD.findall(text.casefold()) or [text.strip()]
     return frozenset(hash(tuple(words[i : i + SHINGLE])) for i in range(max(1, len(words) - SHINGLE + 1)))

@@ -68,7 +68,11 @@ def prepare(source: Source, encoder: Encoder, asked: Asked, progress: Progress) 
     config, selection = asked.config, asked.selection
     table = measure(source.data, encoder)
     pool = trainable(table)
-    _say_left_out("records", table, progress)
+    left_out = _left_out("records", table)
+    if pool.height < 2 * LEAST_HELD_OUT:
+        raise ScorerError(f"{pool.height:,} records are too few to train and compare on{left_out and f'; {left_out}'}")
+    if left_out:
+        progress.say(left_out)
     facts = _facts(source, pool, selection)
     if config.eval_file is None:
         candidates = facts.filter(pl.col("scored"))
@@ -94,11 +98,13 @@ def prepare(source: Source, encoder: Encoder, asked: Asked, progress: Progress) 
     return Prepared(held_out, rows, sets)
 
 
-def _say_left_out(what: str, table: pl.DataFrame, progress: Progress) -> None:
+def _left_out(what: str, table: pl.DataFrame) -> str:
+    """How many records can't be trained on, and why; empty where there are none."""
     reasons = Counter(table.join(trainable(table), on="record_id", how="anti")["status"].to_list())
-    if reasons:
-        counts = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
-        progress.say(f"left out: {reasons.total():,} of {table.height:,} {what} can't be trained on ({counts})")
+    if not reasons:
+        return ""
+    counts = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
+    return f"left out: {reasons.total():,} of {table.height:,} {what} can't be trained on ({counts})"
 
 
 def _facts(source: Source, pool: pl.DataFrame, selection: SelectConfig) -> pl.DataFrame:
@@ -122,7 +128,8 @@ def _read_eval(path: object, data: Dataset, encoder: Encoder, progress: Progress
         file.inspect()
         table = measure(file, encoder)
         usable = trainable(table)
-        _say_left_out(f"records of {path}", table, progress)
+        if left_out := _left_out(f"records of {path}", table):
+            progress.say(left_out)
         held_out = [sample for _, sample in chosen(file, usable["record_id"].to_list())]
     return held_out, usable.select("record_id", "tokens")
 

@@ -19,6 +19,7 @@ from scorer.config import Reading
 from scorer.data.dataset import Dataset
 from scorer.data.records import to_record
 from scorer.encoding.encoder import Encoder
+from scorer.encoding.texts import ChatWriter
 from scorer.encoding.tokenizer import BulkTokenizer
 from scorer.files.raw import RawRecord
 from scorer.protocols import PROTOCOLS
@@ -100,6 +101,19 @@ def _measured(turns: TurnTable, batch: TokenBatch) -> pl.DataFrame:
 def trainable(table: pl.DataFrame) -> pl.DataFrame:
     """The rows of `measure` that can be trained on."""
     return table.filter(pl.col("status").is_in(SCORED) & (pl.col("tokens") > 0))
+
+
+def training_row(sample: Sample, encoder: Encoder) -> dict[str, Any]:
+    """The sample for TRL: its messages in the form in which the template writes all that the encoder reads of them."""
+    assert isinstance(encoder.writer, ChatWriter)
+    message = encoder.writer.chat.message
+    (turn,) = sample.record.turns
+    said: list[dict[str, Any]] = []
+    for one in (*turn.history, turn):
+        said += [dict(message(m.role, m.content, m.fields)) for m in one.prompt]
+        said.append(dict(message("assistant", one.response, one.fields)))
+    tools = {"tools": list(sample.record.tools)} if sample.record.tools else {}
+    return {"prompt": said[:-1], "completion": said[-1:], **tools}
 
 
 def chosen(data: Dataset, ids: Sequence[int]) -> Iterator[tuple[int, Sample]]:

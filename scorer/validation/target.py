@@ -14,7 +14,7 @@ from typing import Any
 from scorer.config import ScoreConfig
 from scorer.engines.choose import resolve_config
 from scorer.models.find import ModelFiles, find_model
-from scorer.models.load import choose_device, load_tokenizer
+from scorer.models.load import check_causal, choose_device, load_tokenizer
 from scorer.runs.progress import Progress
 from scorer.types import ScorerError
 from scorer.validation.config import ValidateConfig
@@ -42,6 +42,7 @@ def open_target(config: ValidateConfig, recipe: Recipe, progress: Progress) -> T
     assert config.target is not None
     device = choose_device(config.device)
     files = find_model(config.target, revision=config.revision, allow_pickle=config.allow_pickle, report=progress.say)
+    check_causal(files)
     tokenizer = load_tokenizer(files, trust_remote_code=config.trust_remote_code)
     template = recipe.template
     if template == "auto":

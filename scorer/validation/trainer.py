@@ -22,6 +22,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
+from scorer.faults import faults_of, one_line
 from scorer.learning.trainer import last_checkpoint
 from scorer.models.load import load_causal_lm
 from scorer.models.quiet import quiet
@@ -50,9 +51,10 @@ def fine_tune(target: Target, training: Training, checkpoints: Path, model: Path
     weights are bfloat16 under an adapter, and float32 with bfloat16 autocast where all are trained; on a CPU float32.
     Raises EngineError where memory or the disk is full, ScorerError where TRL can't use a row.
     """
+    with _quietly(), faults_of(f"{target.files.name} can't be trained by this recipe"):
+        trainer = _trainer(target, training, checkpoints, progress)
     try:
         with _quietly():
-            trainer = _trainer(target, training, checkpoints, progress)
             steps = -(-len(training.rows) // training.recipe.batch_size) * training.recipe.epochs
             resumed, step = last_checkpoint(checkpoints, max_step=steps)
             if resumed is not None:
@@ -68,6 +70,10 @@ def fine_tune(target: Target, training: Training, checkpoints: Path, model: Path
         ) from error
     except OSError as error:
         raise storage_error(checkpoints, error) from error
+    except ScorerError:
+        raise
+    except Exception as error:
+        raise EngineError(f"{model.parent}: training failed ({one_line(error)})") from error
     finally:  # a trainer and its model refer to each other, and the next model needs the memory
         trainer = trained = None
         gc.collect()
@@ -115,7 +121,7 @@ def _trainer(target: Target, training: Training, folder: Path, progress: Progres
     trainer = SFTTrainer(
         model=model.train().requires_grad_(True),
         args=arguments,
-        train_dataset=datasets.Dataset.from_list(list(training.rows)),
+        train_dataset=as_dataset(training.rows),
         processing_class=target.tokenizer,
         peft_config=None if recipe.lora is None else _adapter(recipe.lora),
         callbacks=[_Report(progress, len(training.rows), recipe)],
@@ -127,6 +133,20 @@ def _trainer(target: Target, training: Training, folder: Path, progress: Progres
             f"max_length ({recipe.max_length}); give a recipe with a larger one"
         )
     return trainer
+
+
+def as_dataset(rows: Sequence[dict[str, Any]]) -> datasets.Dataset:
+    """The rows as they are: a message has its own keys, and not those of others. Raises ScorerError where one can't."""
+    json_list = datasets.List(datasets.Json())
+    features = {"prompt": json_list, "completion": json_list}
+    if any("tools" in row for row in rows):
+        rows = [{"tools": None, **row} for row in rows]
+        features["tools"] = datasets.Json()
+    dataset = datasets.Dataset.from_list(list(rows), features=datasets.Features(features))
+    for row, held in zip(rows, dataset, strict=True):
+        if held != row:
+            raise ScorerError(f"a record can't be given to TRL as it is: {str(row)[:200]}")
+    return dataset
 
 
 def _adapter(lora: Lora) -> Any:

@@ -15,6 +15,7 @@ import polars as pl
 
 from scorer.data.dataset import Dataset
 from scorer.encoding.chat import Conversation
+from scorer.encoding.encoder import Encoder
 from scorer.models.find import ModelFiles, find_model
 from scorer.runs.progress import Progress
 from scorer.validation.answers import AnswerOptions, answer
@@ -26,7 +27,7 @@ from scorer.validation.evaluate import held_out_nll
 from scorer.validation.judge import Judge, Pair, prompt_text
 from scorer.validation.prepare import Prepared
 from scorer.validation.recipes import Recipe
-from scorer.validation.samples import chosen
+from scorer.validation.samples import chosen, training_row
 from scorer.validation.target import Target
 from scorer.validation.trainer import Training, fine_tune
 from scorer.validation.verdicts import count_verdicts, judge_pairs
@@ -42,6 +43,7 @@ class Trainings:
     config: ValidateConfig
     recipe: Recipe
     target: Target
+    encoder: Encoder
     data: Dataset
     prepared: Prepared
     progress: Progress
@@ -75,19 +77,22 @@ class Trainings:
         """The NLLs by the model of one training set, which is trained if they or its answers are not there."""
         nll, answers = place.read(NLL), self._read_answers(place)
         to_answer = self.config.judge is not None and one is not BASE
+        earlier = nll is not None and place.model.exists()  # kept by another command
+        if nll is not None and to_answer and answers is None and not earlier:
+            self.progress.say(f"{where}: its model was not kept, as --keep-models would; it is trained again to answer")
         if nll is None or (to_answer and answers is None):
             files = self._model(place, one, where)
             if nll is None:
                 began = time.monotonic()
                 self.progress.say(f"evaluating {where} on {len(self.prepared.held_out):,} held-out records")
                 records = [sample.record for sample in self.prepared.held_out]
-                nll = held_out_nll(files, self.target, records, self.recipe.max_length)
+                nll = held_out_nll(files, self.target, self.encoder, records)
                 place.write(NLL, nll, time.monotonic() - began)
             if to_answer and answers is None:
                 answers = self._answer(place, files)
         if to_answer and answers is not None:
             self._answered[one.arm, one.seed] = answers
-        if not self.config.keep_models:
+        if not self.config.keep_models and not earlier:
             place.remove_model()
         return nll
 
@@ -117,7 +122,8 @@ class Trainings:
         if one is BASE:
             return self.target.files
         if not place.model.exists():
-            rows = [sample.value for _, sample in chosen(self.data, one.ids)]
+            rows = [training_row(sample, self.encoder) for _, sample in chosen(self.data, one.ids)]
+            self.data.check_unchanged()
             write_rows(place.path / "train.jsonl", rows)
             self.progress.say(f"training {where}: {len(rows):,} records in batches of {self.recipe.batch_size}")
             training = Training(rows, self.recipe, one.seed)
@@ -128,7 +134,7 @@ class Trainings:
         """The prompts that are answered, by the index of the held-out record: drawn by the first seed."""
         count = len(self.prepared.held_out)
         rows = sorted(Random(self.config.seed).sample(range(count), min(count, self.config.judge_prompts)))
-        values = [self.prepared.held_out[row].value for row in rows]
+        values = [training_row(self.prepared.held_out[row], self.encoder) for row in rows]
         return {
             row: Conversation(value["prompt"], value.get("tools", ())) for row, value in zip(rows, values, strict=True)
         }

@@ -20,6 +20,7 @@ from scorer.requirements import require
 from scorer.runs.directory import Run
 from scorer.runs.progress import Progress, shown
 from scorer.selection.config import CHOICES, SelectConfig
+from scorer.types import ScorerError
 from scorer.validation.arms import read_arms
 from scorer.validation.comparison import Comparison
 from scorer.validation.config import ValidateConfig
@@ -48,6 +49,8 @@ def validate(
     target don't fit, where there are too few records or equal arms, and where an arm would train on what is held out;
     EngineError where the machine fails.
     """
+    if isinstance(data, str | Path):
+        raise ScorerError(f"data: {str(data)!r} is not a list of paths; write [{str(data)!r}]")
     given: dict[str, Any] = {**options}
     selection = {name: given.pop(name) for name in CHOICES if name in given}
     config, chosen = from_options(ValidateConfig, given), from_options(SelectConfig, selection)
@@ -64,11 +67,11 @@ def validate(
 
     judge = None
     if config.judge is not None and config.judge_model is not None:
+        if len(arms) < 2:
+            raise ScorerError("judge: it compares the answers of two arms; name another with --arms")
         judge = Judge(config.judge, config.judge_model)
         check_judge(judge)
     with shown(progress) as receiver, folder.locked(), run.data_at(list(data)) as records:
-        if fresh:
-            folder.clear()
         target = open_target(config, recipe, receiver)
         records.check_unchanged()
         with run.snapshot(finished=True) as scores:
@@ -87,9 +90,11 @@ def validate(
             "data": [entry.identity for entry in records.inputs],
             "held-out records": digest([sample.value for sample in prepared.held_out]),
         }
+        if fresh:
+            folder.clear()
         folder.begin(identity)
         write_rows(folder.path / "holdout.jsonl", [sample.value for sample in prepared.held_out])
-        trainings = Trainings(config, recipe, target, records, prepared, receiver)
+        trainings = Trainings(config, recipe, target, encoder, source.data, prepared, receiver)
         results = trainings.run(folder, identity)
         sizes = [(one.arm, len(one.ids), one.tokens) for one in prepared.sets]
         trained = pl.DataFrame(sizes, ["arm", "records", "tokens"], orient="row")

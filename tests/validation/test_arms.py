@@ -97,6 +97,17 @@ def test_texts_that_are_nearly_the_same(text: str, alike: bool) -> None:
     assert texts.like(text) == (5 if alike else None)
 
 
+def test_what_many_texts_share_does_not_make_them_alike() -> None:
+    """A long prompt that all have; texts without words; and in spite of both, a copy."""
+    prompt = "Decide whether the review below is positive or negative, and answer with this one word alone. " * 5
+    reviews = [f"{prompt} Review {i}: {STORY[i : i + 40]}" for i in range(40)]
+    texts = Texts(dict(enumerate([*reviews, "!!!", "???"])))
+    assert texts.like(f"{prompt} Review 99: I would not buy this again for any money.") is None
+    assert texts.like(reviews[3].upper()) == 3
+    assert texts.like("!!!") == 40
+    assert texts.like("...") is None
+
+
 def test_short_texts_and_scripts_without_spaces() -> None:
     texts = Texts({0: "Yes.", 1: "机器学习是人工智能的一个分支,它让计算机从数据中学习"})
     assert texts.like("yes") == 0

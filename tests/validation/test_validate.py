@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
 import scorer
 from scorer.models.find import ModelFiles, find_model
@@ -20,9 +20,10 @@ from scorer.types import ScorerError
 from scorer.validation.comparison import Comparison
 from scorer.validation.config import ValidateConfig
 from scorer.validation.recipes import Lora, Recipe
-from scorer.validation.samples import open_encoder, samples
+from scorer.validation.samples import open_encoder, samples, training_row
 from scorer.validation.target import open_target
-from scorer.validation.trainer import Training, fine_tune
+from scorer.validation.trainer import Training, as_dataset, fine_tune
+from tests.conftest import byte_tokenizer
 from tests.lib.command import Commands, alpaca, wait
 from tests.lib.runs import make_run, write_clusters
 from tests.lib.web import WebServer, http
@@ -78,7 +79,8 @@ class Lines(Silent):
 
 def test_the_embedded_model_on_forty_rows(tmp_path: Path) -> None:
     """From the data to the verdict, with the real model: both arms learn the form of the responses."""
-    rows = json.loads((ROOT / "examples/alpaca.json").read_text(encoding="utf-8"))[:40]
+    rows = json.loads((ROOT / "examples/alpaca.json").read_text(encoding="utf-8"))
+    rows = sorted(rows, key=lambda row: abs(len(row["output"] or "") - 80))[:40]
     run = make_run(tmp_path / "run", rows, ifd=[0.5 + (i * 7 % 40) / 100 for i in range(40)])
     (tmp_path / "recipe.toml").write_text("learning_rate = 5e-4\nbatch_size = 4\nlora = true\n")
     found = scorer.validate(
@@ -146,12 +148,19 @@ def test_a_killed_validation_goes_on(run: Run, asked: dict[str, Any], command: C
 
 
 def test_damage_is_trained_again(run: Run, asked: dict[str, Any], tmp_path: Path) -> None:
+    """NLLs that are not what was written; an arm that does not say which it is; what a killed process left."""
     first = scorer.validate(run, tmp_path / "a", **asked)
+    before = trained(tmp_path / "a")
     path = tmp_path / "a/arms/random-42/nll.parquet"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
+    (tmp_path / "a/arms/selected-42/arm.json").write_bytes(b"\xff")
+    (tmp_path / "a/arms/random-42/.model.0.tmp").mkdir()
     assert scorer.validate(run, tmp_path / "a", **asked) == first
+    after = trained(tmp_path / "a")
+    assert {name for name in before if before[name] != after[name]} == {"selected-42", "random-42"}
+    assert not [*tmp_path.glob("a/arms/**/.*.tmp"), *tmp_path.glob("a/arms/.*")]
 
 
 def test_the_records_of_each_arm(run: Run, asked: dict[str, Any], tmp_path: Path) -> None:
@@ -179,48 +188,69 @@ def test_the_records_of_each_arm(run: Run, asked: dict[str, Any], tmp_path: Path
     assert np.bincount([i % 2 for i in numbers["held out"]]).tolist() == [6, 6]
 
 
-@pytest.mark.parametrize("template", ["alpaca", "vicuna", "chatml", "auto"])
-def test_what_is_evaluated_is_what_trl_trains_on(
-    tiny: Tiny, smollm2: ModelFiles, template: str, tmp_path: Path
-) -> None:
+KEYS = (  # writes the tools, the keys that a message has, and what it says and calls
+    "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}{% for m in messages %}"
+    "{{ m.keys() | reject('eq', 'tool_calls') | list | tojson }}{{ m.role }}\n{{ m.content or '' }}"
+    "{% for call in m.tool_calls or [] %}{{ call.function.arguments | tojson }}{% endfor %}<|im_end|>{% endfor %}"
+)
+
+
+def conversation(*said: str, **fields: Any) -> dict[str, Any]:
+    """Messages of the user and the assistant in turn; `fields` are the last one's."""
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
+    return {"messages": [*messages[:-1], messages[-1] | fields]}
+
+
+def call(**arguments: Any) -> dict[str, Any]:
+    return {"tool_calls": [{"type": "function", "function": {"name": "find", "arguments": arguments}}]}
+
+
+ROWS = [
+    {"instruction": "Name a colour.", "input": "", "output": "Blue."},
+    {"instruction": "Sort:", "input": "b, a", "output": "a, b"},
+    {"instruction": "  Spaces \n", "input": "", "output": " kept \n\n"},
+    conversation("Who?", "Me.", "Why?", "Because."),
+    {"messages": [{"role": "system", "content": "Be brief."}, *conversation("Who?", "Me.")["messages"]]},
+    conversation("Think.", "Done.", reasoning_content="First this, then that."),
+    conversation("Where?", "", **call(city="Rome")),
+    conversation("When?", "", **call(city=3, hours=[1, 2]))
+    | {"tools": [{"type": "function", "function": {"name": "a"}}]},
+]
+
+
+@pytest.mark.parametrize("template", ["alpaca", "vicuna", "chatml", "auto", "keys.jinja"])
+@pytest.mark.usefixtures("smollm2")
+def test_what_is_evaluated_is_what_trl_trains_on(template: str, tmp_path: Path) -> None:
     """The encoder's tokens begin those of TRL, and its spans begin where TRL's labels do, of every row."""
-    import datasets
     import trl
 
-    target = open_target(ValidateConfig(target="smollm2-135m"), Recipe(template=template), Silent())
-    values: list[dict[str, Any]] = [
-        {"instruction": "Name a colour.", "input": "", "output": "Blue."},
-        {"instruction": "Sort:", "input": "b, a", "output": "a, b"},
-        {"instruction": "  Spaces \n", "input": "", "output": " kept \n\n"},
-        {
-            "messages": [
-                {"role": "system", "content": "Be brief."},
-                {"role": "user", "content": "Who?"},
-                {"role": "assistant", "content": "Me."},
-                {"role": "user", "content": "Why?"},
-                {"role": "assistant", "content": "Because."},
-            ]
-        },
-    ]
-    run = make_run(tmp_path / "run", values, ifd=[0.5] * 4)
+    name = template
+    if template.endswith(".jinja"):
+        name = str(tmp_path / template)
+        Path(name).write_text(KEYS)
+    target = open_target(ValidateConfig(target="smollm2-135m"), Recipe(template=name), Silent())
+    run = make_run(tmp_path / "run", ROWS, ifd=[0.5] * len(ROWS))
+    encoder = open_encoder(target, 1024)
     with run.data as data:
         found = [sample for _, sample in samples(data.rows(), data.reading) if sample is not None]
-    turns, batch = open_encoder(target, 1024).encode([sample.record for sample in found])
-    assert len(turns) == len(batch) == 4
+    turns, batch = encoder.encode([sample.record for sample in found])
+    assert len(turns) == len(batch) == len(ROWS)
     args = trl.SFTConfig(output_dir=str(tmp_path / "t"), report_to=[], use_cpu=True, bf16=False, max_length=1024)
     trainer = trl.SFTTrainer(
         model=_tiny_model(len(target.tokenizer)),
         args=args,
-        train_dataset=datasets.Dataset.from_list([sample.value for sample in found]),
+        train_dataset=as_dataset([training_row(sample, encoder) for sample in found]),
         processing_class=target.tokenizer,
     )
     for i, row in enumerate(trainer.train_dataset):
         ids, labels = row["input_ids"], row["labels"]
         ((start, end),) = batch.bounds(i).tolist()
-        assert ids[: len(batch.ids(i))] == batch.ids(i).tolist()
-        assert end == len(batch.ids(i))
+        assert ids[:end] == batch.ids(i).tolist(), target.tokenizer.decode(ids)
+        if template == "keys.jinja":  # without a generation prompt TRL takes the whole message for the response
+            start = len(labels) - sum(label != -100 for label in labels)
         assert [k for k, label in enumerate(labels) if label != -100] == list(range(start, len(ids)))
-        assert len(ids) - end <= 2  # what ends the turn is trained on, and not compared by
+        if "tools" not in found[i].value:
+            assert len(ids) - end <= 2  # what ends the turn is trained on, and not compared by
 
 
 def _tiny_model(vocab_size: int) -> Any:
@@ -255,6 +285,11 @@ def test_the_model_that_is_written_is_the_trained_one(tiny: Tiny, lora: Lora | N
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "too few rows": ({"keep": 3}, "arm selected: 3 records are too few to train on, the recipe needs 5"),
     "equal arms": ({"keep": "100%", "arms": ("selected", "all")}, "the same"),
+    "an encoder": ({"target": "bert"}, "no causal language model .BertForMaskedLM.: choose"),
+    "no response": ({"recipe": "silent.toml"}, "0 records are too few .*60 chat_template_error"),
+    "a judge of one arm": ({"judge": "http://127.0.0.1:9", "judge_model": "m", "arms": ("all",)}, "of two arms"),
+    "text for arms": ({"arms": "random"}, "'random' is not a tuple"),
+    "text for data": ({"data": "a.jsonl"}, "is not a list of paths"),
     "held out too much": ({"holdout": 40}, "more than half"),
     "held out too little": ({"holdout": 5}, "say nothing"),
     "no such target": ({"target": "no/such-model"}, "no/such-model"),
@@ -265,8 +300,18 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_is_refused_before_training(run: Run, asked: dict[str, Any], tmp_path: Path, name: str) -> None:
+def test_what_is_refused_before_training(
+    run: Run, asked: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     options, words = WRONG[name]
+    monkeypatch.chdir(tmp_path)
+    if name == "an encoder":
+        BertForMaskedLM(
+            BertConfig(vocab_size=257, hidden_size=32, num_hidden_layers=1, num_attention_heads=1)
+        ).save_pretrained("bert")
+        byte_tokenizer().save_pretrained("bert")
+    Path("silent.toml").write_text(RECIPE + 'template = "silent.jinja"')
+    Path("silent.jinja").write_text("{{ messages[0].content }}")
     fresh = make_run(tmp_path / "run", alpaca(60, words=12), ifd=[0.9] * 60) if name == "no clusters" else run
     with pytest.raises(ScorerError, match=words):
         scorer.validate(fresh, tmp_path / "a", **asked | options)
@@ -323,6 +368,8 @@ def test_the_folder(run: Run, asked: dict[str, Any], tmp_path: Path) -> None:
         scorer.validate(run, tmp_path / "a", **asked | {"keep": 9})
     with pytest.raises(ScorerError, match="held-out records changed"):
         scorer.validate(run, tmp_path / "a", **asked | {"holdout": 13})
+    with pytest.raises(ScorerError, match="are too few"):
+        scorer.validate(run, tmp_path / "a", **asked | {"keep": 3}, fresh=True)
     assert trained(tmp_path / "a") == before
     scorer.validate(run, tmp_path / "a", **asked | {"keep": 9}, fresh=True)
     assert trained(tmp_path / "a").keys() == before.keys()
@@ -332,6 +379,10 @@ def test_the_folder(run: Run, asked: dict[str, Any], tmp_path: Path) -> None:
         scorer.validate(run, tmp_path / "b", **asked, fresh=True)
     with pytest.raises(ScorerError, match="would replace a part of the run"):
         scorer.validate(run, run.path / "scores", **asked)
+    (tmp_path / "b/validation.json").write_text("[]")  # a split of a dataset, say
+    with pytest.raises(ScorerError, match="no folder of a validation, and not empty"):
+        scorer.validate(run, tmp_path / "b", **asked, fresh=True)
+    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["file", "validation.json"]
     (tmp_path / "a/validation.json").write_text("{}")
     with pytest.raises(ScorerError, match=r"validation.json can't be read .*--fresh"):
         scorer.validate(run, tmp_path / "a", **asked)
