@@ -147,6 +147,19 @@ def learning(data: str, rows: int, model: str, epochs: int, save: bool) -> None:
 
 
 @bench.command()
+@click.argument("folder")
+@DATA
+@SAVE
+def validation(folder: str, data: str, save: bool) -> None:
+    """Report what a finished `scorer validate` of a run of the data found in FOLDER."""
+    from bench.lib.report import finish
+    from bench.validation import run
+
+    report = run(folder, data)
+    finish("validation", report, save, f"equal-{report['equal']}")
+
+
+@bench.command()
 @DATA
 @click.option("--scored", default=256, help="Rows to score, to measure the size of a shard.")
 @click.option("--model", default="smollm2-135m", help="Its tokenizer counts the tokens, and it scores --scored rows.")

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.lib.report import RESULTS
+from scorer.agreement.statistics import Estimate
+from scorer.validation.comparison import Comparison
 
 ROOT = Path(__file__).parents[2]
 SECTION = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
@@ -126,11 +128,52 @@ def learning_table(result: dict[str, Any]) -> str:
     )
 
 
+def validation_table(result: dict[str, Any]) -> str:
+    """A line per arm, and a line per arm against the random one."""
+    found, recipe = Comparison.from_dict(result["results"]), result["recipe"]
+    bands = list(found.sizes["length"])
+    heads = ["records", "response tokens", "NLL a token", "mean of rows", *bands, "hardest third"]
+    how = "all weights" if recipe["lora"] is None else f"LoRA of rank {recipe['lora']['rank']}"
+    lines = [
+        f"{result['target']} on `{result['data']}`, {how}, {recipe['epochs']} epoch at {recipe['learning_rate']:g} in "
+        f"batches of {recipe['batch_size']}, {len(result['seeds'])} seeds, arms of equal {result['equal']}; "
+        f"{found.records} held-out records ({', '.join(f'{n} {band}' for band, n in found.sizes['length'].items())}); "
+        f"{_machine(result)}:",
+        "",
+        f"| arm | {' | '.join(heads)} |",
+        f"| --- |{' ---: |' * len(heads)}",
+    ]
+    for arm in found.arms:
+        figures = [arm.nll_per_token, arm.mean_of_rows, *(arm.by["length"][band] for band in bands), arm.hardest_third]
+        sizes = ["-" if size is None else f"{size:,.0f}" for size in (arm.records, arm.tokens)]
+        lines.append(f"| {arm.arm} | {' | '.join([*sizes, *(_nats(figure, '.4f') for figure in figures)])} |")
+    lines += [
+        "",
+        f"| against {found.baseline} | NLL a token | mean of rows | hardest third | win rate |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for pair in found.against_baseline:
+        differences = [
+            f"{_nats(of, '+.4f')} ({_nats(of, '+.4f', 'low')} to {_nats(of, '+.4f', 'high')})"
+            for of in (pair.nll_per_token, pair.mean_of_rows, pair.hardest_third)
+        ]
+        rate = pair.win_rate
+        won = f"{_nats(rate, '.1%')} ({_nats(rate, '.1%', 'low')} to {_nats(rate, '.1%', 'high')})"
+        lines.append(f"| {pair.arm} | {' | '.join([*differences, won])} |")
+    return "\n".join([*lines, "", f"(`{result['command']}`)"])
+
+
+def _nats(of: Estimate, digits: str, end: str = "value") -> str:
+    value = getattr(of, end)
+    return "-" if value is None else format(value, digits)
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "engines": engines_table,
     "kernel": kernel_table,
     "learning": learning_table,
     "scorers": scorers_table,
+    "validation": validation_table,
 }
 
 

@@ -13,6 +13,9 @@ import pytest
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
 import scorer
+from bench import validation as bench_validation
+from bench.lib.readme import validation_table
+from bench.lib.report import machine
 from scorer.models.find import ModelFiles, find_model
 from scorer.runs.directory import Run
 from scorer.runs.progress import Silent
@@ -126,6 +129,17 @@ def test_the_same_twice_and_more_seeds_and_arms_later(run: Run, asked: dict[str,
     content = json.loads((tmp_path / "a/validation.json").read_text())
     assert Comparison.from_dict(content["results"]) == found
     assert content["seeds"] == [42, 43]
+    report = bench_validation.run(str(tmp_path / "a"), "data.jsonl")
+    table = validation_table({**report, "machine": machine(), "command": "c"}).splitlines()
+    assert [line.split(" | ")[0] for line in table if line.startswith("| ")] == [
+        "| arm",
+        "| ---",
+        *(f"| {arm.arm}" for arm in found.arms),
+        "| against random",
+        "| ---",
+        "| selected",
+        "| length",
+    ]
 
 
 def test_a_killed_validation_goes_on(run: Run, asked: dict[str, Any], command: Commands, tmp_path: Path) -> None:
