@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ import polars as pl
 
 from scorer.runs.manifest import differences
 from scorer.runs.shard_file import ShardInfo, read_info, write_shard_file
-from scorer.storage.atomic import SUFFIX, check_folder, remove_temporaries, replacing
+from scorer.storage.atomic import SUFFIX, check_folder, replacing
 from scorer.storage.lock import locked
 from scorer.storage.outputs import check_outside_runs
 from scorer.storage.paths import exists, is_remote, list_folder, to_path
@@ -69,14 +70,14 @@ class ValidationFolder:
         """Make the folder, and be its only writer while the block runs."""
         self.path.mkdir(parents=True, exist_ok=True)
         with locked(self.path / LOCK):
-            for name in (VALIDATION, "holdout.jsonl"):
-                remove_temporaries(self.path / name)
+            for left in (*self.path.glob(f".*{SUFFIX}"), *self.path.glob(f"arms/.*{SUFFIX}")):  # by a killed process
+                _remove(left)
             yield
 
     def clear(self) -> None:
         """Discard what is there."""
         for name in ("arms", "verdicts", VALIDATION, "holdout.jsonl"):
-            _remove(self.path / name)
+            _discard(self.path / name)
 
     def begin(self, identity: Json) -> None:
         """Say what is validated. Raises ScorerError where the folder holds another validation."""
@@ -110,11 +111,8 @@ class ArmFolder:
         mark, content = path / "arm.json", json.dumps({"fingerprint": fingerprint})
         known = mark.read_bytes() if mark.is_file() else None
         self.replaced = known is not None and known != content.encode()
-        if known != content.encode() and exists(path):
-            old = path.with_name(f".{path.name}.old")  # of which nothing is used, if this is killed
-            _remove(old)
-            path.rename(old)
-            _remove(old)
+        if known != content.encode():
+            _discard(path)
         with replacing(mark) as temporary:
             temporary.write_text(content, encoding="utf-8")
         for left in path.glob(f".*{SUFFIX}"):  # by a killed process
@@ -139,7 +137,16 @@ class ArmFolder:
     def remove_model(self) -> None:
         """Remove what is large."""
         for path in (self.model, self.checkpoints):
-            shutil.rmtree(path, ignore_errors=True)
+            _discard(path)
+
+
+def _discard(path: Path) -> None:
+    """Remove a file or a folder; of one that is partly removed when this is killed, nothing is used."""
+    if os.path.lexists(path):
+        old = path.with_name(f".{path.name}.old{SUFFIX}")
+        _remove(old)
+        path.rename(old)
+        _remove(old)
 
 
 def _remove(path: Path) -> None:
