@@ -8,10 +8,10 @@ demo: .venv/demo.stamp
 	$(BIN)/scorer filter examples/alpaca.json examples/conversations.jsonl examples/sharegpt.jsonl \
 		--output demo/best.jsonl --run demo/run --keep 10% --with-scores --rejected demo/rejected.jsonl
 
-# Four tests at a time, those of one file after each other: a slow one uses one core or waits for other processes.
+# Three tests at a time, those of one file after each other: they often wait for servers and processes.
 # PYTEST: more options, as in `make test PYTEST=--durations=20`.
 test: .venv/test.stamp browser
-	$(BIN)/pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder $(PYTEST)
+	$(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(PYTEST)
 
 # All that needs no server, no cluster and no vLLM, and takes no minute by itself.
 test-fast: .venv/test.stamp browser

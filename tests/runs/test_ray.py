@@ -216,5 +216,5 @@ def test_control_c_is_heard_where_no_shard_comes(arguments: list[object], tmp_pa
     worker.suspend()  # as long as a large model takes to load
     time.sleep(2)
     running.send_signal(signal.SIGINT)
-    assert "interrupted; the same command resumes" in end(running, code=130).splitlines()[-1]
+    assert "interrupted; the same command goes on" in end(running, code=130).splitlines()[-1]
     assert not worker.is_running()

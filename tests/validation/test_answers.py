@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -92,6 +93,15 @@ def test_a_model_that_cannot_chat(tiny: Tiny, chat: ModelFiles) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="vLLM for CPU")
+@pytest.fixture
+def environment_as_it_was() -> Iterator[None]:
+    """vLLM's variables are not left to the tests that this process runs later."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 def test_vllm_gives_the_same_answers_and_ends(chat: ModelFiles) -> None:
     expected = answers(chat, *QUESTIONS)
     assert answers(chat, *QUESTIONS, options=replace(OPTIONS, by="vllm")) == expected
