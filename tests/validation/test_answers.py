@@ -91,8 +91,6 @@ def test_a_model_that_cannot_chat(tiny: Tiny, chat: ModelFiles) -> None:
         answers(chat, "Why?", options=replace(OPTIONS, by="magic"))
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(torch.cuda.is_available(), reason="vLLM for CPU")
 @pytest.fixture
 def environment_as_it_was() -> Iterator[None]:
     """vLLM's variables are not left to the tests that this process runs later."""
@@ -102,6 +100,9 @@ def environment_as_it_was() -> Iterator[None]:
     os.environ.update(before)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="vLLM for CPU")
+@pytest.mark.usefixtures("environment_as_it_was")
 def test_vllm_gives_the_same_answers_and_ends(chat: ModelFiles) -> None:
     expected = answers(chat, *QUESTIONS)
     assert answers(chat, *QUESTIONS, options=replace(OPTIONS, by="vllm")) == expected
