@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
+import torch
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
 import scorer
@@ -54,6 +55,15 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> str:
 def asked(tiny: Tiny, recipe: str) -> dict[str, Any]:
     """Options under which all is well."""
     return {"target": str(tiny("llama").path), "recipe": recipe, "keep": 8, "holdout": 12, "seeds": 1, "resamples": 50}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Several would wait for each other, where tests run beside each other, for most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -144,9 +154,9 @@ def test_the_same_twice_and_more_seeds_and_arms_later(run: Run, asked: dict[str,
 
 def test_a_killed_validation_goes_on(run: Run, asked: dict[str, Any], command: Commands, tmp_path: Path) -> None:
     """Killed in the training of the second arm, after a checkpoint: the first arm stays, and the table is the same."""
-    undisturbed = scorer.validate(run, tmp_path / "a", **asked)
     options = [f"--{name.replace('_', '-')}={value}" for name, value in asked.items()]
     arguments = ("validate", run.path, "-o", tmp_path / "b", *options)
+    command(*("validate", run.path, "-o", tmp_path / "a", *options)).done()
     process = command.start(*arguments)
     wait(lambda: list((tmp_path / "b/arms/random-42").glob("checkpoints/checkpoint-*/trainer_state.json")))
     process.kill()
@@ -158,7 +168,8 @@ def test_a_killed_validation_goes_on(run: Run, asked: dict[str, Any], command: C
     after = trained(tmp_path / "b")
     assert {name: after[name] for name in before} == before
     results = [json.loads((tmp_path / name / "validation.json").read_text())["results"] for name in "ab"]
-    assert results[0] == results[1] == undisturbed.to_dict()
+    assert results[0] == results[1]
+    assert len(results[0]["pairs"]) == 2
 
 
 def test_damage_is_trained_again(run: Run, asked: dict[str, Any], tmp_path: Path) -> None:
