@@ -10,7 +10,8 @@ def main() -> None:
     """The console command `scorer`."""
     if sys.argv[1:2] and sys.argv[1] in TRAINING:
         # Threads that wait for each other sleep, instead of spinning: where other processes share the cores, training
-        # takes a quarter of the time. Alone it loses a seventh of its speed, and vLLM would lose half. Read as torch loads.
+        # takes a quarter of the time. Alone it loses a seventh of its speed, and vLLM would lose half. Read when torch
+        # is loaded.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         from scorer.commands import main as run_command
