@@ -239,6 +239,12 @@ class Cluster:
             raise ScorerError(f"gpus_per_worker: {self.gpus_per_worker} is neither a share of one GPU nor whole GPUs")
 
 
+def check_rates(learning_rate: float, warmup_ratio: float, weight_decay: float) -> None:
+    """Raise ScorerError for what no training can use."""
+    if not 0 < learning_rate < 1 or not 0 <= warmup_ratio < 1 or not 0 <= weight_decay < 1:
+        raise ScorerError("learning_rate, warmup_ratio and weight_decay are numbers from 0 to 1")
+
+
 @dataclass(frozen=True, slots=True)
 class Training:
     """How the model is trained; the defaults are those of Small2Large (arXiv 2402.10430, section 4).
@@ -264,8 +270,7 @@ class Training:
         check_fields(self)
         if self.schedule_epochs is not None and self.schedule_epochs < self.epochs:
             raise ScorerError(f"schedule_epochs: {self.schedule_epochs} ends before the {self.epochs} epochs")
-        if not 0 < self.learning_rate < 1 or not 0 <= self.warmup_ratio < 1 or not 0 <= self.weight_decay < 1:
-            raise ScorerError("learning_rate, warmup_ratio and weight_decay are numbers from 0 to 1")
+        check_rates(self.learning_rate, self.warmup_ratio, self.weight_decay)
 
 
 @dataclass(frozen=True, slots=True)

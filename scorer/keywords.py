@@ -55,15 +55,13 @@ class LearnKeywords(DataKeywords, total=False):
     strict: bool
 
 
-class SelectKeywords(TypedDict, total=False):
-    """Options of `scorer.select`: the fields of scorer.selection.config.SelectConfig."""
+class ChoiceKeywords(TypedDict, total=False):
+    """The options that say which records are chosen by their scores: scorer.selection.config.CHOICES."""
 
     keep: Size | None
     by: str | None
     lowest: bool | None
     max_ifd: float | str | None
-    random: bool
-    seed: int
     aggregate: str
     response: str | None
     per: str | None
@@ -73,6 +71,13 @@ class SelectKeywords(TypedDict, total=False):
     diverse: Size | None
     pool: Size | None
     drop_flagged: tuple[str, ...]
+
+
+class SelectKeywords(ChoiceKeywords, total=False):
+    """Options of `scorer.select`: the fields of scorer.selection.config.SelectConfig."""
+
+    random: bool
+    seed: int
     form: str | None
     dataset_info: bool
     order: str
@@ -115,7 +120,7 @@ class CompareKeywords(TypedDict, total=False):
     seed: int
 
 
-class ValidateKeywords(TypedDict, total=False):
+class ValidateKeywords(ChoiceKeywords, total=False):
     """Options of `scorer.validate`: the fields of scorer.validation.config.ValidateConfig, and what is selected."""
 
     target: str | None
@@ -137,16 +142,3 @@ class ValidateKeywords(TypedDict, total=False):
     judge_prompts: int
     answer_tokens: int
     keep_models: bool
-    keep: Size | None
-    by: str | None
-    lowest: bool | None
-    max_ifd: float | str | None
-    aggregate: str
-    response: str | None
-    per: str | None
-    per_cluster: bool
-    rounding: str
-    bucket: str | None
-    diverse: Size | None
-    pool: Size | None
-    drop_flagged: tuple[str, ...]

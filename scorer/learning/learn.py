@@ -118,12 +118,11 @@ def _is_complete(run: Run) -> bool:
 
 def _plan(training: Training, device: str, options: Mapping[str, Any]) -> TrainingPlan:
     """The options of training with the defaults that depend on the device or on other options."""
-    from scorer.learning.trainer import TrainingPlan
+    from scorer.learning.trainer import TrainingPlan, device_batch
 
-    most = min(training.device_batch or DEVICE_BATCH[device], training.batch_size)
     settings = asdict(training) | {
         "schedule_epochs": training.schedule_epochs or max(3, training.epochs),
-        "device_batch": next(n for n in range(most, 0, -1) if training.batch_size % n == 0),
+        "device_batch": device_batch(training.device_batch or DEVICE_BATCH[device], training.batch_size),
         "device": device,
         "trust_remote_code": options.get("trust_remote_code", False),
         "allow_pickle": options.get("allow_pickle", False),

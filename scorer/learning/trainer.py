@@ -50,6 +50,11 @@ class TrainingPlan:
     allow_pickle: bool
 
 
+def device_batch(most: int, batch_size: int) -> int:
+    """How many records a forward pass takes: at most `most`, so that whole passes make a step of `batch_size`."""
+    return next(n for n in range(min(most, batch_size), 0, -1) if batch_size % n == 0)
+
+
 def train_to(
     epoch: int, files: ModelFiles, rows: TokenBatch, folder: Path, plan: TrainingPlan, progress: Progress
 ) -> Path:

@@ -68,9 +68,7 @@ def select(
     config = from_options(SelectConfig, options)
     run = run if isinstance(run, Run) else Run(run)
     manifest = run.manifest
-    if isinstance(data, str | Path):
-        raise ScorerError(f"data: {str(data)!r} is not a list of paths; write [{str(data)!r}]")
-    data = [file for path in data for file in input_files(str(path))]
+    data = named_files(data)
     check_options(list(map(str, data)) or manifest.paths, output, config, scored=True)
     config = ranked_as(config, manifest.ranking)
     writes = output is not None or config.rejected is not None
@@ -88,6 +86,13 @@ def select(
                 selection = _convertible(records, selection, config.form)
             _write_all(records, scores, selection, output, config)
     return selection
+
+
+def named_files(data: Sequence[str | Path]) -> list[str]:
+    """The files that are named in the place of a run's own. Raises ScorerError where it is no list of paths."""
+    if isinstance(data, str | Path):
+        raise ScorerError(f"data: {str(data)!r} is not a list of paths; write [{str(data)!r}]")
+    return [file for path in data for file in input_files(str(path))]
 
 
 def ranked_as(config: SelectConfig, ranking: Mapping[str, Any]) -> SelectConfig:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from scorer.config import Training
+from scorer.config import Training, check_rates
 from scorer.options import TRAINING, check_fields, from_options, option, same_option
 from scorer.types import ScorerError
 
@@ -54,8 +54,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if not 0 < self.learning_rate < 1 or not 0 <= self.warmup_ratio < 1 or not 0 <= self.weight_decay < 1:
-            raise ScorerError("learning_rate, warmup_ratio and weight_decay are numbers from 0 to 1")
+        check_rates(self.learning_rate, self.warmup_ratio, self.weight_decay)
 
     @property
     def least_records(self) -> int:

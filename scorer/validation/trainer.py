@@ -23,7 +23,7 @@ from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from scorer.faults import faults_of, one_line
-from scorer.learning.trainer import last_checkpoint
+from scorer.learning.trainer import device_batch, last_checkpoint
 from scorer.models.load import load_causal_lm
 from scorer.models.quiet import quiet
 from scorer.runs.progress import Progress
@@ -91,16 +91,15 @@ def _trainer(target: Target, training: Training, folder: Path, progress: Progres
         trust_remote_code=target.trust_remote_code,
         allow_pickle=target.allow_pickle,
     )
-    most = min(recipe.device_batch or DEVICE_BATCH[target.device], recipe.batch_size)
-    device_batch = next(n for n in range(most, 0, -1) if recipe.batch_size % n == 0)
+    records = device_batch(recipe.device_batch or DEVICE_BATCH[target.device], recipe.batch_size)
     arguments = SFTConfig(
         output_dir=str(folder),
         num_train_epochs=recipe.epochs,
         learning_rate=recipe.learning_rate,
         lr_scheduler_type=recipe.scheduler,
         warmup_steps=recipe.warmup_ratio,  # below 1 it is a share of all steps
-        per_device_train_batch_size=device_batch,
-        gradient_accumulation_steps=recipe.batch_size // device_batch,
+        per_device_train_batch_size=records,
+        gradient_accumulation_steps=recipe.batch_size // records,
         gradient_checkpointing=False,
         weight_decay=recipe.weight_decay,
         max_length=recipe.max_length,

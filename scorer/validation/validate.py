@@ -20,6 +20,7 @@ from scorer.requirements import require
 from scorer.runs.directory import Run
 from scorer.runs.progress import Progress, shown
 from scorer.selection.config import CHOICES, SelectConfig
+from scorer.selection.export import named_files
 from scorer.types import ScorerError
 from scorer.validation.arms import read_arms
 from scorer.validation.comparison import Comparison
@@ -49,8 +50,7 @@ def validate(
     target don't fit, where there are too few records or equal arms, and where an arm would train on what is held out;
     EngineError where the machine fails.
     """
-    if isinstance(data, str | Path):
-        raise ScorerError(f"data: {str(data)!r} is not a list of paths; write [{str(data)!r}]")
+    files = named_files(data)
     given: dict[str, Any] = {**options}
     selection = {name: given.pop(name) for name in CHOICES if name in given}
     config, chosen = from_options(ValidateConfig, given), from_options(SelectConfig, selection)
@@ -71,7 +71,7 @@ def validate(
             raise ScorerError("judge: it compares the answers of two arms; name another with --arms")
         judge = Judge(config.judge, config.judge_model)
         check_judge(judge)
-    with shown(progress) as receiver, folder.locked(), run.data_at(list(data)) as records:
+    with shown(progress) as receiver, folder.locked(), run.data_at(files) as records:
         target = open_target(config, recipe, receiver)
         records.check_unchanged()
         with run.snapshot(finished=True) as scores:
