@@ -33,7 +33,7 @@ from scorer.models.find import ModelFiles
 from scorer.runs.directory import Run
 from scorer.types import EngineError, ScorerError
 from tests.engines.test_engines import assert_equal, samples
-from tests.lib.command import CONSOLE_SCRIPT, SECONDS, Commands, Ended, alpaca, shards, wait
+from tests.lib.command import CONSOLE_SCRIPT, SECONDS, Commands, Ended, alive, alpaca, assert_gone, shards, wait
 from tests.lib.tokens import Key, Span, SpanNLL, TokenSequence, View, in_order, scored, scores_of, token_batch
 
 pytestmark = [
@@ -84,18 +84,6 @@ def opened(files: ModelFiles, vllm_args: dict[str, Any] | None = None, **options
 
 def of_vllm(processes: list[psutil.Process], name: str = "VLLM::") -> list[psutil.Process]:
     return [p for p in processes if alive(p) and name in p.name()]
-
-
-def alive(process: psutil.Process) -> bool:
-    """Neither ended nor a zombie."""
-    try:
-        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
-
-
-def assert_gone(processes: list[psutil.Process]) -> None:
-    wait(lambda: not any(map(alive, processes)))
 
 
 def oracle(files: ModelFiles, sequences: list[TokenSequence]) -> dict[Key, SpanNLL]:

@@ -27,6 +27,7 @@ from tests.lib.command import CONSOLE_SCRIPT, SECONDS, Commands, alpaca, shards,
 pytestmark = pytest.mark.slow
 Tiny = Callable[[str], ModelFiles]
 KEY = "not-a-secret"
+LEVEL = "VLLM_LOGGING_LEVEL"  # set by TRL where it is imported
 
 
 def free_port() -> int:
@@ -45,7 +46,7 @@ def serving(files: ModelFiles, port: int, log: Path) -> Iterator[psutil.Process]
             list(map(str, command)),
             stdout=output,
             stderr=output,
-            env=os.environ | {"VLLM_API_KEY": KEY},
+            env={k: v for k, v in os.environ.items() if k != LEVEL} | {"VLLM_API_KEY": KEY},
             start_new_session=True,
         )
     try:

@@ -16,6 +16,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from scorer import commands
 from scorer.runs.directory import Run
 
@@ -136,6 +138,19 @@ def wait(condition: Callable[[], Any]) -> None:
     while not condition():
         assert time.monotonic() < end, "it never came"
         time.sleep(0.01)  # what is waited for needs the cores
+
+
+def alive(process: psutil.Process) -> bool:
+    """Neither ended nor a zombie."""
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def assert_gone(processes: list[psutil.Process]) -> None:
+    """Until each has ended."""
+    wait(lambda: not any(map(alive, processes)))
 
 
 def shards(run: Path) -> int:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from scorer.runs.progress import Silent
 from scorer.types import ScorerError
 from scorer.validation.answers import AnswerOptions, answer
 from tests.conftest import VOCABULARY
+from tests.lib.command import assert_gone
 
 Tiny = Callable[[str], ModelFiles]
 TEMPLATE = (
@@ -91,20 +91,9 @@ def test_a_model_that_cannot_chat(tiny: Tiny, chat: ModelFiles) -> None:
         answers(chat, "Why?", options=replace(OPTIONS, by="magic"))
 
 
-@pytest.fixture
-def environment_as_it_was() -> Iterator[None]:
-    """vLLM's variables are not left to the tests that this process runs later."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="vLLM for CPU")
-@pytest.mark.usefixtures("environment_as_it_was")
 def test_vllm_gives_the_same_answers_and_ends(chat: ModelFiles) -> None:
     expected = answers(chat, *QUESTIONS)
     assert answers(chat, *QUESTIONS, options=replace(OPTIONS, by="vllm")) == expected
-    left = [process for process in psutil.Process().children(recursive=True) if "VLLM::" in process.name()]
-    assert all(process.status() == psutil.STATUS_ZOMBIE for process in left)  # ended, and nobody has asked how
+    assert_gone([process for process in psutil.Process().children(recursive=True) if "VLLM::" in process.name()])
