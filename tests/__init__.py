@@ -7,7 +7,11 @@ depends on the number of threads sets it.
 
 from __future__ import annotations
 
+import gc
 import os
 
+from scorer.__main__ import GC_THRESHOLD
+
+gc.set_threshold(GC_THRESHOLD)  # as the command does
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else vLLM takes a thread for each core

@@ -7,6 +7,8 @@ module in each of its processes.
 
 from __future__ import annotations
 
+import atexit
+import gc
 import multiprocessing
 import os
 import weakref
@@ -35,7 +37,7 @@ OWNER = "SCORER_VLLM_OWNER"  # environment variable: the id of the process that 
 
 def register() -> None:
     """Register the variants by name: the entry point of `vllm.general_plugins`. May be called again."""
-    end_with_parent()
+    end_well()
     known = set(ModelRegistry.get_supported_archs())
     for architecture in known:
         name = PREFIX + architecture
@@ -44,11 +46,17 @@ def register() -> None:
 
 
 @cache
-def end_with_parent() -> None:
-    """In a process that vLLM started: end when its parent does. vLLM's own engine outlives a kill -9 of the parent."""
+def end_well() -> None:
+    """In a process that vLLM started for us: end when its parent does, and soon.
+
+    vLLM's own engine outlives a kill -9 of the parent. An exit takes two seconds where Python looks for garbage in all
+    that is loaded.
+    """
     parent = multiprocessing.parent_process()
     if parent is None or os.environ.get(OWNER) in (None, str(os.getpid())):
         return  # a process of the user's
+
+    atexit.register(gc.freeze)
 
     def watch() -> None:
         parent.join()

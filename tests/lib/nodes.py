@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import subprocess
-from collections.abc import Iterator, Set
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
-import polars as pl
 import psutil
-from polars.testing import assert_frame_equal
 from ray._private import ray_constants
 from ray.cluster_utils import Cluster as Nodes
 
-from scorer.runs.directory import Run
-from scorer.runs.shard_file import read_info
-from tests.lib import command
-from tests.lib.command import Running, wait
+from tests.lib.command import Running
 
 # A node that is killed is missed after three seconds. Workers are as nice as those of `--ray local`.
 QUICK = {
@@ -57,30 +50,9 @@ def all_workers(nodes: Nodes) -> list[psutil.Process]:
     return [p for node in nodes.list_all_nodes() if psutil.pid_exists(raylet(node)) for p in workers(raylet(node))]
 
 
-def end(process: subprocess.Popen[str] | Running, code: int = 0) -> str:
+def end(process: Running, code: int = 0) -> str:
     """Standard error of a process that ended with `code`; Ray may have said something before our line."""
-    ended = process.end() if isinstance(process, Running) else command.end(process)
+    ended = process.end()
     assert ended.code == code, f"{ended.code}: {ended.err[-1500:]}"
     assert "Traceback" not in ended.err
     return ended.err
-
-
-def writers(run: Path) -> set[int]:
-    """The processes that have written shards."""
-    return {int(read_info(shard).by.rpartition("process ")[2]) for shard in Run(run).shards()}
-
-
-def stopped_in_the_middle(run: Path, before: Set[int] = frozenset()) -> psutil.Process:
-    """One of two workers, after both have written shards: stopped, with others in hand. `before`: earlier writers.
-
-    It is stopped until the second has begun too: on a busy machine it would be done before that.
-    """
-    wait(lambda: writers(run) - before)
-    worker = psutil.Process(min(writers(run) - before))
-    worker.suspend()
-    wait(lambda: len(writers(run) - before) == 2)
-    return worker
-
-
-def same(run: Path, expected: pl.DataFrame) -> None:
-    assert_frame_equal(Run(run).scores(), expected, rel_tol=1e-5, abs_tol=0.0)

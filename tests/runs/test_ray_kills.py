@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,15 @@ from typing import Any
 import polars as pl
 import psutil
 import pytest
+from polars.testing import assert_frame_equal
 from ray._private import ray_constants
 from ray.cluster_utils import Cluster as Nodes
 
 from scorer.models.find import ModelFiles
 from scorer.runs.directory import Run
-from tests.lib.command import Commands, alpaca, shards, start, wait
-from tests.lib.nodes import all_workers, end, raylet, same, started, stopped_in_the_middle, writers
+from scorer.runs.shard_file import read_info
+from tests.lib.command import Commands, alpaca, shards, wait
+from tests.lib.nodes import all_workers, end, raylet, started
 
 pytestmark = pytest.mark.slow
 Tiny = Callable[[str], ModelFiles]
@@ -96,6 +98,27 @@ def more(run: Path) -> Callable[[], bool]:
     return lambda: shards(run) > before
 
 
+def writers(run: Path) -> set[int]:
+    """The processes that have written shards."""
+    return {int(read_info(shard).by.rpartition("process ")[2]) for shard in Run(run).shards()}
+
+
+def stopped_in_the_middle(run: Path, before: Set[int]) -> psutil.Process:
+    """One of two workers, after both have written shards: stopped, with others in hand. `before`: earlier writers.
+
+    It is stopped until the second has begun too: on a busy machine it would be done before that.
+    """
+    wait(lambda: writers(run) - before)
+    worker = psutil.Process(min(writers(run) - before))
+    worker.suspend()
+    wait(lambda: len(writers(run) - before) == 2)
+    return worker
+
+
+def same(run: Path, expected: pl.DataFrame) -> None:
+    assert_frame_equal(Run(run).scores(), expected, rel_tol=1e-5, abs_tol=0.0)
+
+
 def test_workers_nodes_and_drivers_die(
     nodes: Nodes, second: Any, command: list[object], place: Path, expected: pl.DataFrame
 ) -> None:
@@ -145,12 +168,11 @@ def test_what_others_hold_is_waited_for_and_said(nodes: Nodes, second: Any, comm
     assert other.stdout is not None
     assert other.stdout.readline() == "held\n"
     few = (*command, "--limit", 9, "-o", "waits", "--ray", "auto", "--workers", 2)
-    running = start(place, *few, RAY_ADDRESS=nodes.address)
-    assert running.stderr is not None
+    running = Commands(place).start(*few, RAY_ADDRESS=nodes.address)
     said = "others hold a part of it now, and workers wait for that: 0 GPUs and 0 CPUs are free"
-    assert any(said in line for line in running.stderr)
+    wait(lambda: said in running.stem.with_suffix(".err").read_text())
     time.sleep(3)
-    assert running.poll() is None
+    assert running.process.exitcode is None
     assert not shards(place / "waits")
     other.communicate()
     end(running)
