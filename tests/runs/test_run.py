@@ -278,8 +278,8 @@ def test_data_that_is_rewritten_while_it_is_read(
     tiny: Callable[[str], ModelFiles], write_jsonl: Write, tmp_path: Path
 ) -> None:
     """No shard of it is short, the run is not called complete, and with the data back the same call finishes it."""
-    data = write_jsonl(alpaca(1500))
-    options: dict[str, Any] = {"model": str(tiny("gpt2").path), "device": "cpu", "dtype": "float32", "shard_rows": 50}
+    data = write_jsonl(alpaca(600))
+    options: dict[str, Any] = {"model": str(tiny("gpt2").path), "device": "cpu", "dtype": "float32", "shard_rows": 20}
     content, run = data.read_bytes(), tmp_path / "run"
     with pytest.raises(ScorerError, match="changed while it was read"):
         scorer.score(data, run, progress=Rewriting(data), **options)

@@ -95,7 +95,7 @@ def test_the_embedded_model_on_forty_rows(tmp_path: Path) -> None:
     rows = json.loads((ROOT / "examples/alpaca.json").read_text(encoding="utf-8"))
     rows = sorted(rows, key=lambda row: abs(len(row["output"] or "") - 40))[:40]
     run = make_run(tmp_path / "run", rows, ifd=[0.5 + (i * 7 % 40) / 100 for i in range(40)])
-    (tmp_path / "recipe.toml").write_text("learning_rate = 5e-4\nbatch_size = 4\nlora = true\n")
+    (tmp_path / "recipe.toml").write_text("epochs = 1\nlearning_rate = 1e-3\nbatch_size = 1\nlora = true\n")
     found = scorer.validate(
         run,
         tmp_path / "out",
