@@ -4,8 +4,8 @@ import gc
 import os
 import sys
 
-# Python looks for garbage each time that this many more objects were made than freed. With its own 700 that takes a
-# sixth of the time to import torch and transformers, which make half a million to keep.
+# Python looks for garbage each time that this many more objects were made than freed. By default, after 700, that takes
+# a sixth of the time to import torch and transformers, which make half a million to keep.
 GC_THRESHOLD = 50_000
 TRAINING = ("lp", "validate")  # commands
 

@@ -37,7 +37,7 @@ OWNER = "SCORER_VLLM_OWNER"  # environment variable: the id of the process that 
 
 def register() -> None:
     """Register the variants by name: the entry point of `vllm.general_plugins`. May be called again."""
-    end_well()
+    end_with_parent()
     known = set(ModelRegistry.get_supported_archs())
     for architecture in known:
         name = PREFIX + architecture
@@ -46,8 +46,8 @@ def register() -> None:
 
 
 @cache
-def end_well() -> None:
-    """In a process that vLLM started for us: end when its parent does, and soon.
+def end_with_parent() -> None:
+    """In a process that vLLM started for us: end when its parent does, and quickly.
 
     vLLM's own engine outlives a kill -9 of the parent. An exit takes two seconds where Python looks for garbage in all
     that is loaded.
