@@ -20,6 +20,8 @@ RECIPE = ("learning_rate", "epochs", "batch_size", "max_length", "lora")
 def run(folder: str, data: str) -> dict[str, Any]:
     """Read the folder of a validation of the file `data`, and check it; returns the report."""
     content = read_validation(Path(folder))
+    if not content["results"]:
+        raise SystemExit(f"{folder} is unfinished; nothing is reported")
     found = Comparison.from_dict(content["results"])
     for arm in found.arms:
         tables = [pl.read_parquet(path) for path in sorted(Path(folder).glob(f"arms/{_name(arm.arm)}/nll.parquet"))]
