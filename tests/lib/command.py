@@ -132,12 +132,13 @@ def end(process: subprocess.Popen[str]) -> Ended:
     return Ended(process.returncode, out, err)
 
 
-def wait(condition: Callable[[], Any]) -> None:
-    """Until `condition` holds."""
+def wait(condition: Callable[[], Any]) -> Any:
+    """Until `condition` holds; returns what it gave then."""
     end = time.monotonic() + SECONDS
-    while not condition():
+    while not (given := condition()):
         assert time.monotonic() < end, "it never came"
         time.sleep(0.01)  # what is waited for needs the cores
+    return given
 
 
 def alive(process: psutil.Process) -> bool:

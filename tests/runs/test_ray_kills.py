@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,12 +23,12 @@ from scorer.models.find import ModelFiles
 from scorer.runs.directory import Run
 from scorer.runs.shard_file import read_info
 from tests.lib.command import Commands, alpaca, shards, wait
-from tests.lib.nodes import all_workers, end, raylet, started
+from tests.lib.nodes import all_workers, end, raylet, started, workers
 
 pytestmark = pytest.mark.slow
 Tiny = Callable[[str], ModelFiles]
 
-ROWS, SHARD_ROWS = 900, 3
+ROWS, SHARD_ROWS = 900, 10  # so large that a worker always has shards in hand that it has not written
 HOLD = """
 import ray, sys
 ray.init(address=sys.argv[1], log_to_driver=False)
@@ -98,21 +97,14 @@ def more(run: Path) -> Callable[[], bool]:
     return lambda: shards(run) > before
 
 
-def writers(run: Path) -> set[int]:
-    """The processes that have written shards."""
-    return {int(read_info(shard).by.rpartition("process ")[2]) for shard in Run(run).shards()}
+def stop_in_the_middle(node: Any, run: Path) -> None:
+    """Stop the worker of a node after it has written a shard, with others in hand."""
 
+    def writer() -> psutil.Process | None:
+        written = {int(read_info(shard).by.rpartition("process ")[2]) for shard in Run(run).shards()}
+        return next((worker for worker in workers(raylet(node)) if worker.pid in written), None)
 
-def stopped_in_the_middle(run: Path, before: Set[int]) -> psutil.Process:
-    """One of two workers, after both have written shards: stopped, with others in hand. `before`: earlier writers.
-
-    It is stopped until the second has begun too: on a busy machine it would be done before that.
-    """
-    wait(lambda: writers(run) - before)
-    worker = psutil.Process(min(writers(run) - before))
-    worker.suspend()
-    wait(lambda: len(writers(run) - before) == 2)
-    return worker
+    wait(writer).suspend()
 
 
 def same(run: Path, expected: pl.DataFrame) -> None:
@@ -141,12 +133,9 @@ def test_workers_nodes_and_drivers_die(
     assert running.kill(signal.SIGINT).code == 130
     wait(lambda: not all_workers(nodes))
 
-    before = writers(run)
     running = commands.start(*whole, 2)
-    worker = stopped_in_the_middle(run, before)
-    kill_node(second)  # one worker goes on
-    with contextlib.suppress(psutil.NoSuchProcess):  # it was that node's
-        worker.resume()
+    stop_in_the_middle(second, run)
+    kill_node(second)  # the other worker goes on
     assert shards(run) < ROWS / SHARD_ROWS
     said = end(running)
     assert "resuming after" in said
@@ -162,7 +151,7 @@ def test_what_others_hold_is_waited_for_and_said(nodes: Nodes, second: Any, comm
     )
     assert other.stdout is not None
     assert other.stdout.readline() == "held\n"
-    few = (*command, "--limit", 9, "-o", "waits", "--ray", "auto", "--workers", 2)
+    few = (*command, "--limit", 30, "-o", "waits", "--ray", "auto", "--workers", 2)
     running = Commands(place).start(*few, RAY_ADDRESS=nodes.address)
     said = "others hold a part of it now, and workers wait for that: 0 GPUs and 0 CPUs are free"
     wait(lambda: said in running.stem.with_suffix(".err").read_text())
