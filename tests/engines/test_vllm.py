@@ -90,7 +90,9 @@ def oracle(files: ModelFiles, sequences: list[TokenSequence]) -> dict[Key, SpanN
         return scored(engine, sequences)
 
 
-def test_two_ranks_share_the_vocabulary_until_one_dies(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_ranks_share_the_vocabulary_until_one_dies(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """257 tokens, padded to 320, are 160 and 97 on two ranks; each rank has its own half of the cores."""
     monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
     monkeypatch.setattr("scorer.engines.vllm._own_variables", set())
@@ -106,9 +108,11 @@ def test_two_ranks_share_the_vocabulary_until_one_dies(tiny: Tiny, monkeypatch: 
             scored(engine, [TokenSequence(0, View.CONDITIONED, [1, 257, 3], (Span(0, 1, 3),))])
         steps = scores_of(engine, sequences)
         next(steps)
+        capfd.readouterr()
         ranks[0].kill()
-        with pytest.raises(EngineError, match="died; run the same command again to resume"):
+        with pytest.raises(EngineError, match=r"^vLLM failed: an engine process died; run the same command again to"):
             list(steps)
+    assert_quiet(Ended(EngineError.exit_code, *capfd.readouterr()))
     assert_equal(ours, oracle(files, sequences), 1e-4)
     assert_equal(again, ours, 1e-4)
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
-import torch
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
 import scorer
@@ -55,15 +54,6 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> str:
 def asked(tiny: Tiny, recipe: str) -> dict[str, Any]:
     """Options under which all is well."""
     return {"target": str(tiny("llama").path), "recipe": recipe, "keep": 8, "holdout": 12, "seeds": 1, "resamples": 50}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Several would wait for each other, where tests run beside each other, for most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
