@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -76,25 +77,25 @@ def judge_pairs(judge: Judge, pairs: Sequence[Pair], folder: Path, progress: Pro
 def _ask_for(missing: Mapping[str, Pair], client: JudgeClient, folder: Path, progress: Progress) -> None:
     """Write the verdicts on pairs, by key, in parts as they come; all that there are if this is interrupted."""
     pool = ThreadPoolExecutor(CONCURRENT_PAIRS, "scorer-judge")
-    waiting: dict[Future[tuple[Reply, ...]], str] = {
-        pool.submit(client.compare, pair): key for key, pair in missing.items()
-    }
-    rows, lost = list[dict[str, Any]](), 0
+    waiting = dict[Future[tuple[Reply, ...]], str]()
+    rows, to_submit, left, lost = list[dict[str, Any]](), iter(missing), len(missing), 0
     try:
-        for future in as_completed(list(waiting), FOREVER):
+        while left and lost < LOST_PAIRS:
+            # No pair is asked for long before the reply to an earlier one is seen: a lost judge would be asked for all.
+            for key in islice(to_submit, 2 * CONCURRENT_PAIRS - len(waiting)):
+                waiting[pool.submit(client.compare, missing[key])] = key
+            future = next(as_completed(list(waiting), FOREVER))
             key, replies = waiting.pop(future), future.result()
             rows.append(_row(key, missing[key], replies))
             progress.advance(1, 0)
             if len(rows) == PART_PAIRS:
                 _write_part(folder, rows)
                 rows = []
-            lost = lost + 1 if replies[-1].status is PairStatus.UNREACHABLE else 0
-            if lost == LOST_PAIRS:
-                progress.say(
-                    f"judge: {client.judge.url} {replies[-1].text}; {len(waiting):,} pairs are left: "
-                    "the same command judges them"
-                )
-                break
+            left, lost = left - 1, lost + 1 if replies[-1].status is PairStatus.UNREACHABLE else 0
+        if lost == LOST_PAIRS:
+            progress.say(
+                f"judge: {client.judge.url} {replies[-1].text}; {left:,} pairs are left: the same command judges them"
+            )
     finally:
         client.stopped.set()
         pool.shutdown(cancel_futures=True)

@@ -22,7 +22,7 @@ from scorer.models.find import ModelFiles
 from scorer.runs.ray_driver import WorkerPlan, plan_workers
 from scorer.runs.ray_worker import Reader
 from scorer.types import ScorerError
-from tests.lib.command import Commands, alpaca, shards, wait
+from tests.lib.command import Commands, alpaca, assert_gone, shards, wait
 from tests.lib.nodes import all_workers, end, started, workers
 
 Tiny = Callable[[str], ModelFiles]
@@ -198,4 +198,4 @@ def test_control_c_is_heard_where_no_shard_comes(command: Commands, arguments: l
     ended = running.kill(signal.SIGINT)
     assert ended.code == 130, ended
     assert "interrupted; the same command goes on" in ended.err.splitlines()[-1]
-    assert not worker.is_running()
+    assert_gone([worker])

@@ -19,7 +19,7 @@ from scorer.runs.progress import Silent
 from scorer.types import ScorerError
 from scorer.validation.comparison import Verdicts
 from scorer.validation.judge import Judge, Pair, check_judge, prompt_text, read_reply
-from scorer.validation.verdicts import count_verdicts, judge_pairs
+from scorer.validation.verdicts import CONCURRENT_PAIRS, LOST_PAIRS, count_verdicts, judge_pairs
 from tests.lib.command import wait
 from tests.lib.web import Sent, WebServer, http, silent
 
@@ -283,7 +283,7 @@ def test_a_server_that_goes_away_is_not_asked_for_ever(server: WebServer, tmp_pa
     server.answer = lambda body: good(body) if server.requests <= 21 else http(b"", "500 Error")
     table = judge_pairs(judge_of(server, pauses=()), many(100), tmp_path, told)
     assert set(table["status"]) == {"judged", "unreachable"}
-    assert server.requests < 100
+    assert server.requests <= 21 + 2 * CONCURRENT_PAIRS + LOST_PAIRS
     assert "the same command judges them" in told.messages[-1]
     server.answer, judged = good, (table["status"] == "judged").sum()
     before = server.requests
