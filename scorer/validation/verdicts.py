@@ -78,10 +78,11 @@ def _ask_for(missing: Mapping[str, Pair], client: JudgeClient, folder: Path, pro
     """Write the verdicts on pairs, by key, in parts as they come; all that there are if this is interrupted."""
     pool = ThreadPoolExecutor(CONCURRENT_PAIRS, "scorer-judge")
     waiting = dict[Future[tuple[Reply, ...]], str]()
-    rows, to_submit, left, lost = list[dict[str, Any]](), iter(missing), len(missing), 0
+    rows, to_submit = list[dict[str, Any]](), iter(missing)
+    left, lost = len(missing), 0
     try:
         while left and lost < LOST_PAIRS:
-            # No pair is asked for long before the reply to an earlier one is seen: a lost judge would be asked for all.
+            # Submitted pairs may be asked about before it is noticed that the judge has gone away: few at a time.
             for key in islice(to_submit, 2 * CONCURRENT_PAIRS - len(waiting)):
                 waiting[pool.submit(client.compare, missing[key])] = key
             future = next(as_completed(list(waiting), FOREVER))
@@ -91,7 +92,8 @@ def _ask_for(missing: Mapping[str, Pair], client: JudgeClient, folder: Path, pro
             if len(rows) == PART_PAIRS:
                 _write_part(folder, rows)
                 rows = []
-            left, lost = left - 1, lost + 1 if replies[-1].status is PairStatus.UNREACHABLE else 0
+            left -= 1
+            lost = lost + 1 if replies[-1].status is PairStatus.UNREACHABLE else 0
         if lost == LOST_PAIRS:
             progress.say(
                 f"judge: {client.judge.url} {replies[-1].text}; {left:,} pairs are left: the same command judges them"

@@ -22,7 +22,7 @@ import urllib3
 
 from scorer.models.find import ModelFiles
 from scorer.runs.directory import Run
-from tests.lib.command import CONSOLE_SCRIPT, SECONDS, Commands, alpaca, shards, wait
+from tests.lib.command import CONSOLE_SCRIPT, SECONDS, Commands, alive, alpaca, shards, wait
 
 pytestmark = pytest.mark.slow
 Tiny = Callable[[str], ModelFiles]
@@ -60,8 +60,7 @@ def serving(files: ModelFiles, port: int, log: Path) -> Iterator[psutil.Process]
 def wait_for(port: int, process: psutil.Process, log: Path) -> None:
     latest = time.monotonic() + SECONDS
     while time.monotonic() < latest:
-        assert process.is_running(), log.read_text()
-        assert process.status() != psutil.STATUS_ZOMBIE, log.read_text()
+        assert alive(process), log.read_text()
         try:
             urllib3.request("GET", f"http://127.0.0.1:{port}/health", retries=False, timeout=2)
             return
@@ -147,8 +146,8 @@ def test_a_served_model_scores_and_comes_back_in_the_middle(tiny: Tiny, tmp_path
         wait(lambda: shards(tmp_path / "cut") >= before + 3)
         family = server.children(recursive=True)
         server.kill()  # kill -9 of one process ends the others
-        _, alive = psutil.wait_procs([server, *family], timeout=30)
-        assert not alive, alive
+        _, left = psutil.wait_procs([server, *family], timeout=30)
+        assert not left, left
         assert cut.process.exitcode is None, "it ended before the server did"
     early = command.start(*common, "-o", "early", "--engine", url, VLLM_API_KEY=KEY, SCORER_SERVER_WAIT="600")
     log = tmp_path / "server2.log"
@@ -161,8 +160,8 @@ def test_a_served_model_scores_and_comes_back_in_the_middle(tiny: Tiny, tmp_path
             assert_same(Run(tmp_path / run).scores(), expected)
         wait(lambda: f"scorer: ready at {url}\n" in log.read_text())
         family = signal_all(server, signal.SIGINT)  # as a terminal does
-        _, alive = psutil.wait_procs(family, timeout=10)
-        assert not alive, alive
+        _, left = psutil.wait_procs(family, timeout=10)
+        assert not left, left
 
 
 def test_what_cannot_be_served_is_one_line(tiny: Tiny, tmp_path: Path) -> None:
