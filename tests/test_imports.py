@@ -63,7 +63,7 @@ TORCH_FREE_MODULES = {
 }
 SCORING = {"scorer.selection.filtering"}
 TORCH_BOUND = {"torch", "transformers", "safetensors", "triton", "scorer_kernels"}
-KERNEL_USERS = {"scorer.engines.packed", "scorer.engines.vllm_plugin"}
+KERNEL_USERS = {"scorer.engines.architecture", "scorer.engines.packed", "scorer.engines.vllm_plugin"}
 KERNELS_NEED = {"torch", "triton"}
 
 

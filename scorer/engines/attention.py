@@ -5,13 +5,18 @@ Registered with transformers under ATTENTION, which is no mask function there, s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property, lru_cache
+from inspect import signature
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
 from transformers import AttentionInterface
+
+from scorer.types import ScorerError
 
 ATTENTION = "scorer_varlen"
 
@@ -20,6 +25,9 @@ ATTENTION = "scorer_varlen"
 MAX_PLAIN_LENGTH = {torch.bfloat16: 384, torch.float16: 384, torch.float32: 48}
 # Sequences whose lengths differ by at most this factor share one product, padded to the longest of them.
 GROUP_RATIO = 1.15
+MAX_FLASH_WIDTH = 256  # of a head, in FlashAttention 2
+# What layers hand over beside what varlen_attention names: for training, and copies of what the model has applied.
+WITHOUT_EFFECT = ("dropout", "position_ids", "output_attentions", "use_cache")
 
 
 class Group:
@@ -58,24 +66,54 @@ class Group:
 class Layout:
     """The bounds of each sequence in a batch; `lengths` are descending.
 
-    The CUDA kernel reads `offsets` (int32 [sequences + 1]); it needs 16-bit numbers and sm_80. All else runs over
+    FlashAttention reads `offsets` (int32 [sequences + 1]); it needs 16-bit numbers and sm_80. All else runs over
     `groups`.
     """
 
     def __init__(self, lengths: Sequence[int], device: torch.device, dtype: torch.dtype):
-        self.longest = lengths[0]
+        self.lengths, self.longest, self.device = lengths, lengths[0], device
         self.offsets: torch.Tensor | None = None
-        self.groups: list[Group] = []
         if device.type == "cuda" and dtype != torch.float32 and torch.cuda.get_device_capability(device) >= (8, 0):
             self.offsets = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32, non_blocking=True)
-            return
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        """The batch as groups of similar length."""
+        groups: list[Group] = []
         first = start = 0
-        while first < len(lengths):
+        while first < len(self.lengths):
             last = first + 1
-            while last < len(lengths) and lengths[last] * GROUP_RATIO >= lengths[first]:
+            while last < len(self.lengths) and self.lengths[last] * GROUP_RATIO >= self.lengths[first]:
                 last += 1
-            self.groups.append(Group(start, lengths[first:last], device))
-            start, first = self.groups[-1].end, last
+            groups.append(Group(start, self.lengths[first:last], self.device))
+            start, first = groups[-1].end, last
+        return groups
+
+
+class _Current(threading.local):
+    layout: Layout
+
+
+_current = _Current()
+
+
+@contextmanager
+def packed(layout: Layout) -> Iterator[None]:
+    """Within, `varlen_attention` runs over the sequences of `layout`, in this thread."""
+    _current.layout = layout
+    try:
+        yield
+    finally:
+        del _current.layout
+
+
+class Variant(NamedTuple):
+    """How a layer's attention differs from the plain one."""
+
+    scale: float
+    window: int | None  # a token attends to itself and to `window - 1` before it
+    softcap: float | None  # scores become softcap * tanh(score / softcap)
+    sinks: torch.Tensor | None  # [H]: a score more for each head, which takes its share and has no value
 
 
 def varlen_attention(  # noqa: PLR0913 (transformers calls it)
@@ -85,64 +123,114 @@ def varlen_attention(  # noqa: PLR0913 (transformers calls it)
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    scorer_layout: Layout,
     scaling: float | None = None,
-    **unused: Any,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface: query [1, H, T, d], key and value [1, Hk, T, d] -> [1, T, H, d]."""
-    _, heads, tokens, width = query.shape
-    scale = width**-0.5 if scaling is None else scaling
+    """transformers' attention interface: query [1, H, T, d], key and value [1, Hk, T, d] -> [1, T, H, d].
+
+    Raises ScorerError where a layer asks for what is not implemented here.
+    """
+    if attention_mask is not None:
+        raise ScorerError("its attention has a mask of its own")
+    if others.pop("is_causal", None) is False or getattr(module, "is_causal", True) is False:
+        raise ScorerError("its attention is not causal")
+    if unknown := sorted(name for name, given in others.items() if given is not None and name not in WITHOUT_EFFECT):
+        raise ScorerError(f"its attention takes {', '.join(unknown)}")
+    width = query.shape[-1]
+    layout = _current.layout
+    variant = Variant(width**-0.5 if scaling is None else scaling, sliding_window, softcap, s_aux)
+    if variant.window is not None and variant.window >= layout.longest:
+        variant = variant._replace(window=None)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, d], mostly contiguous already
-    if scorer_layout.offsets is not None:
-        return _cuda_attention(q, k, v, scorer_layout.offsets, scorer_layout.longest, scale)[None], None
-    q, k, v = (x.contiguous() for x in (q, k, v))
-    output = q.new_empty(tokens * heads, width)
-    for group in scorer_layout.groups:
-        mixed = _group_attention(q, k, v, group, scale)
-        torch.index_select(mixed, 0, group.unpad_index(heads), out=output[group.start * heads : group.end * heads])
-    return output.view(1, tokens, heads, width), None
+    if layout.offsets is not None and softcap is None and s_aux is None and width <= MAX_FLASH_WIDTH:
+        return _flash_attention(q, k, v, layout, variant)[None], None
+    return _grouped_attention(q, k, v, layout, variant)[None], None
 
 
-def _cuda_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, offsets: torch.Tensor, longest: int, scale: float
+def _flash_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, variant: Variant
 ) -> torch.Tensor:
-    """query [T, H, d], key and value [T, Hk, d] -> [T, H, d], by torch's FlashAttention."""
+    """query [T, H, d], key and value [T, Hk, d] -> [T, H, d], by torch's FlashAttention on CUDA."""
     from torch.nn.attention.varlen import varlen_attn
 
+    options: dict[str, Any] = {"scale": variant.scale, "window_size": ((variant.window or 0) - 1, 0)}
     if (repeats := query.shape[1] // key.shape[1]) > 1:
-        key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
-    output = varlen_attn(query, key, value, offsets, offsets, longest, longest, scale=scale, window_size=(-1, 0))
+        if "enable_gqa" in signature(varlen_attn).parameters:  # from torch 2.12 on
+            options["enable_gqa"] = True
+        else:
+            key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
+    offsets, longest = layout.offsets, layout.longest
+    assert offsets is not None
+    output = varlen_attn(query, key, value, offsets, offsets, longest, longest, **options)
     assert isinstance(output, torch.Tensor)  # a tuple only where the log-sum-exp is asked for
     return output
 
 
+def _grouped_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, variant: Variant
+) -> torch.Tensor:
+    """query [T, H, d], key and value [T, Hk, d] -> [T, H, d]."""
+    q, k, v = (x.contiguous() for x in (query, key, value))
+    tokens, heads, width = q.shape
+    output = q.new_empty(tokens * heads, width)
+    for group in layout.groups:
+        mixed = _group_attention(q, k, v, group, variant)
+        torch.index_select(mixed, 0, group.unpad_index(heads), out=output[group.start * heads : group.end * heads])
+    return output.view(tokens, heads, width)
+
+
 def _group_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, group: Group, scale: float
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, group: Group, variant: Variant
 ) -> torch.Tensor:
     """query [T, H, d], key and value [T, Hk, d], contiguous -> [count * H * length, d]."""
     (_, heads, width), kv_heads = query.shape, key.shape[1]
     count, length = group.count, group.length
+    window = None if variant.window is None or variant.window >= length else variant.window
     q = query.view(-1, width).index_select(0, group.pad_index(heads))
     k, v = (x.view(-1, width).index_select(0, group.pad_index(kv_heads)) for x in (key, value))
-    if length > MAX_PLAIN_LENGTH[query.dtype]:
+    if length > MAX_PLAIN_LENGTH[query.dtype] and variant.softcap is None and variant.sinks is None:
         q, k, v = (x.view(count, -1, length, width) for x in (q, k, v))
         grouped = heads != kv_heads
         if grouped and q.is_cuda:  # there, in float32, enable_gqa takes the path that materialises all scores
             k, v = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (k, v))
             grouped = False
-        mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+        mask = None if window is None else _causal_mask(length, window, q.dtype, q.device)
+        mixed = functional.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=mask is None, scale=variant.scale, enable_gqa=grouped
+        )
         return mixed.reshape(-1, width)
     repeats = heads // kv_heads  # query heads that share a key head are rows of one product
     q = q.view(count * kv_heads, repeats * length, width)
     k, v = (x.view(count * kv_heads, length, width) for x in (k, v))
-    scores = torch.baddbmm(_causal_mask(length, repeats, q.dtype, q.device), q, k.transpose(1, 2), alpha=scale)
-    return torch.bmm(scores.softmax(-1), v).view(-1, width)
+    mask = _repeated_mask(length, window, repeats, q.dtype, q.device)
+    if variant.softcap is None:
+        scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=variant.scale)
+    else:
+        scores = torch.bmm(q, k.transpose(1, 2)).mul_(variant.scale / variant.softcap)
+        scores = scores.tanh_().mul_(variant.softcap).add_(mask)
+    if variant.sinks is not None:
+        sinks = variant.sinks.to(scores.dtype).repeat_interleave(length).view(1, kv_heads, -1, 1)
+        scores = torch.cat((scores, sinks.expand(count, -1, -1, -1).flatten(0, 1)), -1)
+    return torch.bmm(scores.softmax(-1)[..., :length], v).view(-1, width)
 
 
 @lru_cache(maxsize=512)
-def _causal_mask(length: int, repeats: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """[repeats * length, length]: 0 where a query attends, -inf where it does not."""
-    return torch.full((length, length), float("-inf"), dtype=dtype, device=device).triu_(1).repeat(repeats, 1)
+def _repeated_mask(
+    length: int, window: int | None, repeats: int, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """[repeats * length, length]: `_causal_mask` for query heads that share a key head."""
+    return _causal_mask(length, window, dtype, device).repeat(repeats, 1)
+
+
+def _causal_mask(length: int, window: int | None, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """[length, length]: 0 where a query attends, -inf where it does not."""
+    mask = torch.full((length, length), float("-inf"), dtype=dtype, device=device).triu_(1)
+    if window is not None:
+        mask += torch.full_like(mask, float("-inf")).tril_(-window)
+    return mask
 
 
 AttentionInterface.register(ATTENTION, varlen_attention)

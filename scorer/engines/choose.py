@@ -49,7 +49,7 @@ def choose_engine(config: ScoreConfig, files: ModelFiles) -> tuple[str, str]:
 
     `auto` goes by the size of the weights: before they are downloaded, rely on the error only, not on the choice.
     """
-    from scorer.engines.packed import check_packable, why_not_packed
+    from scorer.engines.architecture import check_packable, why_not_packed
     from scorer.engines.vllm import vllm_version
 
     if config.engine == "packed":

@@ -7,11 +7,13 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from scorer_kernels import Head, HeadFunction, nll_head, nll_sums
+from scorer_kernels import HeadFunction, nll_head, nll_sums
 
 from scorer.config import ScoreConfig
-from scorer.engines.attention import ATTENTION, Layout
+from scorer.engines.architecture import check_packable, check_proof, head_of, not_packed, proof_batch
+from scorer.engines.attention import ATTENTION, Layout, packed
 from scorer.engines.packing import PackedBatch, pack, plan_batches
 from scorer.engines.spans import (
     BatchOutOfMemoryError,
@@ -21,16 +23,10 @@ from scorer.engines.spans import (
     oom_scores,
     with_sums,
 )
-from scorer.models.find import ModelFiles, model_settings
+from scorer.models.find import ModelFiles
 from scorer.models.load import load_causal_lm
 from scorer.tokens import Array, SpanScores, TokenBatch
-from scorer.types import ScorerError
 
-# Families whose attention goes through transformers' AttentionInterface alone, and whose logits are the plain product
-# of the last hidden state and the head's weight.
-FAMILIES = ("gpt2", "opt", "llama", "qwen2", "qwen3")
-# Settings that change a family's attention in a way that packing does not implement.
-UNPACKABLE_SETTINGS = ("use_sliding_window", "reorder_and_upcast_attn", "add_cross_attention")
 CUDA_THREADS = 2  # one packs the next batch while the other's runs
 
 
@@ -51,6 +47,7 @@ class PackedEngine:
 
     def __init__(self, config: ScoreConfig, files: ModelFiles, head_function: HeadFunction = nll_head):
         assert config.batch_tokens is not None
+        assert config.max_length is not None
         check_packable(files)
         self.batch_tokens = config.batch_tokens
         self.model = load_causal_lm(
@@ -61,14 +58,16 @@ class PackedEngine:
             trust_remote_code=config.trust_remote_code,
             allow_pickle=config.allow_pickle,
         )
-        output = self.model.get_output_embeddings()
-        self.head = Head(output.weight, output.bias)
+        self.head = head_of(self.model)
         self.head_function = head_function
         self.vocab_size: int = self.model.get_input_embeddings().weight.shape[0]
         self.device = self.model.device
         self.threads = torch.get_num_threads()
         self.workers = self.threads if self.device.type == "cpu" else CUDA_THREADS
         self.pool = ThreadPoolExecutor(self.workers, thread_name_prefix="scorer-packed")
+        if reason := check_proof(self.model, proof_batch(self.model, config.max_length), self.proof_sums):
+            self.close()
+            raise not_packed(files, reason)
 
     def score(self, batches: Iterable[TokenBatch | None]) -> Iterator[SpanScores]:
         """Yield the scores of each packed batch when it is done."""
@@ -140,12 +139,12 @@ class PackedEngine:
     @torch.inference_mode()
     def _forward(self, batch: PackedBatch) -> torch.Tensor:
         """The NLL sum of each span of a batch: float64 [S], on the CPU."""
-        states = self.model.base_model(
-            input_ids=batch.input_ids[None].to(self.device, non_blocking=True),
-            position_ids=batch.position_ids[None].to(self.device, non_blocking=True),
-            use_cache=False,
-            scorer_layout=Layout(batch.lengths, self.device, self.model.dtype),
-        ).last_hidden_state[0]
+        with packed(Layout(batch.lengths, self.device, self.model.dtype)):
+            states = self.model.base_model(
+                input_ids=batch.input_ids[None].to(self.device, non_blocking=True),
+                position_ids=batch.position_ids[None].to(self.device, non_blocking=True),
+                use_cache=False,
+            ).last_hidden_state[0]
         rows = states.index_select(0, batch.rows.to(self.device, non_blocking=True))
         nll = self.head_function(rows, self.head, batch.targets.to(self.device, non_blocking=True))
         sums = nll_sums(nll, batch.offsets.to(self.device, non_blocking=True))
@@ -157,24 +156,14 @@ class PackedEngine:
         done.synchronize()  # waits for this batch alone, not for later launches of the other thread
         return sums
 
+    def proof_sums(self, batch: TokenBatch) -> Array:
+        """The NLL sum of each span of a batch, float64 [S], all sequences at once. For `check_proof`."""
+        scores = self.pool.submit(self._score_batch, batch, np.arange(len(batch))).result()
+        sums = np.empty(len(scores.spans))
+        sums[scores.spans] = scores.nll_sums
+        return sums
+
     def close(self) -> None:
         """Wait for running batches, and free the model."""
         self.pool.shutdown(cancel_futures=True)
         del self.model, self.head
-
-
-def check_packable(files: ModelFiles) -> None:
-    """Raise ScorerError where the packed engine doesn't run this architecture exactly."""
-    if reason := why_not_packed(files):
-        raise ScorerError(
-            f"the packed engine can't run {files.name}: {reason}; use --engine vllm, or --engine reference"
-        )
-
-
-def why_not_packed(files: ModelFiles) -> str | None:
-    """Why the packed engine doesn't run this architecture exactly; None where it does."""
-    settings = model_settings(files)
-    if settings.get("model_type") not in FAMILIES:
-        return f"its architecture is {settings.get('model_type')}, not one of {', '.join(FAMILIES)}"
-    switched = [key for key in UNPACKABLE_SETTINGS if settings.get(key)]
-    return f"its configuration sets {switched[0]}" if switched else None

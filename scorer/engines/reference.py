@@ -6,6 +6,7 @@ Runs transformers models of any architecture.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,22 +49,23 @@ class ReferenceEngine:
             for sequence in range(len(batch)):
                 try:
                     with convert_errors():
-                        scores = with_sums(batch, batch.spans(sequence), self._sums(batch, sequence))
+                        scores = with_sums(batch, batch.spans(sequence), span_sums(self.model, batch, sequence))
                 except BatchOutOfMemoryError:
                     scores = oom_scores(batch, sequence)
                 yield scores
 
-    @torch.inference_mode()
-    def _sums(self, batch: TokenBatch, sequence: int) -> Array:
-        """The NLL sum of each span of a sequence."""
-        ids = torch.from_numpy(batch.ids(sequence).astype(np.int64)).to(self.model.device)
-        logits = self.model(ids[None], use_cache=False).logits[0].float()
-        sums = []
-        for start, end in batch.bounds(sequence):
-            chosen = logits[start - 1 : end - 1].log_softmax(-1).gather(-1, ids[start:end, None])
-            sums.append(-float(chosen.double().sum()))
-        return np.array(sums)
-
     def close(self) -> None:
         """Free the model."""
         del self.model
+
+
+@torch.inference_mode()
+def span_sums(model: Any, batch: TokenBatch, sequence: int) -> Array:
+    """The NLL sum of each span of a sequence, in nats: float64 [spans]."""
+    ids = torch.from_numpy(batch.ids(sequence).astype(np.int64)).to(model.device)
+    logits = model(ids[None], use_cache=False).logits[0].float()
+    sums = []
+    for start, end in batch.bounds(sequence):
+        chosen = logits[start - 1 : end - 1].log_softmax(-1).gather(-1, ids[start:end, None])
+        sums.append(-float(chosen.double().sum()))
+    return np.array(sums)

@@ -29,7 +29,7 @@ from scorer.models.folders import (
 from scorer.types import ScorerError
 
 HUB_TIMEOUT = 5.0  # seconds, for the request that looks a name up
-HUB_EXAMPLES: Mapping[str, str] = {  # from the families that the packed engine runs
+HUB_EXAMPLES: Mapping[str, str] = {  # all run in the packed engine
     "gpt2": "124M, the paper's weak model",
     "gpt2-medium": "355M",
     "gpt2-large": "774M",

@@ -13,8 +13,8 @@ import polars as pl
 
 from scorer.config import ScoreConfig
 from scorer.encoding.encoder import Encoder
+from scorer.engines.architecture import why_not_packed
 from scorer.engines.choose import open_engine, resolve_config
-from scorer.engines.packed import why_not_packed
 from scorer.models.find import ModelFiles
 from scorer.scores.measures import score_table
 from scorer.types import EngineError, Record, RowStatus

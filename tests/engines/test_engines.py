@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import shutil
@@ -10,8 +9,8 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,16 +18,28 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    DogeConfig,
+    FalconConfig,
+    GPTJConfig,
+    GraniteMoeHybridConfig,
+    Lfm2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from scorer.config import ScoreConfig
 from scorer.engines import Engine
+from scorer.engines.architecture import proof_batch
 from scorer.engines.choose import open_engine
 from scorer.engines.packing import forward_tokens, plan_batches
+from scorer.engines.reference import ReferenceEngine
 from scorer.models.find import ModelFiles, find_model
 from scorer.models.load import load_causal_lm
 from scorer.types import RowStatus, ScorerError
-from tests.conftest import CONFIGS, LLAMA, byte_tokenizer
+from tests.conftest import CONFIGS, GPT2, LLAMA, byte_tokenizer
 from tests.lib.tokens import Key, Span, SpanNLL, TokenSequence, View, in_order, scored, token_batch
 
 Tiny = Callable[[str], ModelFiles]
@@ -37,7 +48,7 @@ ENGINES = ("packed", "reference")
 
 
 def config(engine: str, batch_tokens: int = 512, dtype: str = "float32") -> ScoreConfig:
-    return ScoreConfig(engine=engine, dtype=dtype, device="cpu", batch_tokens=batch_tokens)
+    return ScoreConfig(engine=engine, dtype=dtype, device="cpu", batch_tokens=batch_tokens, max_length=1024)
 
 
 def samples(lengths: list[tuple[int, int]], seed: int = 0) -> list[TokenSequence]:
@@ -192,14 +203,41 @@ def test_an_undefined_sum_is_no_neighbours(tiny: Tiny, tmp_path: Path, length: i
     assert_equal(packed, oracle, 1e-5)
 
 
-@pytest.mark.parametrize("changes", [{"model_type": "gpt_neox"}, {"use_sliding_window": True}])
-def test_what_cannot_be_packed_is_refused(tiny: Tiny, tmp_path: Path, changes: dict[str, object]) -> None:
-    folder = tmp_path / "other"
-    shutil.copytree(tiny("qwen2").path, folder)
-    settings = json.loads((folder / "config.json").read_text()) | changes
-    (folder / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(ScorerError, match="--engine reference"):
-        open_engine(config("packed"), replace(tiny("qwen2"), path=folder))
+REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
+    "code of its own": (lambda: GPTJConfig(**GPT2, rotary_dim=16), "gptj, whose attention can't be replaced"),
+    "ALiBi": (lambda: FalconConfig(**LLAMA, alibi=True), "its attention is biased by position"),
+    "an encoder": (lambda: BertConfig(**LLAMA), "its attention is not causal"),
+    "a state": (lambda: Lfm2Config(**LLAMA, layer_types=["conv", "full_attention"]), "differ from the reference"),
+    "a mask": (lambda: DogeConfig(**LLAMA), "its attention has a mask of its own"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_packing_would_score_wrongly_is_refused(tmp_path: Path, kind: str) -> None:
+    make, reason = REFUSED[kind]
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(make()).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    for dtype in ("float32", "bfloat16"):
+        with pytest.raises(ScorerError, match=f"can't run .*{reason}.*; use --engine vllm, or --engine reference"):
+            open_engine(config("packed", dtype=dtype), find_model(str(tmp_path)))
+
+
+def test_sequences_that_see_each_other_are_noticed_in_16_bits(tmp_path: Path) -> None:
+    """Rounding may differ from the reference by more than the little that this state makes."""
+    torch.manual_seed(0)
+    sizes = {"mamba_n_heads": 8, "mamba_d_head": 32, "layer_types": ["mamba", "attention"]}
+    AutoModelForCausalLM.from_config(GraniteMoeHybridConfig(**LLAMA, **sizes)).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ScorerError, match=r"its scores change by .* nats a token with what else is in a batch"):
+        open_engine(config("packed", dtype="bfloat16"), find_model(str(tmp_path)))
+
+
+def test_the_proof_reaches_beyond_the_attention_window(tiny: Tiny) -> None:
+    with closing(open_engine(config("reference"), tiny("gemma3"))) as engine:
+        assert isinstance(engine, ReferenceEngine)
+        assert proof_batch(engine.model, 1024).lengths.tolist() == [66, 9, 5, 2]
+        assert proof_batch(engine.model, 40).lengths.tolist() == [16, 9, 5, 2]  # no sequence is that long
 
 
 LIMITED = """

@@ -47,7 +47,7 @@ SHARDS = [records(0, 30), records(30, 5, scored=False), records(35, 30), records
 
 @pytest.fixture(scope="module", params=["packed", "reference"])
 def scorer(request: pytest.FixtureRequest, tiny: Callable[[str], ModelFiles]) -> Iterator[ShardScorer]:
-    config = ScoreConfig(engine=request.param, dtype="float32", device="cpu", batch_tokens=128)
+    config = ScoreConfig(engine=request.param, dtype="float32", device="cpu", batch_tokens=128, max_length=1024)
     encoder = Encoder(BulkTokenizer(byte_tokenizer()), PROTOCOLS["superfiltering"], 1024)
     made = ShardScorer(encoder, open_engine(config, tiny("gpt2")), strict=False)
     yield made
