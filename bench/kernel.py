@@ -5,6 +5,7 @@ Every rival is checked against float64 before it is timed. Without a GPU the CPU
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from scorer_kernels import Head, HeadFunction, linear_nll, nll_head
 from scorer_kernels.reference import reference_nll
-from scorer_kernels.table import CANDIDATES, Config, config_for
+from scorer_kernels.table import CANDIDATES, config_for
 
 CHUNK_ROWS = 4096
 CHECKED_ROWS = 256
@@ -211,19 +212,25 @@ def _ceiling(device: str, milliseconds: int) -> float:
 
 
 def tune(milliseconds: int) -> dict[str, Any]:
-    """Time every configuration on every shape; scorer_kernels/table.py should hold the fastest."""
+    """Check and time every configuration on every shape; scorer_kernels/table.py should hold the fastest."""
     if not torch.cuda.is_available():
         raise SystemExit("tuning needs a CUDA device")
     console = Console(stderr=True)
     capability = torch.cuda.get_device_capability()
+    candidates = [config for config in CANDIDATES if capability >= (9, 0) or not config.tma]
     measured = []
     for shape in SHAPES:
         current = config_for(capability, 2, shape.hidden_size, shape.vocab_size)
-        configs: list[Config] = list(dict.fromkeys((current, *CANDIDATES)))
-        launch = partial(linear_nll, *inputs(shape, "cuda"))
-        seconds = {c: median_seconds(partial(launch, config=c), "cuda", milliseconds) for c in configs}
-        for config, took in sorted(seconds.items(), key=lambda item: item[1]):
-            mark = "*" if config == current else " "
-            console.print(f"{mark} {shape.name}: {took * 1e3:8.3f} ms {shape.flop / took / 1e12:6.1f} TFLOP/s {config}")
-        measured.append({**asdict(shape), "configs": [asdict(c) | {"seconds": s} for c, s in seconds.items()]})
+        configs = {str(config): config for config in (current, *candidates)}
+        launches: dict[str, HeadFunction] = {
+            name: partial(linear_nll, config=config) for name, config in configs.items()
+        }
+        figures = _measure(shape, launches, "cuda", milliseconds)
+        for name, own in sorted(figures.items(), key=lambda item: item[1].get("milliseconds", math.inf)):
+            mark = "*" if configs[name] == current else " "
+            found = str(own)  # why there is no time
+            if "milliseconds" in own:
+                found = f"{own['milliseconds']:8.3f} ms {own['flop_per_second'] / 1e12:6.1f} TFLOP/s"
+            console.print(f"{mark} {shape.name}: {found} {name}")
+        measured.append({**asdict(shape), "configs": [asdict(configs[name]) | own for name, own in figures.items()]})
     return {"capability": list(capability), "shapes": measured}

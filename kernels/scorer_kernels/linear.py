@@ -70,14 +70,16 @@ def _launch(
     partials = torch.empty(grid.splits, 2, rows, dtype=torch.float32, device=hidden.device)
     # None is a constant to Triton, which then compiles the step out.
     transform = (None if head.scale == 1.0 else head.scale, head.softcap)
-    shared = (hidden, weight, bias, partials, rows, head.size, hidden.stride(0), weight.stride(0), *transform)
+    shared = (bias, partials, rows, head.size, hidden.stride(0), weight.stride(0), *transform)
     options: dict[str, Any] = {"HIDDEN_SIZE": hidden_size, "enable_fp_fusion": True}
     assert hidden.stride(1) == 1 or hidden_size == 1, f"hidden rows are contiguous, not of stride {hidden.stride(1)}"
     assert weight.stride(1) == 1 or hidden_size == 1, f"weight rows are contiguous, not of stride {weight.stride(1)}"
     assert targets.is_contiguous(), "targets is contiguous"
     assert bias is None or bias.is_contiguous(), "bias is contiguous"
+    tma = config.tma and _tma_reads(hidden) and _tma_reads(weight)
     with on_device(hidden):
         head_kernel[(grid.row_blocks * grid.splits,)](
+            *(_descriptors(hidden, weight, config) if tma else (hidden, weight)),
             *shared,
             grid.group,
             grid.splits,
@@ -85,12 +87,15 @@ def _launch(
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             BLOCK_K=config.block_k,
+            TMA=tma,
             WIDEN=INTERPRETED and hidden.dtype == torch.bfloat16,  # the interpreter would multiply their bits
             num_warps=config.warps,
             num_stages=config.stages,
             **options,
         )
         finish_kernel[(-(-rows // FINISH_ROWS),)](
+            hidden,
+            weight,
             *shared,
             targets,
             out,
@@ -102,6 +107,22 @@ def _launch(
             **options,
         )
     return out
+
+
+def _tma_reads(matrix: torch.Tensor) -> bool:
+    """Whether TMA can read a matrix: its rows are contiguous and begin 16 bytes, or a multiple, apart."""
+    step = matrix.stride(0) * matrix.element_size()
+    return matrix.stride(1) == 1 and step > 0 and step % 16 == 0 and matrix.data_ptr() % 16 == 0
+
+
+def _descriptors(hidden: torch.Tensor, weight: torch.Tensor, config: Config) -> tuple[Any, Any]:
+    """Tensor descriptors of both, by the configuration's tiles."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return (
+        TensorDescriptor.from_tensor(hidden, [config.block_m, config.block_k]),
+        TensorDescriptor.from_tensor(weight, [config.block_n, config.block_k]),
+    )
 
 
 def _chip(device: torch.device) -> tuple[tuple[int, int], int]:

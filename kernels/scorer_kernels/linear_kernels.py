@@ -4,6 +4,8 @@
 
 No atomics: every number has one writer and one order of summation, so the same input gives the same bits. An argument
 `bias`, `scale` or `softcap` that is None is a constant to the compiler, and its step is left out.
+
+With TMA, `hidden` and `weight` of head_kernel are tensor descriptors, whose loads give zeros past the ends.
 """
 
 from __future__ import annotations
@@ -14,19 +16,22 @@ import triton.language as tl
 # Triton reads the setting when it makes the kernels below; later changes have no effect.
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
+# exp2(x * LOG2_E - shift) is two instructions; exp(x - shift) is six, three of them to keep results below 1e-38.
+LOG2_E = tl.constexpr(1.4426950408889634)
+
 
 @triton.jit
 def _tanh(x):
     """tanh, to two units in the last place of float32. Triton's own is a library call, which the interpreter lacks."""
     square = x * x
     series = ((0.0164587588 * square - 0.0526841435) * square + 0.1332094189) * square - 0.333329575
-    large = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(x)) + 1.0)
+    large = 1.0 - 2.0 / (tl.exp2(tl.abs(x) * (2.0 * LOG2_E)) + 1.0)
     return tl.where(tl.abs(x) < 0.55, x + x * square * series, tl.where(x < 0, -large, large))
 
 
 @triton.jit
 def _shift_of(highest):
-    """The number to subtract before exp: the largest logit, or 0 where all are -inf."""
+    """The number to subtract before exp or exp2: the largest, or 0 where all are -inf."""
     return tl.where(highest == -float("inf"), 0.0, highest)
 
 
@@ -46,9 +51,10 @@ def _transform(x, bias, scale, softcap):
 def _add_tile(
     highest,
     total,
-    hidden_tile,
+    hidden,
     weight,
     bias,
+    first_row,
     start,
     vocab_size,
     weight_stride,
@@ -58,25 +64,32 @@ def _add_tile(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    TMA: tl.constexpr,
     WIDEN: tl.constexpr,
     TAIL: tl.constexpr,
 ):
-    """(max, sum of exp(x - max)) with the token ids from `start` on added; in TAIL, the tile runs past the end."""
+    """(max, sum of exp2(x - max)) with the token ids from `start` on added; in TAIL, the tile runs past the end.
+
+    Both are of logits times log2(e), where those below -2e38 become -inf. `hidden` is a descriptor, or pointers to the
+    rows of the block.
+    """
     offs_n = tl.arange(0, BLOCK_N)
     if TAIL:  # ids past the end read the last row, and are masked below
         offs_n = tl.minimum(offs_n, vocab_size - 1 - start)
     offs_k = tl.arange(0, BLOCK_K)
-    weight_tile = (
-        weight + tl.cast(start, tl.int64) * weight_stride + (offs_n[None, :] * weight_stride + offs_k[:, None])
-    )
+    if not TMA:
+        weight += tl.cast(start, tl.int64) * weight_stride + (offs_n[None, :] * weight_stride + offs_k[:, None])
     x = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in range(0, HIDDEN_SIZE, BLOCK_K):
-        if HIDDEN_SIZE % BLOCK_K == 0:
-            h = tl.load(hidden_tile + k)
-            w = tl.load(weight_tile + k)
+        if TMA:
+            h = hidden.load([first_row, k])
+            w = weight.load([start, k]).T
+        elif HIDDEN_SIZE % BLOCK_K == 0:
+            h = tl.load(hidden + k)
+            w = tl.load(weight + k)
         else:
-            h = tl.load(hidden_tile + k, mask=offs_k[None, :] < HIDDEN_SIZE - k, other=0.0)
-            w = tl.load(weight_tile + k, mask=offs_k[:, None] < HIDDEN_SIZE - k, other=0.0)
+            h = tl.load(hidden + k, mask=offs_k[None, :] < HIDDEN_SIZE - k, other=0.0)
+            w = tl.load(weight + k, mask=offs_k[:, None] < HIDDEN_SIZE - k, other=0.0)
         if WIDEN:
             h, w = h.to(tl.float32), w.to(tl.float32)
         x = tl.dot(h, w, x, input_precision="ieee")
@@ -86,9 +99,9 @@ def _add_tile(
     x = _transform(x, b, scale, softcap)
     if TAIL:
         x = tl.where((tl.arange(0, BLOCK_N) < vocab_size - start)[None, :], x, -float("inf"))
-    higher = tl.maximum(highest, tl.max(x, 1))
+    higher = tl.maximum(highest, tl.max(x, 1) * LOG2_E)
     shift = _shift_of(higher)
-    return higher, total * tl.exp(highest - shift) + tl.sum(tl.exp(x - shift[:, None]), 1)
+    return higher, total * tl.exp2(highest - shift) + tl.sum(tl.exp2(x * LOG2_E - shift[:, None]), 1)
 
 
 # Sizes that change from batch to batch are not specialised on, or every residue of N would compile a kernel.
@@ -111,6 +124,7 @@ def head_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    TMA: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
     """(max, sum of exp(x - max)) of a block of rows over a split of the vocabulary: float32 [splits, 2, rows].
@@ -121,10 +135,11 @@ def head_kernel(
     first_block = tl.program_id(0) // programs * group
     blocks = tl.minimum(tl.cdiv(rows, BLOCK_M) - first_block, group)
     split = tl.program_id(0) % programs // blocks
-    row = (first_block + tl.program_id(0) % programs % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
-    # Rows past the end read the last one: no mask in the inner loop.
-    near = tl.minimum(row, rows - 1).to(tl.int64)
-    hidden_tile = hidden + near[:, None] * hidden_stride + tl.arange(0, BLOCK_K)[None, :]
+    first_row = (first_block + tl.program_id(0) % programs % blocks) * BLOCK_M
+    row = first_row + tl.arange(0, BLOCK_M)
+    if not TMA:  # rows past the end read the last one: no mask in the inner loop
+        near = tl.minimum(row, rows - 1).to(tl.int64)
+        hidden += near[:, None] * hidden_stride + tl.arange(0, BLOCK_K)[None, :]
     highest = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     first = split * tiles_per_split
@@ -134,9 +149,10 @@ def head_kernel(
         highest, total = _add_tile(
             highest,
             total,
-            hidden_tile,
+            hidden,
             weight,
             bias,
+            first_row,
             tile * BLOCK_N,
             vocab_size,
             weight_stride,
@@ -146,6 +162,7 @@ def head_kernel(
             BLOCK_M,
             BLOCK_N,
             BLOCK_K,
+            TMA,
             WIDEN,
             TAIL=False,
         )
@@ -153,9 +170,10 @@ def head_kernel(
         highest, total = _add_tile(
             highest,
             total,
-            hidden_tile,
+            hidden,
             weight,
             bias,
+            first_row,
             (last - 1) * BLOCK_N,
             vocab_size,
             weight_stride,
@@ -165,11 +183,12 @@ def head_kernel(
             BLOCK_M,
             BLOCK_N,
             BLOCK_K,
+            TMA,
             WIDEN,
             TAIL=True,
         )
     out = partials + split.to(tl.int64) * 2 * rows + row
-    tl.store(out, highest, mask=row < rows)
+    tl.store(out, tl.div_rn(highest, LOG2_E), mask=row < rows)
     tl.store(out + rows, total, mask=row < rows)
 
 
@@ -191,9 +210,12 @@ def _merge(partials, row, rows, parts, part_stride, BLOCK: tl.constexpr):
 
 @triton.jit
 def _nll(highest, total, logit):
-    """The NLL, cut at 0: rounding may give less, since the target's logit is summed in another order than the rest."""
+    """The NLL, cut at 0: rounding may give less, since the target's logit is summed in another order than the rest.
+
+    Where no token is possible, total is 0 and the NLL stays infinite or NaN.
+    """
     nll = (highest - logit) + tl.log(total)
-    return tl.where(nll < 0.0, 0.0, nll)
+    return tl.where((nll < 0.0) & (total > 0.0), 0.0, nll)
 
 
 @triton.jit(do_not_specialize=["rows", "vocab_size", "vocab_start", "splits"])

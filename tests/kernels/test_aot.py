@@ -52,18 +52,29 @@ def test_every_launch_compiles_within_the_chip(chip: int, compiled: dict[int, li
         assert kernel["shared"] <= SHARED_BYTES[chip], kernel
 
 
+def halves(chip: int, compiled: dict[int, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    return [
+        kernel for kernel in compiled[chip] if kernel["name"] == "head_kernel" and kernel["case"].startswith("half")
+    ]
+
+
 def test_hopper_multiplies_in_wgmma_without_spills_or_serialisation(
     compiled: dict[int, list[dict[str, Any]]],
 ) -> None:
-    halves = [
-        kernel for kernel in compiled[90] if kernel["name"] == "head_kernel" and kernel["case"].startswith("half")
-    ]
-    assert len(halves) >= 3
-    for kernel in halves:
+    for kernel in halves(90, compiled):
         assert kernel["wgmma"], kernel
         assert "serialized" not in kernel["log"], kernel
-        if "options" not in kernel["case"]:
-            assert "0 bytes spill stores, 0 bytes spill loads" in kernel["log"], kernel
+        assert "0 bytes spill stores, 0 bytes spill loads" in kernel["log"], kernel
+
+
+@pytest.mark.parametrize(("chip", "loads"), [(80, {False}), (90, {False, True}), (100, {False, True})])
+def test_tma_loads_the_tiles_where_the_configuration_says(
+    chip: int, loads: set[bool], compiled: dict[int, list[dict[str, Any]]]
+) -> None:
+    found = halves(chip, compiled)
+    assert {kernel["tma"] for kernel in found} == loads
+    for kernel in found:
+        assert kernel["tma"] == ("TMA" in kernel["case"]), kernel
 
 
 def test_one_kernel_serves_every_batch(compiled: dict[int, list[dict[str, Any]]]) -> None:
@@ -75,6 +86,7 @@ def report(chip: int) -> None:
     """Call the launchers with a driver that compiles for a chip and launches nothing."""
     import contextlib
     import io
+    from dataclasses import replace
 
     import scorer_kernels as sk
     import torch
@@ -110,6 +122,7 @@ def report(chip: int) -> None:
                 "shared": kernel.metadata.shared,
                 "cubin_bytes": len(kernel.asm["cubin"]),
                 "wgmma": "wgmma.mma_async" in kernel.asm["ptx"],
+                "tma": "cp.async.bulk.tensor" in kernel.asm["ptx"],
                 "log": log.getvalue(),
             }
         )
@@ -119,33 +132,29 @@ def report(chip: int) -> None:
     for launcher in (linear, segments):
         vars(launcher)["on_device"] = lambda tensor: contextlib.nullcontext()
 
-    def head(dtype: torch.dtype, shape: tuple[int, int, int], config: table.Config, **options: Any) -> None:
-        rows, hidden_size, vocab_size = shape
-        hidden, weight = torch.zeros(rows, hidden_size, dtype=dtype), torch.zeros(vocab_size, hidden_size, dtype=dtype)
-        sk.linear_nll(hidden, sk.Head(weight, **options), torch.zeros(rows, dtype=torch.int64), config=config)
+    def head(dtype: torch.dtype, config: table.Config, hidden_size: int = 768, **options: Any) -> None:
+        nonlocal case
+        kind = "single" if dtype == torch.float32 else "half TMA" if config.tma else "half pointers"
+        weight = torch.zeros(1000, hidden_size, dtype=dtype)
+        for rows, vocab_size in ((300, 1000), (1, 7), (64, 992)):
+            case = " ".join((kind, *options)) if rows == 300 else "other batch"
+            hidden, targets = torch.zeros(rows, hidden_size, dtype=dtype), torch.zeros(rows, dtype=torch.int64)
+            own = {name: value[:vocab_size] if name == "bias" else value for name, value in options.items()}
+            sk.linear_nll(hidden, sk.Head(weight[:vocab_size], **own), targets, config=config)
 
-    capability = (chip // 10, chip % 10)
-    for row in table.TABLE:
-        if row.capability == capability:
-            half = (torch.bfloat16, torch.float16) if chip == 90 else (torch.bfloat16,)
-            dtypes = half if row.itemsize == 2 else (torch.float32,)
-            for dtype in dtypes:
-                kind = "half" if row.itemsize == 2 else "single"
-                case = f"{kind} plain"
-                head(dtype, (300, 768, 1000), row.config)
-            case = f"{kind} options"
-            head(dtypes[0], (300, 768, 1000), row.config, bias=torch.zeros(1000), scale=0.5, softcap=30.0)
-            case = "other batch"
-            head(dtypes[0], (1, 768, 7), row.config)
-            head(dtypes[0], (64, 768, 1024), row.config)
+    rows = [row for row in table.TABLE if row.capability == (chip // 10, chip % 10)]
+    tiles = [row.config for row in rows if row.itemsize == 2]
+    candidates = table.CANDIDATES if chip == 90 else ()
+    for config in dict.fromkeys((*tiles, replace(tiles[-1], tma=False), *candidates)):
+        head(torch.bfloat16, config)
+    options: dict[str, Any] = {"bias": torch.zeros(1000), "scale": 0.5, "softcap": 30.0}
+    head(torch.float16, tiles[-1], **options)
+    single = next(row.config for row in rows if row.itemsize == 4)
+    head(torch.float32, single)
     if chip == min(SHARED_BYTES):  # the chip with the least shared memory
-        case = "fallback"
-        head(torch.bfloat16, (300, 100, 1000), table.FALLBACK[2])
-        head(torch.float32, (300, 100, 1000), table.FALLBACK[4])
-    if chip == 90:
-        for config in table.CANDIDATES:
-            case = "half candidate"
-            head(torch.bfloat16, (300, 768, 1000), config)
+        head(torch.float32, single, **options)
+        head(torch.bfloat16, table.FALLBACK[2], hidden_size=100)
+        head(torch.float32, table.FALLBACK[4], hidden_size=100)
     case = "rest"
     sk.linear_nll_partials(torch.zeros(5, 64), sk.Head(torch.zeros(9, 64), vocab_start=9), torch.zeros(5).long())
     sk.merge_partials(torch.zeros(2, 3, 5))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from scorer_kernels.reference import reference_ifd, reference_nll, reference_seg
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of exp(-inf) and log(0)
 
 SMALL = table.Config(16, 32, 16, warps=4, stages=2)
+TMA = replace(SMALL, tma=True)
+BOTH = pytest.mark.parametrize("config", [SMALL, TMA], ids=["pointers", "tma"])
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -50,8 +53,9 @@ def assert_as_good_as_eager(ours: torch.Tensor, exact: torch.Tensor, eager: torc
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     rows=st.integers(0, 50),
-    hidden_size=st.integers(1, 70),
+    hidden_size=st.integers(1, 70) | st.integers(1, 9).map(lambda n: 8 * n),
     vocab_size=st.integers(1, 150),
+    config=st.sampled_from((SMALL, TMA)),
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 1000),
     has_bias=st.booleans(),
@@ -63,6 +67,7 @@ def test_ragged_shapes(
     rows: int,
     hidden_size: int,
     vocab_size: int,
+    config: table.Config,
     dtype: torch.dtype,
     seed: int,
     has_bias: bool,
@@ -74,7 +79,7 @@ def test_ragged_shapes(
     padded = torch.cat([weight, weight.new_full((padding, hidden_size), torch.nan)])
     padded_bias = torch.cat([bias, bias.new_full((padding,), torch.nan)]) if has_bias else None
     head = Head(padded, padded_bias, scale, softcap, vocab_size)
-    ours = linear_nll(hidden, head, targets, config=SMALL)
+    ours = linear_nll(hidden, head, targets, config=config)
     plain = Head(weight, bias if has_bias else None, scale, softcap)
     exact, eager = (reference_nll(hidden, plain, targets, d) for d in (torch.float64, dtype))
     assert_as_good_as_eager(ours, exact, eager)
@@ -89,9 +94,9 @@ WIDE = table.Config(16, 1024, 64, warps=4, stages=2)
         (1, 576, 500, None),
         (3, 768, 7, None),
         (130, 512, 300, None),
-        (65, 896, 130, None),
+        (65, 896, 130, replace(table.FALLBACK[2], tma=True)),
         (2, 100, 50257, WIDE),
-        (2, 64, 49152, WIDE),
+        (2, 64, 49152, replace(WIDE, tma=True)),
         (2, 4096, 70, None),
     ],
 )
@@ -138,7 +143,21 @@ def test_plans_fill_an_h100() -> None:
     assert many.splits * 8 * 65536 < 0.01 * 65536 * 50257 * 2, "partials are under 1 % of the logits"
 
 
-def test_logits_of_100_ties_and_minus_infinity() -> None:
+def test_layouts_that_tma_cannot_read_are_read_by_pointers() -> None:
+    hidden, weight, targets, _ = drawn(33, 24, 90, torch.bfloat16, 5)
+    exact = linear_nll(hidden, Head(weight), targets, config=SMALL)
+    assert linear_nll(hidden, Head(weight), targets, config=TMA).equal(exact)
+    for before, after in ((8, 0), (1, 7), (0, 1)):  # by TMA; from an odd address; with an odd stride
+        wide_hidden, wide_weight = (torch.nn.functional.pad(x, (before, after)) for x in (hidden, weight))
+        columns = slice(before, before + 24)
+        assert linear_nll(wide_hidden[:, columns], Head(weight), targets, config=TMA).equal(exact)
+        assert linear_nll(hidden, Head(wide_weight[:, columns]), targets, config=TMA).equal(exact)
+    one = linear_nll(hidden[:1].expand(33, -1), Head(weight), targets[:1].expand(33).contiguous(), config=TMA)
+    assert one.equal(exact[:1].expand(33))
+
+
+@BOTH
+def test_logits_of_100_ties_and_minus_infinity(config: table.Config) -> None:
     hidden = torch.eye(16)[:4] * torch.tensor([[100.0], [100.0], [-100.0], [0.0]])
     weight = torch.zeros(200, 16)
     weight[150, 0] = 1.0  # row 0: one logit of 100 in the last split, zeros elsewhere
@@ -146,15 +165,20 @@ def test_logits_of_100_ties_and_minus_infinity() -> None:
     weight[:, 2] = torch.tensor([1.0, -1.0]).repeat(100)  # row 2: -100, 100, -100, ...
     bias = torch.zeros(200)
     targets = torch.tensor([150, 0, 0, 3])
-    ours = linear_nll(hidden, Head(weight, bias), targets, config=SMALL)
+    ours = linear_nll(hidden, Head(weight, bias), targets, config=config)
     assert ours.tolist() == pytest.approx([0.0, math.log(200), 200 + math.log(100), math.log(200)], abs=2e-5)
-    assert linear_nll(hidden, Head(weight), torch.tensor([0, 1, 1, 0]), config=SMALL).tolist() == pytest.approx(
+    assert linear_nll(hidden, Head(weight), torch.tensor([0, 1, 1, 0]), config=config).tolist() == pytest.approx(
         [100.0, math.log(200), math.log(100), math.log(200)], abs=2e-5
     )
-    bias[:180] = -torch.inf  # whole tiles, the first ones among them, and a part of one
-    masked = linear_nll(hidden, Head(weight, bias), torch.tensor([199, 199, 199, 3]), config=SMALL)
-    assert masked[:3].tolist() == pytest.approx([math.log(20), math.log(20), math.log(10)], abs=2e-5)
-    assert masked[3] == torch.inf
+    for impossible in (torch.finfo(torch.float32).min, -torch.inf):
+        bias[:180] = impossible  # whole tiles, the first ones among them, and a part of one
+        masked = linear_nll(hidden, Head(weight, bias), torch.tensor([199, 199, 199, 3]), config=config)
+        assert masked[:3].tolist() == pytest.approx([math.log(20), math.log(20), math.log(10)], abs=2e-5)
+        assert masked[3] == -impossible
+        nothing = linear_nll(hidden, Head(weight, torch.full_like(bias, impossible)), targets, config=config)
+        assert not nothing.isfinite().any()
+    hidden[1] = math.nan
+    assert linear_nll(hidden, Head(weight), targets, config=config).isnan().tolist() == [False, True, False, False]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -203,12 +227,13 @@ def test_wrong_tensors_are_refused() -> None:
             wrong()
 
 
-def test_slices_of_the_vocabulary_merge() -> None:
+@BOTH
+def test_slices_of_the_vocabulary_merge(config: table.Config) -> None:
     hidden, weight, targets, bias = drawn(33, 24, 90, torch.bfloat16, 4)
     targets[0] = 95
     slices = [(0, 40), (40, 41), (41, 90)]
     partials = [
-        linear_nll_partials(hidden, Head(weight[a:b], bias[a:b], softcap=3.0, vocab_start=a), targets, config=SMALL)
+        linear_nll_partials(hidden, Head(weight[a:b], bias[a:b], softcap=3.0, vocab_start=a), targets, config=config)
         for a, b in slices
     ]
     for (a, b), (largest, total, logit) in zip(slices, partials, strict=True):
