@@ -157,6 +157,13 @@ class ScoreConfig:
     device: str = option(ENGINE, "auto", "auto: cuda if there is a GPU, else cpu.", choices=DEVICES)
     max_length: int | None = option(MODEL, None, "Maximum tokens of prompt and response.", unset="the protocol's")
     batch_tokens: int | None = option(ENGINE, None, "Tokens per batch.", unset="by engine and device")
+    compile: bool | None = option(
+        ENGINE,
+        None,
+        "Compile the model's blocks for the packed engine.",
+        unset="for long runs that gain by it",
+        flags="--compile/--no-compile",
+    )
     shard_rows: int = option(OUTPUT, 1000, "Records per shard; an unfinished shard is scored again.")
     limit: int | None = option(
         DATA, None, "Score only the first N records.", unset="all", metavar="N", maximum=2**63 - 1
@@ -191,6 +198,8 @@ class ScoreConfig:
             raise ScorerError(f"gpu_memory_utilization: {self.gpu_memory_utilization} is not above 0 and at most 1")
         if self.engine not in ("auto", "vllm") and (set_ := self.vllm_options()):
             raise ScorerError(f"{', '.join(set_)}: for the vllm engine, and not for {self.engine}")
+        if self.compile and self.engine not in ("auto", "packed"):
+            raise ScorerError(f"compile: for the packed engine, and not for {self.engine}")
         _ = self.reading  # checks its fields
 
     @property

@@ -27,6 +27,7 @@ class DataKeywords(TypedDict, total=False):
     device: str
     max_length: int | None
     batch_tokens: int | None
+    compile: bool | None
     shard_rows: int
     limit: int | None
     columns: Mapping[str, str] | None

@@ -132,10 +132,10 @@ def test_a_hub_model_that_cannot_run_is_refused_before_its_weights_are_fetched(
     offline = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
     assert "no weights (model.safetensors) there; the hub" in end(start(tmp_path, *given, **offline)).line()
     assert "more than the 1024 tokens" in end(start(tmp_path, *given, "--max-length", 5000, **offline)).line()
-    settings = json.loads((snapshot / "config.json").read_text()) | {"model_type": "gpt_neox"}
+    settings = json.loads((snapshot / "config.json").read_text()) | {"model_type": "gptj"}
     (snapshot / "config.json").write_text(json.dumps(settings))
     line = end(start(tmp_path, *given, "--engine", "packed", **offline)).line()
-    assert "the packed engine can't run someone/large: its architecture is gpt_neox" in line
+    assert "the packed engine can't run someone/large: its architecture is gptj" in line
 
 
 def test_before_a_page_is_made(command: Callable[..., Ended], tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -32,10 +32,11 @@ LENGTHS = (16, 9, 5, 2)  # tokens of the four sequences of the proof
 # The mean difference, in nats a token, by which packed and reference may differ. SmolLM2's are 5e-6, 0.003 and 0.09; in
 # bfloat16 a scale of attention that is 10% off makes 0.35, and sequences that see each other 0.97.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.3}
+NO_MEMORY = "no memory is left to run it in"
 
 
 def why_not_packed(files: ModelFiles) -> str | None:
-    """Why the packed engine can't run this architecture; None where it may, if the model passes `check_proof`."""
+    """Why the packed engine can't run this architecture; None where it may, if the model's `Proof` finds no fault."""
     kind = model_settings(files).get("model_type")
     name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
     if name is None:
@@ -69,56 +70,63 @@ def head_of(model: Any) -> Head:
     return Head(output.weight, output.bias, scale, getattr(settings, SOFTCAP, None))
 
 
-def proof_batch(model: Any, max_length: int) -> TokenBatch:
-    """Four short random sequences, with a span for each token; one is longer than the model's attention window.
+def blocks_of(model: Any) -> Iterable[torch.nn.Module]:
+    """The model's blocks, which it runs one after the other."""
+    count = model.config.get_text_config().num_hidden_layers
+    lists = (module for module in model.base_model.modules() if isinstance(module, torch.nn.ModuleList))
+    return next((blocks for blocks in lists if len(blocks) == count), ())
 
-    A window of `max_length` tokens or more has no effect.
+
+class Proof:
+    """Four short random sequences and the reference engine's NLL of each of their tokens.
+
+    One sequence is longer than the model's attention window, if that is less than `max_length` tokens. Raises
+    ScorerError, with the reason as its text, where the model can't be run in parts or fails.
     """
-    settings = model.config.get_text_config().to_dict()
-    windows = (settings[name] for name in settings if WINDOW.search(name))
-    beyond = [window + LENGTHS[0] for window in windows if isinstance(window, int) and 0 < window < max_length]
-    lengths = np.array([max((LENGTHS[0], *beyond)), *LENGTHS[1:]])
-    ids = np.random.default_rng(0).integers(0, model.get_input_embeddings().weight.shape[0], lengths.sum())
-    count = len(lengths)
-    index = np.arange(count)
-    zeros = np.zeros(count, np.uint8)
-    return TokenBatch(
-        ids.astype(np.int32), bounds_of(lengths), index, index, index, zeros, np.ones(count, np.int64), lengths
-    ).by_token()
 
+    def __init__(self, model: Any, max_length: int):
+        if model.base_model is model:
+            raise ScorerError("its hidden states can't be had without its logits")
+        self.vocab_size = model.get_input_embeddings().weight.shape[0]
+        self.tolerance = TOLERANCE[model.dtype]
+        settings = model.config.get_text_config().to_dict()
+        windows = (settings[name] for name in settings if WINDOW.search(name))
+        beyond = [window + LENGTHS[0] for window in windows if isinstance(window, int) and 0 < window < max_length]
+        self.batch = self._random_batch(np.array([max((LENGTHS[0], *beyond)), *LENGTHS[1:]]))
+        try:
+            with _attention(model, "eager"), convert_errors():
+                sums = [span_sums(model, self.batch, sequence) for sequence in range(len(self.batch))]
+        except BatchOutOfMemoryError as error:
+            raise EngineError(NO_MEMORY) from error
+        self.reference = np.concatenate(sums)
 
-def check_proof(model: Any, batch: TokenBatch, score: Callable[[TokenBatch], Array]) -> str | None:
-    """Why the packed engine's scores of `proof_batch` are wrong; None where they are right.
+    def _random_batch(self, lengths: Array) -> TokenBatch:
+        """Sequences of random tokens, with a span for each token but the first."""
+        ids = np.random.default_rng(0).integers(0, self.vocab_size, lengths.sum()).astype(np.int32)
+        index = np.arange(len(lengths))
+        views, starts = np.zeros(len(lengths), np.uint8), np.ones(len(lengths), np.int64)
+        return TokenBatch(ids, bounds_of(lengths), index, index, index, views, starts, lengths).by_token()
 
-    They are right where they equal the reference engine's, and where those of every second sequence stay the same when
-    the tokens of the others change. score: the packed engine's NLL sum of each span, float64 [S].
-    """
-    if model.base_model is model:
-        return "its hidden states can't be had without its logits"
-    try:
-        ours = score(batch)
-        with _attention(model, "eager"), convert_errors():
-            reference = np.concatenate([span_sums(model, batch, sequence) for sequence in range(len(batch))])
-        beside_others = score(_change_every_second(batch, model.get_input_embeddings().weight.shape[0]))
-    except BatchOutOfMemoryError as error:
-        raise EngineError(f"{batch.lengths.sum():,} tokens do not fit in memory beside the model") from error
-    except ScorerError as error:
-        return str(error)
-    except (AttributeError, KeyError, TypeError) as error:
-        return one_line(error)
-    tolerance = TOLERANCE[model.dtype]
-    if (difference := _mean_difference(ours, reference)) > tolerance:
-        return f"its scores of random tokens differ from the reference engine's by {difference:.2g} nats a token"
-    same = batch.sequences % 2 == 1
-    if (difference := _mean_difference(ours[same], beside_others[same])) > tolerance / 10:
-        return f"its scores change by {difference:.2g} nats a token with what else is in a batch"
-    return None
+    def fault(self, score: Callable[[TokenBatch], Array]) -> str | None:
+        """Why an engine's scores of the model are wrong; None where they are right.
 
-
-def _change_every_second(batch: TokenBatch, vocab_size: int) -> TokenBatch:
-    """The batch with other tokens in its sequences 0, 2, ..."""
-    changed = np.repeat(np.arange(len(batch)) % 2 == 0, batch.lengths)
-    return replace(batch, token_ids=(batch.token_ids + changed).astype(np.int32) % vocab_size)
+        They are right where they equal the reference engine's, and where those of every second sequence stay the same
+        when the tokens of the others change. score: the NLL sum of each span of a batch, float64 [S].
+        """
+        changed = np.repeat(np.arange(len(self.batch)) % 2 == 0, self.batch.lengths)
+        other_ids = (self.batch.token_ids + changed).astype(np.int32) % self.vocab_size
+        try:
+            scores, beside_others = score(self.batch), score(replace(self.batch, token_ids=other_ids))
+        except ScorerError as error:
+            return str(error)
+        except (AttributeError, KeyError, TypeError) as error:
+            return one_line(error)
+        if (difference := _mean_difference(scores, self.reference)) > self.tolerance:
+            return f"its scores of random tokens differ from the reference engine's by {difference:.2g} nats a token"
+        same = self.batch.sequences % 2 == 1
+        if (difference := _mean_difference(scores[same], beside_others[same])) > self.tolerance / 10:
+            return f"its scores change by {difference:.2g} nats a token with what else is in a batch"
+        return None
 
 
 def _mean_difference(some: Array, others: Array) -> float:

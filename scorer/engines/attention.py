@@ -139,15 +139,33 @@ def varlen_attention(  # noqa: PLR0913 (transformers calls it)
         raise ScorerError("its attention is not causal")
     if unknown := sorted(name for name, given in others.items() if given is not None and name not in WITHOUT_EFFECT):
         raise ScorerError(f"its attention takes {', '.join(unknown)}")
-    width = query.shape[-1]
-    layout = _current.layout
-    variant = Variant(width**-0.5 if scaling is None else scaling, sliding_window, softcap, s_aux)
-    if variant.window is not None and variant.window >= layout.longest:
-        variant = variant._replace(window=None)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, d], mostly contiguous already
-    if layout.offsets is not None and softcap is None and s_aux is None and width <= MAX_FLASH_WIDTH:
-        return _flash_attention(q, k, v, layout, variant)[None], None
-    return _grouped_attention(q, k, v, layout, variant)[None], None
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return _attend(q, k, v, scale, sliding_window, softcap, s_aux)[None], None
+
+
+# An operator of torch, so that a compiled block calls it as it is: how the sequences lie differs from batch to batch.
+@torch.library.custom_op("scorer::attend", mutates_args=())
+def _attend(  # noqa: PLR0913 (an operator takes no objects)
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """query [T, H, d], key and value [T, Hk, d] -> [T, H, d], contiguous."""
+    layout = _current.layout
+    variant = Variant(scale, None if window is None or window >= layout.longest else window, softcap, sinks)
+    if layout.offsets is not None and softcap is None and sinks is None and query.shape[-1] <= MAX_FLASH_WIDTH:
+        return _flash_attention(query, key, value, layout, variant)
+    return _grouped_attention(query, key, value, layout, variant)
+
+
+@_attend.register_fake
+def _(query: torch.Tensor, *_others: Any) -> torch.Tensor:
+    return torch.empty_like(query, memory_format=torch.contiguous_format)
 
 
 def _flash_attention(

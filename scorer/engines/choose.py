@@ -5,7 +5,11 @@ An engine's module is imported only when that engine is chosen.
 
 from __future__ import annotations
 
+import os
+import shutil
+import sysconfig
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from scorer.config import SERVERS, ScoreConfig
@@ -25,6 +29,9 @@ BATCH_TOKENS = {  # by engine and device
     ("vllm", "cpu"): 2048,
     ("vllm", "cuda"): 32768,
 }
+# The least records for which compiling, some 10 to 20 s on a CPU and 4 s on a GPU, takes less time than it saves.
+COMPILE_RECORDS = {"cpu": 10_000, "cuda": 100_000}
+COMPILERS = {"cpu": ("CXX", "g++", "clang++"), "cuda": ("CC", "gcc", "clang")}  # a variable that names one, and others
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions")
 
 
@@ -160,6 +167,37 @@ def resolve_config(
 
         check_model(resolved, files)
     return resolved
+
+
+def choose_compile(config: ScoreConfig, records: int) -> tuple[bool, str]:
+    """Whether the packed engine compiles the blocks of a resolved configuration, and what to tell the user of it.
+
+    Raises ScorerError where the user asks for it and it can't be done.
+    """
+    if config.engine != "packed":
+        if config.compile:
+            raise ScorerError(f"compile: for the packed engine, and {config.model} runs in {config.engine}")
+        return False, ""
+    # float32 gains nothing on a CPU: 1.01 times as fast with GPT-2, which in bfloat16 becomes 1.74 times as fast.
+    gains = config.device == "cuda" or config.dtype != "float32"
+    default = gains and records >= COMPILE_RECORDS[config.device]
+    if not (default if config.compile is None else config.compile):
+        return False, ""
+    if reason := why_not_compiled(config.device):
+        if config.compile:
+            raise ScorerError(f"compile: {reason}; install it, or use --no-compile")
+        return False, f", not compiled: {reason}"
+    return True, ", compiled"
+
+
+def why_not_compiled(device: str) -> str | None:
+    """Why torch can't compile here; None where it can."""
+    variable, *names = COMPILERS[device]
+    if not any(shutil.which(name) for name in (os.environ.get(variable), *names) if name):
+        return f"there is no compiler ({' or '.join(names)})"
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        return "Python's headers (Python.h, of python3-dev) are missing"
+    return None
 
 
 def check_length(config: ScoreConfig, context: int) -> None:

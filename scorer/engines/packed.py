@@ -12,7 +12,7 @@ import torch
 from scorer_kernels import HeadFunction, nll_head, nll_sums
 
 from scorer.config import ScoreConfig
-from scorer.engines.architecture import check_packable, check_proof, head_of, not_packed, proof_batch
+from scorer.engines.architecture import NO_MEMORY, Proof, blocks_of, check_packable, head_of, not_packed
 from scorer.engines.attention import ATTENTION, Layout, packed
 from scorer.engines.packing import PackedBatch, pack, plan_batches
 from scorer.engines.spans import (
@@ -26,6 +26,7 @@ from scorer.engines.spans import (
 from scorer.models.find import ModelFiles
 from scorer.models.load import load_causal_lm
 from scorer.tokens import Array, SpanScores, TokenBatch
+from scorer.types import EngineError, ScorerError
 
 CUDA_THREADS = 2  # one packs the next batch while the other's runs
 
@@ -47,7 +48,6 @@ class PackedEngine:
 
     def __init__(self, config: ScoreConfig, files: ModelFiles, head_function: HeadFunction = nll_head):
         assert config.batch_tokens is not None
-        assert config.max_length is not None
         check_packable(files)
         self.batch_tokens = config.batch_tokens
         self.model = load_causal_lm(
@@ -65,9 +65,11 @@ class PackedEngine:
         self.threads = torch.get_num_threads()
         self.workers = self.threads if self.device.type == "cpu" else CUDA_THREADS
         self.pool = ThreadPoolExecutor(self.workers, thread_name_prefix="scorer-packed")
-        if reason := check_proof(self.model, proof_batch(self.model, config.max_length), self.proof_sums):
+        try:
+            self._prove(files, config)
+        except BaseException:
             self.close()
-            raise not_packed(files, reason)
+            raise
 
     def score(self, batches: Iterable[TokenBatch | None]) -> Iterator[SpanScores]:
         """Yield the scores of each packed batch when it is done."""
@@ -156,9 +158,31 @@ class PackedEngine:
         done.synchronize()  # waits for this batch alone, not for later launches of the other thread
         return sums
 
-    def proof_sums(self, batch: TokenBatch) -> Array:
-        """The NLL sum of each span of a batch, float64 [S], all sequences at once. For `check_proof`."""
-        scores = self.pool.submit(self._score_batch, batch, np.arange(len(batch))).result()
+    def _prove(self, files: ModelFiles, config: ScoreConfig) -> None:
+        """Raise ScorerError where the scores are not the reference engine's, EngineError where compiling fails.
+
+        Each block is compiled once, for batches of any size.
+        """
+        assert config.max_length is not None
+        try:
+            proof = Proof(self.model, config.max_length)
+        except ScorerError as error:
+            raise not_packed(files, str(error)) from error
+        if reason := proof.fault(self._proof_sums):
+            raise not_packed(files, reason)
+        if not config.compile:
+            return
+        for block in blocks_of(self.model):
+            block.compile(dynamic=True)
+        if reason := proof.fault(self._proof_sums):
+            raise EngineError(f"{files.name} can't be compiled: {reason}; use --no-compile")
+
+    def _proof_sums(self, batch: TokenBatch) -> Array:
+        """The NLL sum of each span of a batch, float64 [S], all sequences at once. For `Proof`."""
+        try:
+            scores = self.pool.submit(self._score_batch, batch, np.arange(len(batch))).result()
+        except BatchOutOfMemoryError as error:
+            raise EngineError(NO_MEMORY) from error
         sums = np.empty(len(scores.spans))
         sums[scores.spans] = scores.nll_sums
         return sums

@@ -21,6 +21,7 @@ from scorer.engines.choose import (
     check_engine,
     check_length,
     check_unchanged,
+    choose_compile,
     choose_engine,
     resolve_config,
     served_model,
@@ -44,9 +45,17 @@ from scorer.storage.paths import to_path
 from scorer.types import ScorerError
 
 FORMAT = 3  # raised whenever the meaning of a shard changes, so that an older run is not continued
-# Fields that may change when a run is resumed: how much is computed at once and on how many devices, the path of a
-# model whose revision is the same, and how many records are scored, if they become more.
-RESUMABLE_FIELDS = ("batch_tokens", "model", "limit", "tensor_parallel_size", "gpu_memory_utilization", "max_model_len")
+# Fields that may change when a run is resumed: how much is computed at once, by what code and on how many devices, the
+# path of a model whose revision is the same, and how many records are scored, if they become more.
+RESUMABLE_FIELDS = (
+    "batch_tokens",
+    "compile",
+    "model",
+    "limit",
+    "tensor_parallel_size",
+    "gpu_memory_utilization",
+    "max_model_len",
+)
 
 
 @keywords(Part, ScoreConfig)
@@ -87,7 +96,7 @@ def score(
         if output is not None:
             RunWriter(output).check_usable()
         _inspect(dataset, config, None if output is None or fresh else Run(output))
-        model = resolve(config, elsewhere=cluster is not None, progress=receiver)
+        model = resolve(config, dataset.height, elsewhere=cluster is not None, progress=receiver)
         identity = _identity(model, dataset)
         free = set(RESUMABLE_FIELDS) - {"limit"}
         bound = identity | {"config": {k: v for k, v in identity["config"].items() if k not in free}}
@@ -156,8 +165,8 @@ class Resolved:
     description: str  # the engine, why it was chosen, and the dtype
 
 
-def resolve(config: ScoreConfig, *, elsewhere: bool, progress: Progress) -> Resolved:
-    """Find the model, and choose what `config` leaves open. elsewhere: other machines compute.
+def resolve(config: ScoreConfig, records: int, *, elsewhere: bool, progress: Progress) -> Resolved:
+    """Find the model, and choose what `config` leaves open. elsewhere: other machines compute `records`.
 
     The small files come first: they tell whether the model can run, before weights are fetched from the hub. Raises
     ScorerError where it can't.
@@ -182,7 +191,9 @@ def resolve(config: ScoreConfig, *, elsewhere: bool, progress: Progress) -> Reso
     files = find()
     engine, why = choose_engine(config, files)
     chosen = resolve_config(replace(config, engine=engine), files, elsewhere=elsewhere)
-    return Resolved(chosen, files, encoder, None, f"{engine}{why and f': {why}'}; {chosen.dtype}")
+    compiled, note = choose_compile(chosen, records)
+    chosen = replace(chosen, compile=compiled)
+    return Resolved(chosen, files, encoder, None, f"{engine}{why and f': {why}'}; {chosen.dtype}{note}")
 
 
 def _identity(model: Resolved, data: Dataset) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,9 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from scorer.config import ScoreConfig
 from scorer.engines import Engine
-from scorer.engines.architecture import proof_batch
-from scorer.engines.choose import open_engine
+from scorer.engines.architecture import Proof
+from scorer.engines.choose import choose_compile, open_engine
+from scorer.engines.packed import PackedEngine
 from scorer.engines.packing import forward_tokens, plan_batches
 from scorer.engines.reference import ReferenceEngine
 from scorer.models.find import ModelFiles, find_model
@@ -203,6 +205,21 @@ def test_an_undefined_sum_is_no_neighbours(tiny: Tiny, tmp_path: Path, length: i
     assert_equal(packed, oracle, 1e-5)
 
 
+def test_compiled_blocks_equal_eager_ones_in_batches_of_any_size(tiny: Tiny) -> None:
+    """One graph serves all layers and all batches: compiling takes seconds."""
+    sequences = samples([(900, 100), (30, 60), (31, 58), (3, 200), (5, 1), (64, 64), (2, 400)])
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = replace(config("packed"), compile=True)
+    with closing(open_engine(compiled, tiny("llama"))) as engine:
+        assert isinstance(engine, PackedEngine)
+        for batch_tokens in (1, 100, 700, 100_000):
+            engine.batch_tokens = batch_tokens
+            oracle = scored(open_engine(config("packed", batch_tokens), tiny("llama")), sequences)
+            assert_equal(scored(engine, sequences), oracle, 1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "code of its own": (lambda: GPTJConfig(**GPT2, rotary_dim=16), "gptj, whose attention can't be replaced"),
     "ALiBi": (lambda: FalconConfig(**LLAMA, alibi=True), "its attention is biased by position"),
@@ -236,15 +253,15 @@ def test_sequences_that_see_each_other_are_noticed_in_16_bits(tmp_path: Path) ->
 def test_the_proof_reaches_beyond_the_attention_window(tiny: Tiny) -> None:
     with closing(open_engine(config("reference"), tiny("gemma3"))) as engine:
         assert isinstance(engine, ReferenceEngine)
-        assert proof_batch(engine.model, 1024).lengths.tolist() == [66, 9, 5, 2]
-        assert proof_batch(engine.model, 40).lengths.tolist() == [16, 9, 5, 2]  # no sequence is that long
+        assert Proof(engine.model, 1024).batch.lengths.tolist() == [66, 9, 5, 2]
+        assert Proof(engine.model, 40).batch.lengths.tolist() == [16, 9, 5, 2]  # no sequence is that long
 
 
 LIMITED = """
 import resource, sys
 from pathlib import Path
 from scorer.config import ScoreConfig
-from scorer.engines.choose import open_engine
+from scorer.engines.choose import choose_compile, open_engine
 from scorer.models.find import find_model
 from tests.engines.test_engines import config, samples
 from tests.lib.tokens import scored
@@ -281,3 +298,22 @@ def test_a_tokenizer_of_another_model_is_refused(tiny: Tiny, engine: str) -> Non
     sequence = TokenSequence(0, View.CONDITIONED, [1, 257, 3], (Span(0, 1, 3),))
     with pytest.raises(ScorerError, match="token id 257, but the model's vocabulary has 257 tokens"):
         scored(open_engine(config(engine), tiny("gpt2")), [sequence])
+
+
+def test_long_runs_compile_where_it_helps_and_can_be_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    def chosen(records: int, **options: Any) -> tuple[bool, str]:
+        return choose_compile(
+            ScoreConfig(**{"engine": "packed", "device": "cpu", "dtype": "bfloat16"} | options), records
+        )
+
+    assert chosen(10_000) == (True, ", compiled")
+    assert chosen(9_999) == chosen(10_000, compile=False) == chosen(10_000, dtype="float32") == (False, "")
+    assert chosen(10_000, device="cuda") == (False, "")
+    assert chosen(100_000, device="cuda", dtype="float32") == chosen(1, compile=True) == (True, ", compiled")
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.delenv("CXX", raising=False)
+    assert chosen(10_000) == (False, ", not compiled: there is no compiler (g++ or clang++)")
+    with pytest.raises(ScorerError, match="compile: there is no compiler"):
+        chosen(1, compile=True)
+    with pytest.raises(ScorerError, match="compile: for the packed engine, and not for reference"):
+        chosen(1, engine="reference", compile=True)
