@@ -74,7 +74,8 @@ class Layout:
         self.lengths, self.longest, self.device = lengths, lengths[0], device
         self.offsets: torch.Tensor | None = None
         if device.type == "cuda" and dtype != torch.float32 and torch.cuda.get_device_capability(device) >= (8, 0):
-            self.offsets = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32, non_blocking=True)
+            offsets = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+            self.offsets = offsets.pin_memory().to(device, non_blocking=True)
 
     @cached_property
     def groups(self) -> list[Group]:

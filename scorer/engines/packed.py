@@ -143,13 +143,13 @@ class PackedEngine:
         """The NLL sum of each span of a batch: float64 [S], on the CPU."""
         with packed(Layout(batch.lengths, self.device, self.model.dtype)):
             states = self.model.base_model(
-                input_ids=batch.input_ids[None].to(self.device, non_blocking=True),
-                position_ids=batch.position_ids[None].to(self.device, non_blocking=True),
+                input_ids=self._to_device(batch.input_ids)[None],
+                position_ids=self._to_device(batch.position_ids)[None],
                 use_cache=False,
             ).last_hidden_state[0]
-        rows = states.index_select(0, batch.rows.to(self.device, non_blocking=True))
-        nll = self.head_function(rows, self.head, batch.targets.to(self.device, non_blocking=True))
-        sums = nll_sums(nll, batch.offsets.to(self.device, non_blocking=True))
+        rows = states.index_select(0, self._to_device(batch.rows))
+        nll = self.head_function(rows, self.head, self._to_device(batch.targets))
+        sums = nll_sums(nll, self._to_device(batch.offsets))
         if self.device.type == "cpu":
             return sums
         sums = sums.to("cpu", non_blocking=True)
@@ -157,6 +157,10 @@ class PackedEngine:
         done.record()
         done.synchronize()  # waits for this batch alone, not for later launches of the other thread
         return sums
+
+    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A CPU tensor on the model's device. Copies to a GPU do not wait: the host's part is in pinned memory."""
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
     def _prove(self, files: ModelFiles, config: ScoreConfig) -> None:
         """Raise ScorerError where the scores are not the reference engine's, EngineError where compiling fails.
