@@ -306,7 +306,7 @@ def set_environment(config: ScoreConfig) -> None:
         "VLLM_NO_USAGE_STATS": "1",  # no telemetry
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_USE_V2_MODEL_RUNNER": "0",  # version 2 does not support a plugin's pooler
-        "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn",  # torch has started threads in this process
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a fork has no CUDA where this process has used it
         # vLLM's default reserves a core for the process that feeds it, which is idle most of the time
         "VLLM_CPU_OMP_THREADS_BIND": "|".join(",".join(map(str, part)) for part in parts),
     }
