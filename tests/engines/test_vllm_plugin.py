@@ -6,11 +6,13 @@ import json
 import os
 import re
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import pytest
@@ -27,6 +29,7 @@ from scorer.engines.vllm import (
     RESERVED_ARGS,
     check_vllm,
     engine_arguments,
+    make_socket_folder,
     vllm_version,
 )
 from scorer.models.find import ModelFiles
@@ -363,6 +366,18 @@ def test_arguments_are_the_users_over_ours(tiny: Tiny) -> None:
     assert arguments["hf_overrides"] == {"architectures": ["ScoringLlamaForCausalLM"]}
     assert "quantization" not in arguments
     EngineArgs(**arguments)
+
+
+@pytest.mark.parametrize(("length", "taken"), [(54, True), (55, False)])
+def test_a_path_that_a_socket_can_have(
+    length: int, taken: bool, temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = temporary / ("t" * (length - len(str(temporary)) - 1))
+    long.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(long))
+    with make_socket_folder() as folder, socket.socket(socket.AF_UNIX) as listener:
+        assert (Path(folder).parent == long) is taken
+        listener.bind(f"{folder}/{uuid4()}")
 
 
 @needs_vllm
