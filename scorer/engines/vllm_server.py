@@ -7,10 +7,12 @@ which the server's API key protects.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import hashlib
 import json
 import math
 import os
+import shutil
 import socket
 import time
 from argparse import Namespace
@@ -25,7 +27,8 @@ from vllm.utils import random_uuid
 
 from scorer.engines.vllm_plugin import PREFIX, scoring_request
 
-REVISION = "SCORER_MODEL_REVISION"  # environment variable: the revision of the model that `scorer serve` serves
+# Environment variables of `scorer serve`: the revision of its model, and the folder of vLLM's sockets.
+REVISION, FOLDER = "SCORER_MODEL_REVISION", "SCORER_VLLM_FOLDER"
 SHAPE_KEYS = ("model_type", "vocab_size", "hidden_size", "n_embd", "num_hidden_layers", "n_layer", "intermediate_size")
 
 router = APIRouter(prefix="/v1/scorer")
@@ -106,7 +109,9 @@ class ScoringEndpoint:
         app.include_router(router)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
-        """Keep the engine, and the description of its model."""
+        """Keep the engine, and the description of its model; remove the folder of vLLM's sockets at exit."""
+        if FOLDER in os.environ:
+            atexit.register(shutil.rmtree, os.environ[FOLDER])
         config = engine_client.model_config
         settings = config.hf_config.to_dict()
         served = {

@@ -192,9 +192,10 @@ def _by_vllm(plan: _Plan, prompts: Mapping[int, TokenIds], progress: Progress) -
     Where `auto` chose vLLM and it does not start, those by transformers.
     """
 
-    with tempfile.TemporaryFile("w+b") as log:
+    with tempfile.TemporaryFile("w+b") as log, engine.make_socket_folder() as sockets:
         try:
-            llm = _start_vllm(plan, max(map(len, prompts.values())) + plan.options.max_tokens, log)
+            with engine.sockets_in(sockets):
+                llm = _start_vllm(plan, max(map(len, prompts.values())) + plan.options.max_tokens, log)
         except ScorerError as error:
             if plan.options.by == "vllm":
                 raise

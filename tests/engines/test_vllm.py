@@ -187,7 +187,7 @@ class Command:
     stem: Path
 
     @classmethod
-    def start(cls, *arguments: object) -> Command:
+    def start(cls, *arguments: object, **env: str) -> Command:
         folder = Path(str(arguments[arguments.index("-o") + 1])).parent
         stem = folder / f"printed-{time.monotonic_ns()}"
         with stem.with_suffix(".out").open("wb") as out, stem.with_suffix(".err").open("wb") as err:
@@ -196,6 +196,7 @@ class Command:
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
+                env=os.environ | env,
                 start_new_session=True,
             )
         return cls(process, stem)
@@ -241,12 +242,20 @@ def arguments(place: Path, tiny: Tiny) -> list[object]:
     return [data, "--model", tiny("gpt2").path, "--device", "cpu", "--dtype", "float32", "--shard-rows", 20]
 
 
-def test_control_c_is_one_line_and_the_same_command_finishes(place: Path, arguments: list[object]) -> None:
-    """With the reference's table."""
+def left_in(temporary: Path) -> list[str]:
+    """What is there but torch's cache of compiled functions."""
+    return [path.name for path in temporary.iterdir() if not path.name.startswith("torchinductor_")]
+
+
+def test_control_c_is_one_line_and_the_same_command_finishes(
+    place: Path, arguments: list[object], temporary: Path
+) -> None:
+    """With the reference's table, and no temporary file is left."""
     run = place / "disturbed"
     command = [*arguments, "--engine", "vllm", "--vllm-arg", f"kv_cache_memory_bytes={CACHE}", "-o", run]
-    running = Command.start(*command)
+    running = Command.start(*command, TMPDIR=str(temporary))
     wait(lambda: shards(run))
+    assert any(path.is_socket() for path in temporary.glob("scorer-*/*"))
     children = running.children()
     assert of_vllm(children, "VLLM::EngineCore")
     assert of_vllm(children, "VLLM::Worker")
@@ -259,8 +268,10 @@ def test_control_c_is_one_line_and_the_same_command_finishes(place: Path, argume
     left = shards(run)
     assert 0 < left < 30
     assert not list(run.rglob("*.tmp"))
-    ended = Command.start(*command).end()
+    assert left_in(temporary) == []
+    ended = Command.start(*command, TMPDIR=str(temporary)).end()
     assert ended.code == 0, ended
+    assert left_in(temporary) == []
     assert_quiet(ended)
     assert f"resuming after {left * 20:,} of 600 records" in ended.err
     assert Run(run).complete

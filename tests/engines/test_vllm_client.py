@@ -37,7 +37,7 @@ def free_port() -> int:
 
 
 @contextmanager
-def serving(files: ModelFiles, port: int, log: Path) -> Iterator[psutil.Process]:
+def serving(files: ModelFiles, port: int, log: Path, **env: str) -> Iterator[psutil.Process]:
     """`scorer serve` until it answers, and its end with all that it started."""
     command = [CONSOLE_SCRIPT, "serve", "--model", files.path, "--port", port, "--dtype", "float32", "--device", "cpu"]
     command += ["--vllm-arg", f"kv_cache_memory_bytes={64 << 20}"]  # instead of 2 GiB, whose pages take seconds to fill
@@ -46,7 +46,7 @@ def serving(files: ModelFiles, port: int, log: Path) -> Iterator[psutil.Process]
             list(map(str, command)),
             stdout=output,
             stderr=output,
-            env={k: v for k, v in os.environ.items() if k != LEVEL} | {"VLLM_API_KEY": KEY},
+            env={k: v for k, v in os.environ.items() if k != LEVEL} | {"VLLM_API_KEY": KEY} | env,
             start_new_session=True,
         )
     try:
@@ -91,7 +91,7 @@ def assert_same(one: pl.DataFrame, two: pl.DataFrame) -> None:
         assert ((one[column] - two[column]).abs() / two[column]).max() < 1e-4  # type: ignore[operator]
 
 
-def test_a_served_model_scores_and_comes_back_in_the_middle(tiny: Tiny, tmp_path: Path) -> None:
+def test_a_served_model_scores_and_comes_back_in_the_middle(tiny: Tiny, tmp_path: Path, temporary: Path) -> None:
     """The table of the packed engine; errors for invalid requests; a run continues when its server is back."""
     files, port = tiny("gpt2"), free_port()
     url = f"http://127.0.0.1:{port}"
@@ -101,7 +101,7 @@ def test_a_served_model_scores_and_comes_back_in_the_middle(tiny: Tiny, tmp_path
     command(*common, "-o", "local", "--engine", "packed", "--dtype", "float32", "--device", "cpu").done()
     expected = Run(tmp_path / "local").scores()
 
-    with serving(files, port, tmp_path / "server.log") as server:
+    with serving(files, port, tmp_path / "server.log", TMPDIR=str(temporary)) as server:
         command(*common, "-o", "served", "--engine", url, VLLM_API_KEY=KEY).done()
         assert_same(Run(tmp_path / "served").scores(), expected)
         manifest = Run(tmp_path / "served").manifest
@@ -151,7 +151,10 @@ def test_a_served_model_scores_and_comes_back_in_the_middle(tiny: Tiny, tmp_path
         assert cut.process.exitcode is None, "it ended before the server did"
     early = command.start(*common, "-o", "early", "--engine", url, VLLM_API_KEY=KEY, SCORER_SERVER_WAIT="600")
     log = tmp_path / "server2.log"
-    with serving(files, port, log) as server:
+    killed = set(temporary.glob("scorer-*"))  # what the kill -9 left
+    with serving(files, port, log, TMPDIR=str(temporary)) as server:
+        (folder,) = set(temporary.glob("scorer-*")) - killed
+        assert any(path.is_socket() for path in folder.iterdir())
         for waiting, run in ((cut, "cut"), (early, "early")):
             notes = re.findall(
                 r"(?m)^(http\S+) does not answer \(.*\); waiting for it for up to 600 s$", waiting.end().done()
@@ -162,6 +165,7 @@ def test_a_served_model_scores_and_comes_back_in_the_middle(tiny: Tiny, tmp_path
         family = signal_all(server, signal.SIGINT)  # as a terminal does
         _, left = psutil.wait_procs(family, timeout=10)
         assert not left, left
+        assert not folder.exists()
 
 
 def test_what_cannot_be_served_is_one_line(tiny: Tiny, tmp_path: Path) -> None:

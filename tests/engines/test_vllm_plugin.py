@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import socket
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import pytest
@@ -17,9 +20,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import scorer
 from scorer.config import ScoreConfig
 from scorer.engines.choose import check_engine, choose_engine
-from scorer.engines.vllm import check_vllm, engine_arguments, vllm_version
+from scorer.engines.vllm import (
+    CONFIG_ARGS,
+    OPTIONAL_ARGS,
+    RESERVED_ARGS,
+    check_vllm,
+    engine_arguments,
+    make_socket_folder,
+    vllm_version,
+)
 from scorer.models.find import ModelFiles
 from scorer.types import ScorerError
 
@@ -318,6 +330,21 @@ def test_supported_releases_are_taken(installed: Callable[..., None], release: s
 
 
 @needs_vllm
+def test_every_name_that_is_handed_to_vllm_is_one_of_its_own(tiny: Tiny) -> None:
+    """vLLM ignores an environment variable that it does not know."""
+    import vllm.envs
+    from vllm import EngineArgs
+
+    sources = [path.read_text() for path in Path(scorer.__file__).parent.rglob("*.py")]
+    variables = {name for source in sources for name in re.findall(r'"(VLLM_\w+)"', source)}
+    assert variables
+    assert not variables - set(vllm.envs.environment_variables)
+    given = engine_arguments(config(tensor_parallel_size=1, gpu_memory_utilization=0.5), tiny("gpt2"))
+    arguments = {*given, *CONFIG_ARGS, *OPTIONAL_ARGS, *RESERVED_ARGS}
+    assert not arguments - {field.name for field in fields(EngineArgs)}
+
+
+@needs_vllm
 def test_arguments_are_the_users_over_ours(tiny: Tiny) -> None:
     from vllm import EngineArgs
 
@@ -339,6 +366,18 @@ def test_arguments_are_the_users_over_ours(tiny: Tiny) -> None:
     assert arguments["hf_overrides"] == {"architectures": ["ScoringLlamaForCausalLM"]}
     assert "quantization" not in arguments
     EngineArgs(**arguments)
+
+
+@pytest.mark.parametrize(("length", "taken"), [(54, True), (55, False)])
+def test_a_path_that_a_socket_can_have(
+    length: int, taken: bool, temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = temporary / ("t" * (length - len(str(temporary)) - 1))
+    long.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(long))
+    with make_socket_folder() as folder, socket.socket(socket.AF_UNIX) as listener:
+        assert (Path(folder).parent == long) is taken
+        listener.bind(f"{folder}/{uuid4()}")
 
 
 @needs_vllm

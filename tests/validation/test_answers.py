@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -93,7 +94,12 @@ def test_a_model_that_cannot_chat(tiny: Tiny, chat: ModelFiles) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="vLLM for CPU")
-def test_vllm_gives_the_same_answers_and_ends(chat: ModelFiles) -> None:
+def test_vllm_gives_the_same_answers_and_ends(
+    chat: ModelFiles, temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = answers(chat, *QUESTIONS)
+    monkeypatch.setenv("VLLM_RPC_BASE_PATH", str(temporary))
     assert answers(chat, *QUESTIONS, options=replace(OPTIONS, by="vllm")) == expected
+    assert os.environ["VLLM_RPC_BASE_PATH"] == str(temporary)
+    assert not list(temporary.iterdir())
     assert_gone([process for process in psutil.Process().children(recursive=True) if "VLLM::" in process.name()])
