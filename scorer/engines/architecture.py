@@ -26,6 +26,7 @@ from scorer.types import EngineError, ScorerError
 MULTIPLIERS = ("logit_scale", "lm_head_multiplier")
 DIVISORS = ("logits_scaling",)
 SOFTCAP = "final_logit_softcapping"
+LAYER_TYPES = ("attention", "full_attention", "sliding_attention", "chunked_attention")
 WINDOW = re.compile("(window|window_size|chunk_size)$")  # settings that limit how far back attention reaches
 
 LENGTHS = (16, 9, 5, 2)  # tokens of the four sequences of the proof
@@ -37,7 +38,8 @@ NO_MEMORY = "no memory is left to run it in"
 
 def why_not_packed(files: ModelFiles) -> str | None:
     """Why the packed engine can't run this architecture; None where it may, if the model's `Proof` finds no fault."""
-    kind = model_settings(files).get("model_type")
+    settings = model_settings(files)
+    kind = settings.get("model_type")
     name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
     if name is None:
         return f"its architecture is {kind}, which transformers {transformers.__version__} does not know"
@@ -47,6 +49,10 @@ def why_not_packed(files: ModelFiles) -> str | None:
         register()
     elif not getattr(transformers, name)._supports_attention_backend:
         return f"its architecture is {kind}, whose attention can't be replaced in transformers"
+    if settings.get("alibi"):
+        return "its attention is biased by position (ALiBi)"
+    if others := sorted(set(settings.get("layer_types") or ()) - set(LAYER_TYPES)):
+        return f"some of its layers are {others[0]}, which carries a state from token to token"
     return None
 
 

@@ -8,7 +8,6 @@ import torch
 from transformers.models.falcon import modeling_falcon
 
 from scorer.engines.attention import ATTENTION, varlen_attention
-from scorer.types import ScorerError
 
 
 class PackedFalconAttention(modeling_falcon.FalconAttention):  # type: ignore[misc]
@@ -18,8 +17,7 @@ class PackedFalconAttention(modeling_falcon.FalconAttention):  # type: ignore[mi
         """As FalconAttention's: [1, T, hidden size] -> the same, and no attention weights."""
         if self.config._attn_implementation != ATTENTION:
             return super().forward(hidden_states, alibi, *args, **options)
-        if alibi is not None:
-            raise ScorerError("its attention is biased by position (ALiBi)")
+        assert alibi is None, "why_not_packed refuses it"
         query, key, value = (x.transpose(1, 2) for x in self._split_heads(self.query_key_value(hidden_states)))
         query, key = modeling_falcon.apply_rotary_pos_emb(query, key, *options["position_embeddings"])
         mixed, _ = varlen_attention(self, query, key, value, None)
