@@ -52,7 +52,7 @@ def why_not_packed(files: ModelFiles) -> str | None:
     if settings.get("alibi"):
         return "its attention is biased by position (ALiBi)"
     if others := sorted(set(settings.get("layer_types") or ()) - set(LAYER_TYPES)):
-        return f"some of its layers are {others[0]}, which carries a state from token to token"
+        return f"some of its layers are {others[0]}, and may see more than their own sequence"
     return None
 
 

@@ -226,7 +226,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "an encoder": (lambda: BertConfig(**LLAMA), "its attention is not causal"),
     "a state": (
         lambda: Lfm2Config(**LLAMA, layer_types=["conv", "full_attention"]),
-        "its layers are conv, which carries a state",
+        "its layers are conv",
     ),
     "a mask": (lambda: DogeConfig(**LLAMA), "its attention has a mask of its own"),
 }
