@@ -121,7 +121,7 @@ def run(config: EnginesConfig) -> dict[str, Any]:
         "flop": work,
         "flop_per_second": rates,
         "engines": measured,
-        "largestrelative_error": errors.get(PACKED32) if oracle == REFERENCE else None,
+        "largest_relative_error": errors.get(PACKED32) if oracle == REFERENCE else None,
         "overhead_fraction": _overhead(sample, tables[PACKED16]) / medians[PACKED16] if PACKED16 in medians else None,
         **dtypes,
     }

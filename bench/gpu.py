@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.lib.steps import OK, SKIPPED, StartProcess, Step, run_step
+from scorer.models.load import choose_device
 from scorer.storage.atomic import replacing
 
 SECONDS = 480.0  # of all steps together
@@ -83,13 +84,15 @@ def steps(sizes: Sizes, data: str, path: Path, vllm: bool) -> list[Step]:
 
 
 def run(data: str, output: Path | None, dry: bool) -> None:
-    """Take all steps, and write what they found to `output`. Raises SystemExit where one failed."""
+    """Take all steps, and write what they found to `output`. SystemExit where one failed, or without a GPU."""
     start: StartProcess = multiprocessing.get_context("spawn").Process
     if dry:
         os.environ["TRITON_INTERPRET"] = "1"
         forks = multiprocessing.get_context("forkserver")
         forks.set_forkserver_preload(PRELOADED)
         start = forks.Process
+    elif choose_device("auto") != "cuda":
+        raise SystemExit("torch finds no CUDA device here: --dry tries the steps on a CPU")
     from scorer.engines.vllm import vllm_version
 
     with tempfile.TemporaryDirectory() as folder:
@@ -103,13 +106,11 @@ def run(data: str, output: Path | None, dry: bool) -> None:
 
 def take(planned: Iterable[Step], start: StartProcess, output: Path | None) -> list[dict[str, Any]]:
     """Take the steps, whatever becomes of each; writes `output` after each and returns what it holds of them."""
-    from bench.lib.report import result_path
-
     began, found = time.monotonic(), []
     for step in planned:
         found.append(run_step(step, start, SECONDS - (time.monotonic() - began)))
         machine: dict[str, Any] = next((step["result"]["machine"] for step in found if "result" in step), {})
-        path = output or result_path("gpu", machine.get("gpu") or machine.get("cpu") or "unknown")
+        path = output or _default_path(machine)
         document = {"benchmark": "gpu", "machine": machine, "seconds": time.monotonic() - began, "steps": found}
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
@@ -117,3 +118,9 @@ def take(planned: Iterable[Step], start: StartProcess, output: Path | None) -> l
         print(f"{last['name']}: {last['status']}", last.get("why") or f"in {last['seconds']:.0f} s", file=sys.stderr)
     print(f"written to {path}", file=sys.stderr)
     return found
+
+
+def _default_path(machine: dict[str, Any]) -> Path:
+    from bench.lib.report import result_path
+
+    return result_path("gpu", machine.get("gpu") or "unknown")

@@ -61,7 +61,7 @@ def test_an_outline_weighs_what_the_model_would(tmp_path: Path) -> None:
 
 
 def test_an_unknown_shape_is_refused_by_name() -> None:
-    with pytest.raises(ScorerError, match="shape 'gpt9': not one of gpt2, "):
+    with pytest.raises(ScorerError, match="shape 'gpt9': not one of tiny, gpt2, "):
         shape_config("gpt9")
 
 
