@@ -17,6 +17,7 @@ DATA = click.option(
     "--data", type=click.Path(exists=True, dir_okay=False), default=str(EXAMPLES), help="A dataset that scorer reads."
 )
 SAVE = click.option("--save", is_flag=True, help="Write the result to bench/results.")
+TINY = click.option("--tiny", is_flag=True, help="Only try it, with a tiny shape on a CPU; TRITON_INTERPRET=1 is set.")
 
 
 @click.group(context_settings={"show_default": True})
@@ -73,24 +74,104 @@ def scorers(save: bool, compiled: bool, data: str, rows: int, repeats: int, **op
 
 @bench.command()
 @click.option("--milliseconds", default=1000, help="Time to measure each rival on each shape.")
+@TINY
 @SAVE
-def kernel(milliseconds: int, save: bool) -> None:
+def kernel(milliseconds: int, tiny: bool, save: bool) -> None:
     """Compare the fused head with its rivals (on a GPU, install the extra `bench` first)."""
     from bench.kernel import run
     from bench.lib.report import finish
 
-    finish("kernel", run(milliseconds), save)
+    finish("kernel", run(milliseconds, tiny), save)
 
 
 @bench.command()
 @click.option("--milliseconds", default=200, help="Time to measure each configuration on each shape.")
+@click.option("--shape", "shapes", multiple=True, help="A shape of `kernel`; repeatable.  [default: all]")
+@TINY
 @SAVE
-def tune(milliseconds: int, save: bool) -> None:
+def tune(milliseconds: int, shapes: tuple[str, ...], tiny: bool, save: bool) -> None:
     """Time every configuration of the head on this GPU, for scorer_kernels/table.py."""
+    from bench.kernel import SHAPES
     from bench.kernel import tune as tune_head
     from bench.lib.report import finish
 
-    finish("tune", tune_head(milliseconds), save)
+    for name in shapes:
+        one_of("--shape", name, tuple(shape.name for shape in SHAPES))
+    finish("tune", tune_head(milliseconds, shapes, tiny), save)
+
+
+@bench.command()
+@TINY
+@SAVE
+def exact(tiny: bool, save: bool) -> None:
+    """Check the Triton kernels against float64 on this GPU."""
+    from bench.exact import run
+    from bench.lib.report import finish
+
+    result = run(tiny)
+    finish("exact", result, save)
+    _check_none_wrong(result)
+
+
+@bench.command()
+@DATA
+@click.option("--rows", default=8, help="Rows to score.")
+@click.option(
+    "--family", "families", multiple=True, help="A name in bench/lib/families.py; repeatable.  [default: all]"
+)
+@SAVE
+def families(data: str, rows: int, families: tuple[str, ...], save: bool) -> None:
+    """Check the packed engine against the reference, with a tiny random model of every family."""
+    from bench.families import run
+    from bench.lib.families import CONFIGS
+    from bench.lib.report import finish
+
+    for name in families:
+        one_of("--family", name, CONFIGS)
+    result = run(families, data, rows)
+    finish("families", result, save)
+    _check_none_wrong(result)
+
+
+@bench.command()
+@DATA
+@click.option("--rows", default=45_336, help="Rows to score; the data are repeated.")
+@click.option("--shape", default="gpt2", help="A name in bench/lib/shapes.py; the weights are random.")
+@SAVE
+def score(data: str, rows: int, shape: str, save: bool) -> None:
+    """Measure all of `scorer score`, from a JSON Lines file to a run, and what the device does meanwhile."""
+    from bench.lib.report import finish
+    from bench.score import run
+
+    finish("score", run(data, rows, shape), save, shape)
+
+
+@bench.command()
+@DATA
+@click.option("--rows", default=45_336, help="Rows to write; the data are repeated.")
+@click.option("--output", required=True, type=click.Path(dir_okay=False), help="A JSON Lines file.")
+def rows(data: str, rows: int, output: str) -> None:
+    """Write a larger file of a dataset's rows, and say what this machine is."""
+    from bench.host import repeat
+    from bench.lib.report import finish
+
+    repeat(data, rows, Path(output))
+    finish("rows", {"data": Path(data).name, "rows": rows}, save=False)
+
+
+@bench.command()
+@DATA
+@click.option(
+    "--output", type=click.Path(dir_okay=False), help="A JSON file.  [default: bench/results/gpu-DEVICE.json]"
+)
+@click.option(
+    "--dry", is_flag=True, help="Try every step on a CPU with tiny shapes; --output is in a temporary folder."
+)
+def gpu(data: str, output: str | None, dry: bool) -> None:
+    """Check and measure everything on one GPU in eight minutes, without a network: see docs/benchmarks.md."""
+    from bench.gpu import run
+
+    run(data, Path(output) if output else None, dry)
 
 
 @bench.command()
@@ -245,8 +326,18 @@ def _labels(dummy_weights: bool, *models: str) -> list[str]:
     return [] if names == [DEFAULT_MODEL] else [*names, *(["dummy"] if dummy_weights else [])]
 
 
-if __name__ == "__main__":
+def _check_none_wrong(result: dict[str, Any]) -> None:
+    if result["wrong"]:
+        raise SystemExit(f"wrong: {', '.join(result['wrong'])}")
+
+
+def main() -> None:
+    """Run the command of sys.argv."""
     try:
         bench()
     except ScorerError as error:
         raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

@@ -22,10 +22,11 @@ from rich.table import Table
 
 from bench.kernel import chunked
 from bench.lib.bound import flop, product_rates
+from bench.lib.profile import device_figures
 from bench.lib.rivals import ResponseOnly, WholePrompt, open_stock
-from bench.lib.rows import RANDOM, Rows, encoded, longest, random_tokens, timed, title, warm_up
+from bench.lib.rows import RANDOM, Rows, any_tokenizer, encoded, longest, random_tokens, timed, title, warm_up
 from bench.lib.shapes import fill, network, outline, shape_config
-from scorer.config import DEFAULT_MODEL, ScoreConfig
+from scorer.config import ScoreConfig
 from scorer.engines import Engine
 from scorer.engines.choose import engine_versions, open_engine, resolve_config
 from scorer.engines.packed import PackedEngine
@@ -51,8 +52,8 @@ IN_PROCESS: dict[str, tuple[str, str, Callable[[ScoreConfig, ModelFiles], Engine
 }
 VLLM_ENGINES = (VLLM, STOCK, RESPONSE_ONLY)
 NAMES = (*IN_PROCESS, *VLLM_ENGINES)
-FLOAT32_TOLERANCE = 1e-4  # for `_relative_error`
-BFLOAT16_TOLERANCE = 0.02  # for `_rounding_error`
+FLOAT32_TOLERANCE = 1e-4  # for `relative_error`
+BFLOAT16_TOLERANCE = 0.02  # for `rounding_error`
 VIEWS = (("nll_conditioned", "response_tokens"), ("nll_alone", "alone_tokens"))
 
 
@@ -77,15 +78,21 @@ def run(config: EnginesConfig) -> dict[str, Any]:
     device = choose_device("auto")
     names = [name for name in NAMES if name in (config.only or NAMES) and (name != UNFUSED or device == "cuda")]
     with ExitStack() as stack:
-        files, sample = _model_and_rows(config, device, stack, console)
+        files, sample, tokens_are = _model_and_rows(config, device, stack, console)
+        about = _about(config, files, sample) | {"tokens_are": tokens_are}
         engines, left_out = open_engines(config, names, device, files, stack)
         for name, why in left_out.items():
             console.print(f"{name} is left out: {why}")
         if not engines:
             raise SystemExit("no engine is left to measure")
         model = network(shape_config(str(files.path)))
-        rates = {dtype: product_rates(model, dtype, device) for dtype in ("bfloat16", "float32")}
+        rates = {dtype: product_rates(model, dtype, device) for dtype in sorted({*map(_dtype, engines)})}
         seconds, tables, errors = rounds(engines, sample, config.repeats, console)
+        profiles = {
+            name: device_figures(partial(_seconds, engine, sample))
+            for name, engine in engines.items()
+            if name in IN_PROCESS
+        }
         dtypes: dict[str, Any] = {}
         if {PACKED32, PACKED16} <= engines.keys() and not config.dummy_weights:
             rows = config.agreement_rows
@@ -97,19 +104,20 @@ def run(config: EnginesConfig) -> dict[str, Any]:
     oracle = next(iter(tables))
     measured: dict[str, dict[str, Any]] = {}
     for name, median in medians.items():
-        rate = max(rates["float32" if name.endswith("float32") else "bfloat16"].values())
+        rate = max(rates[_dtype(name)].values())
         measured[name] = {
             "seconds": [round(s, 3) for s in seconds[name]],
             "rows_per_second": sample.records / median,
             "tokens_per_second": sample.tokens / median,
             "times_reference": medians[REFERENCE] / median if REFERENCE in medians else None,
             "fraction_of_bound": work / rate / median,
+            **profiles.get(name, {}),
         }
         if name != oracle:
             measured[name] |= {"compared_with": oracle, "error": errors[name]}
             if not config.dummy_weights:
                 measured[name] |= _agreement(tables[name], tables[oracle])
-    result = _about(config, files, sample) | {
+    result = about | {
         "flop": work,
         "flop_per_second": rates,
         "engines": measured,
@@ -133,7 +141,6 @@ def _about(config: EnginesConfig, files: ModelFiles, sample: Rows) -> dict[str, 
     return {
         "model": title(config.model),
         "dummy_weights": config.dummy_weights,
-        "tokens_are": RANDOM if config.dummy_weights else "the model's own",
         "data": Path(config.data).name,
         "rows": config.rows,
         "max_length": longest(files, room=1),
@@ -142,15 +149,27 @@ def _about(config: EnginesConfig, files: ModelFiles, sample: Rows) -> dict[str, 
     }
 
 
-def _model_and_rows(config: EnginesConfig, device: str, stack: ExitStack, console: Console) -> tuple[ModelFiles, Rows]:
+def _model_and_rows(
+    config: EnginesConfig, device: str, stack: ExitStack, console: Console
+) -> tuple[ModelFiles, Rows, str]:
+    """The model, the rows, and what the rows' tokens are."""
     if not config.dummy_weights:
         files = find_model(config.model, report=console.print)
-        return files, encoded(config.data, config.rows, files, longest(files, room=1))
-    files = outline(config.model, Path(stack.enter_context(tempfile.TemporaryDirectory())))
+        return files, encoded(config.data, config.rows, files, longest(files, room=1)), "the model's own"
+    folder, other = (Path(stack.enter_context(tempfile.TemporaryDirectory())) for _ in range(2))
+    files = outline(config.model, folder)
     fill(files, device)  # all engines read these weights
-    tokenizer = find_model(DEFAULT_MODEL, report=console.print)
+    tokenizer = any_tokenizer(other)
     lengths = encoded(config.data, config.rows, tokenizer, longest(files, room=1))
-    return files, random_tokens(lengths, shape_config(config.model).vocab_size)
+    return files, random_tokens(lengths, shape_config(config.model).vocab_size), RANDOM + tokenizer.name
+
+
+def _dtype(name: str) -> str:
+    return "float32" if name.endswith("float32") else "bfloat16"
+
+
+def _seconds(engine: Engine, sample: Rows) -> float:
+    return timed(engine, sample)[1]
 
 
 def open_engines(
@@ -229,20 +248,20 @@ def checked_error(name: str, table: pl.DataFrame, oracle: str, expected: pl.Data
     if not table["status"].equals(expected["status"]):
         raise SystemExit(f"{name} and {oracle} don't score the same rows; nothing is reported")
     float32 = name.endswith("float32") and oracle.endswith("float32")
-    measure, tolerance = (_relative_error, FLOAT32_TOLERANCE) if float32 else (_rounding_error, BFLOAT16_TOLERANCE)
+    measure, tolerance = (relative_error, FLOAT32_TOLERANCE) if float32 else (rounding_error, BFLOAT16_TOLERANCE)
     error = measure(table, expected)
     if not error <= tolerance:
         raise SystemExit(f"{name} and {oracle} disagree: error {error:.2e}, above {tolerance}; nothing is reported")
     return error
 
 
-def _relative_error(table: pl.DataFrame, expected: pl.DataFrame) -> float:
+def relative_error(table: pl.DataFrame, expected: pl.DataFrame) -> float:
     """The largest error relative to the sum: only the order of additions differs."""
     errors = [float(e) for name, _ in VIEWS for e in (table[name] / expected[name] - 1).drop_nulls()]
     return max(map(abs, errors))
 
 
-def _rounding_error(table: pl.DataFrame, expected: pl.DataFrame) -> float:
+def rounding_error(table: pl.DataFrame, expected: pl.DataFrame) -> float:
     """The mean error relative to the sum plus one nat a token, since the sum of likely tokens is near 0.
 
     The mean, not the largest: rounding alone may change a span of one token by a fifth.
@@ -289,6 +308,8 @@ def _show(console: Console, result: dict[str, Any]) -> None:
             f"{figures['fraction_of_bound']:.0%}",
             f"{figures['error']:.1e}" if "error" in figures else "-",
         )
+        if "device_computes" in figures:
+            console.print(f"{name}: the device computes for {figures['device_computes']:.0%} of the time")
     console.print(shown)
     for dtype, rate in result["flop_per_second"].items():
         square, shaped = rate["square"] / 1e9, rate["model_shapes"] / 1e9

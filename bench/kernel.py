@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from scorer_kernels import Head, HeadFunction, linear_nll, nll_head
 from scorer_kernels.reference import reference_nll
-from scorer_kernels.table import CANDIDATES, config_for
+from scorer_kernels.table import CANDIDATES, Config, config_for
 
 CHUNK_ROWS = 4096
 CHECKED_ROWS = 256
@@ -47,6 +48,7 @@ SHAPES = (
     Shape("Qwen2.5-0.5B", 16384, 896, 151936),
     Shape("LLaMA-7B", 16384, 4096, 32000),
 )
+TINY = Shape("tiny", 32, 48, 100)
 
 
 def eager(hidden: torch.Tensor, head: Head, targets: torch.Tensor) -> torch.Tensor:
@@ -68,44 +70,59 @@ def chunked(
     return torch.cat([function(h, head, t) for h, t in chunks])
 
 
-def rivals(device: str) -> dict[str, HeadFunction]:
-    """The rivals on this device; on a GPU, those from PyPI need the extra `bench`."""
-    if device == "cpu":
-        return {"scorer": nll_head, "eager": eager, "unblocked": unblocked}
-    from cut_cross_entropy import linear_cross_entropy
+def liger(hidden: torch.Tensor, head: Head, targets: torch.Tensor) -> torch.Tensor:
+    """Liger's kernel: chunks of logits."""
     from liger_kernel.ops.fused_linear_cross_entropy import fused_linear_cross_entropy_forward
 
-    def liger(hidden: torch.Tensor, head: Head, targets: torch.Tensor) -> torch.Tensor:
-        loss: torch.Tensor = fused_linear_cross_entropy_forward(
-            hidden, head.weight, targets, reduction="none", compute_gradients=False
-        )[0]
-        return loss
+    loss: torch.Tensor = fused_linear_cross_entropy_forward(
+        hidden, head.weight, targets, reduction="none", compute_gradients=False
+    )[0]
+    return loss
 
-    def cut(hidden: torch.Tensor, head: Head, targets: torch.Tensor) -> torch.Tensor:
-        loss: torch.Tensor = linear_cross_entropy(hidden, head.weight, targets, reduction="none")
-        return loss
 
+def cut(hidden: torch.Tensor, head: Head, targets: torch.Tensor) -> torch.Tensor:
+    """Apple's kernel, which fuses as ours does."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    loss: torch.Tensor = linear_cross_entropy(hidden, head.weight, targets, reduction="none")
+    return loss
+
+
+PUBLISHED: dict[str, tuple[str, HeadFunction]] = {  # for GPUs: the module that it needs, of the extra `bench`
+    "Liger": ("liger_kernel", liger),
+    "cut-cross-entropy": ("cut_cross_entropy", cut),
+}
+
+
+def rivals(device: str) -> dict[str, HeadFunction]:
+    """The rivals that this device has, and that are installed."""
+    if device == "cpu":
+        return {"scorer": nll_head, "eager": eager, "unblocked": unblocked}
     return {
         "scorer": nll_head,
         "eager": eager,
         "chunked cuBLAS": chunked,
         "chunked, compiled": partial(chunked, function=torch.compile(unblocked)),
-        "Liger": liger,
-        "cut-cross-entropy": cut,
+        **{name: function for name, (module, function) in PUBLISHED.items() if find_spec(module)},
     }
 
 
-def run(milliseconds: int) -> dict[str, Any]:
-    """Measure every shape and rival, and print; returns the report."""
+def run(milliseconds: int, tiny: bool = False) -> dict[str, Any]:
+    """Measure every shape and rival, and print; returns the report. tiny: only try it, on TINY."""
     console = Console(stderr=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shapes: tuple[Shape, ...] = SHAPES
-    if device == "cpu":
+    if tiny:
+        shapes = (TINY,)
+    elif device == "cpu":
         console.print(f"no GPU: the CPU path is measured, on {CPU_ROWS:,} rows a shape")
         shapes = tuple(replace(shape, rows=CPU_ROWS) for shape in SHAPES if shape.rows == SHAPES[0].rows)
     functions = rivals(device)
-    ceiling = _ceiling(device, milliseconds)
-    console.print(f"bfloat16 matrix ceiling: {ceiling / 1e12:,.2f} TFLOP/s")
+    left_out = {name: "not installed" for name in PUBLISHED if device == "cuda" and name not in functions}
+    ceiling, copy = _ceiling(device, milliseconds, tiny), _copy_rate(device, milliseconds, tiny)
+    console.print(f"bfloat16 matrix ceiling: {ceiling / 1e12:,.2f} TFLOP/s; copy: {copy / 1e9:,.0f} GB/s")
+    for name, why in left_out.items():
+        console.print(f"{name} is left out: {why}")
     measured = []
     for shape in shapes:
         figures = _measure(shape, functions, device, milliseconds)
@@ -113,8 +130,16 @@ def run(milliseconds: int) -> dict[str, Any]:
             if "flop_per_second" in own:
                 own["fraction_of_ceiling"] = own["flop_per_second"] / ceiling
         _show(console, shape, figures)
-        measured.append({**asdict(shape), "rivals": figures})
-    return {"device": device, "dtype": "bfloat16", "ceiling_flop_per_second": ceiling, "shapes": measured}
+        product = _product_seconds(shape, device, milliseconds) * 1e3  # without softmax
+        measured.append({**asdict(shape), "product_milliseconds": product, "rivals": figures})
+    return {
+        "device": device,
+        "dtype": "bfloat16",
+        "ceiling_flop_per_second": ceiling,
+        "copy_bytes_per_second": copy,  # read and written
+        "left_out": left_out,
+        "shapes": measured,
+    }
 
 
 def _measure(
@@ -205,27 +230,45 @@ def _extra_memory(work: Callable[[], object], device: str) -> int | None:
     return torch.cuda.max_memory_allocated() - before
 
 
-def _ceiling(device: str, milliseconds: int) -> float:
-    side = 8192 if device == "cuda" else 2048
+def _ceiling(device: str, milliseconds: int, tiny: bool) -> float:
+    side = 128 if tiny else 8192 if device == "cuda" else 2048
     a, b = (torch.randn(side, side, device=device).bfloat16() for _ in range(2))
     return 2.0 * side**3 / median_seconds(lambda: a @ b, device, milliseconds)
 
 
-def tune(milliseconds: int) -> dict[str, Any]:
-    """Check and time every configuration on every shape; scorer_kernels/table.py should hold the fastest."""
-    if not torch.cuda.is_available():
+def _copy_rate(device: str, milliseconds: int, tiny: bool) -> float:
+    size = 1 << (20 if tiny else 30)  # beyond any cache
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2.0 * size / median_seconds(lambda: target.copy_(source), device, milliseconds)
+
+
+def _product_seconds(shape: Shape, device: str, milliseconds: int) -> float:
+    hidden, head, _ = inputs(shape, device)
+    return median_seconds(lambda: hidden @ head.weight.T, device, milliseconds)
+
+
+def tune(milliseconds: int, names: Sequence[str] = (), tiny: bool = False) -> dict[str, Any]:
+    """Check and time every configuration on every shape; scorer_kernels/table.py should hold the fastest.
+
+    names: of the shapes; all of SHAPES if empty. tiny: only try it, on TINY and with kernels that are interpreted.
+    """
+    if not tiny and not torch.cuda.is_available():
         raise SystemExit("tuning needs a CUDA device")
     console = Console(stderr=True)
-    capability = torch.cuda.get_device_capability()
+    capability = (0, 0) if tiny else torch.cuda.get_device_capability()
     candidates = [config for config in CANDIDATES if capability >= (9, 0) or not config.tma]
+    device, shapes = "cuda", [shape for shape in SHAPES if not names or shape.name in names]
+    if tiny:
+        device, shapes, candidates = "cpu", [TINY], [Config(16, 32, 16, warps=4, stages=2)]
     measured = []
-    for shape in SHAPES:
+    for shape in shapes:
         current = config_for(capability, 2, shape.hidden_size, shape.vocab_size)
         configs = {str(config): config for config in (current, *candidates)}
         launches: dict[str, HeadFunction] = {
             name: partial(linear_nll, config=config) for name, config in configs.items()
         }
-        figures = _measure(shape, launches, "cuda", milliseconds)
+        figures = _measure(shape, launches, device, milliseconds)
         for name, own in sorted(figures.items(), key=lambda item: item[1].get("milliseconds", math.inf)):
             mark = "*" if configs[name] == current else " "
             found = str(own)  # why there is no time

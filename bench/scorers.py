@@ -23,10 +23,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench.lib.rows import RANDOM, Rows, encoded, longest, random_tokens, timed, title, warm_up
+from bench.lib.rows import RANDOM, Rows, any_tokenizer, encoded, longest, random_tokens, timed, title, warm_up
 from bench.lib.shapes import fill, network, outline, shape_config
 from scorer.agreement.statistics import agree
-from scorer.config import DEFAULT_MODEL, ScoreConfig
+from scorer.config import ScoreConfig
 from scorer.engines.choose import choose_engine, engine_versions, open_engine, resolve_config
 from scorer.models.find import ModelFiles, find_model
 from scorer.requirements import require
@@ -68,7 +68,7 @@ def run(sample: Sample, weak: Scorer, strong: Scorer, dummy_weights: bool) -> di
         if dummy_weights:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             files = {side: outline(scorer.model, _made(folder / side)) for side, scorer in sides.items()}
-            tokenizer = find_model(DEFAULT_MODEL, report=console.print)
+            tokenizer = any_tokenizer(_made(folder / "tokenizer"))
             lengths = encoded(sample.data, sample.rows, tokenizer, min(longest(own) for own in files.values()))
         else:
             files = {side: find_model(scorer.model, report=console.print) for side, scorer in sides.items()}
@@ -79,7 +79,7 @@ def run(sample: Sample, weak: Scorer, strong: Scorer, dummy_weights: bool) -> di
         "data": Path(sample.data).name,
         "rows": sample.rows,
         "dummy_weights": dummy_weights,
-        "tokens_are": RANDOM if dummy_weights else "each model's own",
+        "tokens_are": RANDOM + tokenizer.name if dummy_weights else "each model's own",
         **measured,
         "speed_up": {
             name: measured["weak"][name] / measured["strong"][name] for name in ("rows_per_second", "tokens_per_second")

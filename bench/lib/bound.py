@@ -42,7 +42,7 @@ def product_rates(model: Any, dtype: str, device: str) -> dict[str, float]:
     """
     kind = getattr(torch, dtype)
     tokens = 1024 if device == "cpu" else 16384
-    side = 4096 if device == "cpu" else 8192
+    side = 2048 if device == "cpu" else 8192
     products = [(tokens, shape[1], shape[0]) for shape in linears(model)]
     seconds = {shape: _product_seconds(shape, kind, device) for shape in {*products, (side, side, side)}}
     return {

@@ -6,40 +6,53 @@ import json
 import os
 import platform
 import re
-import shlex
 import sys
+from datetime import datetime
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench.lib.command import shown
+from scorer.engines.choose import engine_versions
+
 RESULTS = Path(__file__).parents[1] / "results"
+PACKAGES = ("torch", "transformers", "triton")
 
 
 def machine() -> dict[str, Any]:
-    """The names of the CPU and GPU, and the versions of Python, torch and transformers."""
+    """The names of the CPU and GPU, and the versions of Python and of the packages that compute."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
         cpu = next((line.split(":", 1)[1].strip() for line in info.open() if line.startswith("model name")), cpu)
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-    } | {name: version(name) for name in ("torch", "transformers")}
+    return (
+        {
+            "cpu": cpu,
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "python": platform.python_version(),
+        }
+        | {name: version(name) for name in PACKAGES if find_spec(name)}
+        | engine_versions("vllm")
+    )
+
+
+def result_path(*names: str) -> Path:
+    """The file in bench/results whose name is made of these."""
+    return RESULTS / f"{re.sub('[^a-z0-9.]+', '-', '-'.join(names).lower())}.json"
 
 
 def finish(name: str, result: dict[str, Any], save: bool, *labels: str) -> None:
     """Print the result as one line of JSON; with `save`, also write bench/results/NAME-LABELS-DEVICE.json."""
-    arguments = (Path(word).name if "/" in word else word for word in sys.argv[1:])  # no local paths in results
-    command = shlex.join(["python", "-m", "bench", *arguments])
-    document = {"benchmark": name, "command": command, "machine": machine(), **result}
+    command = shown(sys.argv[1:])
+    date = datetime.now().astimezone().isoformat(timespec="seconds")
+    document = {"benchmark": name, "command": command, "date": date, "machine": machine(), **result}
     if save:
-        device = document["machine"]["gpu"] or document["machine"]["cpu"]
-        stem = re.sub("[^a-z0-9.]+", "-", "-".join((name, *labels, device)).lower())
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"{stem}.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        path = result_path(name, *labels, document["machine"]["gpu"] or document["machine"]["cpu"])
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(document))

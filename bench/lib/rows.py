@@ -10,19 +10,22 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from bench.lib.families import make
 from scorer.config import DEFAULT_MODEL, ScoreConfig
 from scorer.data.dataset import Dataset
 from scorer.engines import Engine
 from scorer.engines.choose import CONTEXT_KEYS
-from scorer.models.find import ModelFiles, model_settings
+from scorer.models.embedded import on_disk
+from scorer.models.find import ModelFiles, find_model, model_settings
 from scorer.protocols import PROTOCOLS
 from scorer.runs.shards import open_encoder
 from scorer.scores.measures import score_table
 from scorer.tokens import TokenBatch, TurnTable
 
+BYTES = "bytes"
 WARM_UP = 8  # records
 PROTOCOL = PROTOCOLS["superfiltering"]
-RANDOM = f"random, with the rows' lengths by {DEFAULT_MODEL}"
+RANDOM = "random, with the rows' lengths by "  # and the tokenizer's name
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,16 @@ def random_tokens(rows: Rows, vocab_size: int) -> Rows:
         return replace(batch, token_ids=draw.integers(vocab_size, size=len(batch.token_ids), dtype=np.int32))
 
     return replace(rows, batch=drawn(rows.batch), few=drawn(rows.few))
+
+
+def any_tokenizer(folder: Path) -> ModelFiles:
+    """Files with a tokenizer, without a download: the default model's where it is in the cache, else one of bytes.
+
+    The latter is written to `folder`.
+    """
+    if on_disk(DEFAULT_MODEL):
+        return find_model(DEFAULT_MODEL)
+    return replace(make("gpt2", folder), name=BYTES)
 
 
 def title(model: str) -> str:

@@ -39,20 +39,30 @@ LLAMA_2 = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-# From the config.json of openai-community/gpt2, facebook/opt-*, meta-llama/Llama-2-*-hf.
+GPT_2 = {
+    "model_type": "gpt2",
+    "architectures": ["GPT2LMHeadModel"],
+    "activation_function": "gelu_new",
+    "vocab_size": 50257,
+    "n_positions": 1024,
+    "layer_norm_epsilon": 1e-5,
+    "bos_token_id": 50256,
+    "eos_token_id": 50256,
+}
+# From the config.json of openai-community/gpt2, HuggingFaceTB/SmolLM2-135M, facebook/opt-*, meta-llama/Llama-2-*-hf.
 SHAPES: dict[str, Mapping[str, Any]] = {
-    "gpt2": {
-        "model_type": "gpt2",
-        "architectures": ["GPT2LMHeadModel"],
-        "activation_function": "gelu_new",
-        "vocab_size": 50257,
-        "n_positions": 1024,
-        "n_embd": 768,
-        "n_layer": 12,
-        "n_head": 12,
-        "layer_norm_epsilon": 1e-5,
-        "bos_token_id": 50256,
-        "eos_token_id": 50256,
+    "tiny": {**GPT_2, "n_embd": 32, "n_layer": 2, "n_head": 2},  # for trying the benchmarks on a CPU
+    "gpt2": {**GPT_2, "n_embd": 768, "n_layer": 12, "n_head": 12},
+    "smollm2-135m": {
+        **LLAMA_2,
+        "vocab_size": 49152,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
     },
     "opt-350m": {
         **OPT,

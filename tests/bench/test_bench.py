@@ -37,7 +37,9 @@ TINY = {
     },
 }
 PARAMETERS = {
+    "tiny": (50257 + 1024 + 2 * (12 * 32 + 13) + 2) * 32,
     "gpt2": 124_439_808,
+    "smollm2-135m": 134_515_008,
     "opt-350m": 331_196_416,
     "opt-1.3b": 1_315_758_080,
     "llama-2-7b": 6_738_415_616,
@@ -59,7 +61,7 @@ def test_an_outline_weighs_what_the_model_would(tmp_path: Path) -> None:
 
 
 def test_an_unknown_shape_is_refused_by_name() -> None:
-    with pytest.raises(ScorerError, match="shape 'gpt9': not one of gpt2, "):
+    with pytest.raises(ScorerError, match="shape 'gpt9': not one of tiny, gpt2, "):
         shape_config("gpt9")
 
 

@@ -18,11 +18,11 @@ from sentence_transformers.base.modules import Dense, Transformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, StaticEmbedding
 from transformers import BertConfig, BertModel
 
+from bench.lib.families import byte_tokenizer
 from scorer.clusters.embedder import Embedder
 from scorer.config import EmbedderConfig
 from scorer.models.find import find_model
 from scorer.types import ScorerError
-from tests.conftest import byte_tokenizer
 
 TEXTS = ["a", "The cat sleeps.", "ünïcödé 漢字", "word " * 40, *(f"{i} is {i * i} less {i}" for i in range(40))]
 OPTIONS: dict[str, Any] = {"device": "cpu", "local_files_only": True}

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from bench.lib.families import byte_tokenizer
 from scorer.config import Reading
 from scorer.data.records import to_record
 from scorer.encoding.chat import Conversation, stand_in_for
@@ -15,7 +16,6 @@ from scorer.encoding.tokenizer import BulkTokenizer
 from scorer.files.raw import RawRecord
 from scorer.protocols import PROTOCOLS
 from scorer.tokens import CONDITIONED, STATUSES, TokenBatch, TurnTable
-from tests.conftest import byte_tokenizer
 
 START = "{% for m in messages %}<{{ m.role }}>"
 END = "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"

@@ -16,6 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, normalizers, processors
 
+from bench.lib.families import VOCABULARY, byte_tokenizer
 from scorer.config import ScoreConfig
 from scorer.encoding.encoder import Encoder
 from scorer.encoding.tokenizer import BulkTokenizer
@@ -25,7 +26,6 @@ from scorer.models.load import load_tokenizer
 from scorer.protocols import PROTOCOLS
 from scorer.scores.measures import score_table
 from scorer.types import Message, Record, RowStatus, ScorerError, Turn
-from tests.conftest import VOCABULARY, byte_tokenizer
 from tests.lib.tokens import EncodedTurn, ListEncoder, Span, TokenSequence, View
 
 SCORES = ("nll_sums", "statuses")

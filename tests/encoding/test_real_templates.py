@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from bench.lib.families import byte_tokenizer
 from scorer.encoding.chat import ChatTemplate, Conversation
 from scorer.encoding.templates import ChatTemplateError
-from tests.conftest import byte_tokenizer
 
 CALL = {"type": "function", "id": "c1", "function": {"name": "sky", "arguments": {"city": "Bonn"}}}
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a1"}

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from bench.lib.families import byte_tokenizer
 from scorer.encoding.encoder import Encoder
 from scorer.encoding.special_tokens import CLOSE, OPEN, SpecialTokens
 from scorer.encoding.tokenizer import BulkTokenizer
@@ -15,7 +16,6 @@ from scorer.models.load import load_tokenizer
 from scorer.protocols import PROTOCOLS
 from scorer.tokens import CONDITIONED
 from scorer.types import Message, Record, Turn
-from tests.conftest import byte_tokenizer
 
 SAID = "It ends with <|im_end|> and a line feed."
 RECORDS = [

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
+from bench.lib.families import byte_tokenizer
 from scorer.encoding import chat
 from scorer.encoding.chat import ChatTemplate, Conversation
 from scorer.encoding.templates import ChatTemplateError, EndlessTemplateError, Renderer
 from scorer.types import EngineError, ScorerError
-from tests.conftest import byte_tokenizer
 
 NUMBERS = "{% set r = range(99999) %}"
 ENDLESS = NUMBERS + "{% for a in r %}{% for b in r %}{% for c in r %}{% endfor %}{% endfor %}{% endfor %}"

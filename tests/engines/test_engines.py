@@ -31,6 +31,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
+from bench.lib.families import CONFIGS, GPT2, LLAMA, byte_tokenizer
 from scorer.config import ScoreConfig
 from scorer.engines import Engine
 from scorer.engines.architecture import Proof
@@ -41,7 +42,6 @@ from scorer.engines.reference import ReferenceEngine
 from scorer.models.find import ModelFiles, find_model
 from scorer.models.load import load_causal_lm
 from scorer.types import RowStatus, ScorerError
-from tests.conftest import CONFIGS, GPT2, LLAMA, byte_tokenizer
 from tests.lib.tokens import Key, Span, SpanNLL, TokenSequence, View, in_order, scored, token_batch
 
 Tiny = Callable[[str], ModelFiles]

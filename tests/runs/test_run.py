@@ -28,6 +28,7 @@ from transformers import GPT2Config
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 import scorer
+from bench.lib.families import SIZES, byte_tokenizer
 from scorer.config import ScoreConfig
 from scorer.engines.choose import BATCH_TOKENS, resolve_config
 from scorer.models.find import ModelFiles
@@ -38,7 +39,6 @@ from scorer.runs.run import RESUMABLE_FIELDS
 from scorer.runs.shard_file import read_info
 from scorer.runs.writer import RunWriter
 from scorer.types import ScorerError
-from tests.conftest import SIZES, byte_tokenizer
 from tests.lib.command import CONSOLE_SCRIPT, FORKS, SECONDS, Commands, alpaca, end, read_jsonl, shards, start, wait
 from tests.lib.runs import edit_manifest
 

@@ -9,6 +9,7 @@ import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
+from bench.lib.families import byte_tokenizer
 from scorer.background import Feed
 from scorer.config import ScoreConfig
 from scorer.encoding.encoder import Encoder
@@ -20,7 +21,6 @@ from scorer.runs.progress import Silent
 from scorer.runs.shards import Shard, ShardScorer
 from scorer.tokens import TokenBatch
 from scorer.types import Message, Record, RowStatus, ScorerError, Turn
-from tests.conftest import byte_tokenizer
 
 
 class Counted(Silent):

@@ -13,13 +13,13 @@ import psutil
 import pytest
 import torch
 
+from bench.lib.families import VOCABULARY
 from scorer.encoding.chat import Conversation
 from scorer.models.find import ModelFiles, find_model
 from scorer.models.load import load_tokenizer
 from scorer.runs.progress import Silent
 from scorer.types import ScorerError
 from scorer.validation.answers import AnswerOptions, answer
-from tests.conftest import VOCABULARY
 from tests.lib.command import assert_gone
 
 Tiny = Callable[[str], ModelFiles]

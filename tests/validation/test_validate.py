@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
 import scorer
 from bench import validation as bench_validation
+from bench.lib.families import byte_tokenizer
 from bench.lib.readme import validation_table
 from bench.lib.report import machine
 from scorer.models.find import ModelFiles, find_model
@@ -26,7 +27,6 @@ from scorer.validation.recipes import Lora, Recipe
 from scorer.validation.samples import open_encoder, samples, training_row
 from scorer.validation.target import open_target
 from scorer.validation.trainer import Training, as_dataset, fine_tune
-from tests.conftest import byte_tokenizer
 from tests.lib.command import Commands, alpaca, wait
 from tests.lib.runs import make_run, write_clusters
 from tests.lib.web import WebServer, http
