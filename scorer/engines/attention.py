@@ -9,7 +9,6 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, lru_cache
-from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +25,7 @@ MAX_PLAIN_LENGTH = {torch.bfloat16: 384, torch.float16: 384, torch.float32: 48}
 # Sequences whose lengths differ by at most this factor share one product, padded to the longest of them.
 GROUP_RATIO = 1.15
 MAX_FLASH_WIDTH = 256  # of a head, in FlashAttention 2
+TORCH_GROUPS_HEADS = torch.__version__ >= "2.12"  # varlen_attn takes fewer key heads than query heads
 # What layers hand over beside what varlen_attention names: for training, and copies of what the model has applied.
 WITHOUT_EFFECT = ("dropout", "position_ids", "output_attentions", "use_cache")
 
@@ -177,7 +177,7 @@ def _flash_attention(
 
     options: dict[str, Any] = {"scale": variant.scale, "window_size": ((variant.window or 0) - 1, 0)}
     if (repeats := query.shape[1] // key.shape[1]) > 1:
-        if "enable_gqa" in signature(varlen_attn).parameters:  # from torch 2.12 on
+        if TORCH_GROUPS_HEADS:
             options["enable_gqa"] = True
         else:
             key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
@@ -224,7 +224,9 @@ def _group_attention(
     repeats = heads // kv_heads  # query heads that share a key head are rows of one product
     q = q.view(count * kv_heads, repeats * length, width)
     k, v = (x.view(count * kv_heads, length, width) for x in (k, v))
-    mask = _repeated_mask(length, window, repeats, q.dtype, q.device)
+    # Those of longer sequences, which soft caps and sinks bring here, would fill the memory.
+    masks = _cached_mask if length <= MAX_PLAIN_LENGTH[q.dtype] else _repeated_mask
+    mask = masks(length, window, repeats, q.dtype, q.device)
     if variant.softcap is None:
         scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=variant.scale)
     else:
@@ -236,12 +238,14 @@ def _group_attention(
     return torch.bmm(scores.softmax(-1)[..., :length], v).view(-1, width)
 
 
-@lru_cache(maxsize=512)
 def _repeated_mask(
     length: int, window: int | None, repeats: int, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
     """[repeats * length, length]: `_causal_mask` for query heads that share a key head."""
     return _causal_mask(length, window, dtype, device).repeat(repeats, 1)
+
+
+_cached_mask = lru_cache(maxsize=512)(_repeated_mask)
 
 
 def _causal_mask(length: int, window: int | None, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
