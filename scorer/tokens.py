@@ -109,8 +109,11 @@ class TokenBatch:
 
     def bounds(self, sequence: int) -> Array:
         """The [start, end] of each span of one sequence: int64 [spans, 2]."""
-        spans = self.spans(sequence)
-        return np.stack((self.starts[spans], self.ends[spans]), axis=1)
+        return self._bounds[self.span_offsets[sequence] : self.span_offsets[sequence + 1]]
+
+    @cached_property
+    def _bounds(self) -> Array:
+        return np.stack((self.starts, self.ends), axis=1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

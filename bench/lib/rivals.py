@@ -11,7 +11,7 @@ import numpy as np
 
 from scorer.config import ScoreConfig
 from scorer.engines.spans import with_sums
-from scorer.engines.vllm import RESERVED_ARGS, check_vllm, engine_arguments, set_environment
+from scorer.engines.vllm import RESERVED_ARGS, check_vllm, engine_arguments, set_environment, shut_down
 from scorer.models.find import ModelFiles
 from scorer.tokens import SpanScores, TokenBatch
 from scorer.types import ScorerError
@@ -134,4 +134,4 @@ def _own_runner() -> Iterator[None]:
 
 
 def _close(llm: Any) -> None:
-    llm.llm_engine.engine_core.shutdown()
+    shut_down(llm.llm_engine)

