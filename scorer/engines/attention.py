@@ -99,7 +99,7 @@ _current = _Current()
 
 
 @contextmanager
-def packed(layout: Layout) -> Iterator[None]:
+def attention_over(layout: Layout) -> Iterator[None]:
     """Within, `varlen_attention` runs over the sequences of `layout`, in this thread."""
     _current.layout = layout
     try:

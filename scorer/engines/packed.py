@@ -13,7 +13,7 @@ from scorer_kernels import HeadFunction, nll_head, nll_sums
 
 from scorer.config import ScoreConfig
 from scorer.engines.architecture import NO_MEMORY, Proof, blocks_of, check_packable, head_of, not_packed
-from scorer.engines.attention import ATTENTION, Layout, packed
+from scorer.engines.attention import ATTENTION, Layout, attention_over
 from scorer.engines.packing import PackedBatch, pack, plan_batches
 from scorer.engines.spans import (
     BatchOutOfMemoryError,
@@ -141,7 +141,7 @@ class PackedEngine:
     @torch.inference_mode()
     def _forward(self, batch: PackedBatch) -> torch.Tensor:
         """The NLL sum of each span of a batch: float64 [S], on the CPU."""
-        with packed(Layout(batch.lengths, self.device, self.model.dtype)):
+        with attention_over(Layout(batch.lengths, self.device, self.model.dtype)):
             states = self.model.base_model(
                 input_ids=self._to_device(batch.input_ids)[None],
                 position_ids=self._to_device(batch.position_ids)[None],
