@@ -29,7 +29,8 @@ SECONDS = 900
 
 @cache  # not at import: every process that collects the tests would read the metadata of all packages
 def installed() -> dict[str, Distribution]:
-    return {canonicalize_name(d.name): d for d in distributions()}
+    """By name, the distribution that an import would take: setuptools adds older copies to the end of sys.path."""
+    return {canonicalize_name(d.name): d for d in reversed(list(distributions()))}
 
 
 def tops(distribution: Distribution) -> set[str]:
