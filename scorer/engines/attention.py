@@ -157,8 +157,7 @@ def _attend(  # noqa: PLR0913 (an operator takes no objects)
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """query [T, H, d], key and value [T, Hk, d] -> [T, H, d], contiguous."""
-    layout = _current.layout
-    variant = Variant(scale, None if window is None or window >= layout.longest else window, softcap, sinks)
+    layout, variant = _current.layout, Variant(scale, window, softcap, sinks)
     if layout.offsets is not None and softcap is None and sinks is None and query.shape[-1] <= MAX_FLASH_WIDTH:
         return _flash_attention(query, key, value, layout, variant)
     return _grouped_attention(query, key, value, layout, variant)
@@ -175,7 +174,8 @@ def _flash_attention(
     """query [T, H, d], key and value [T, Hk, d] -> [T, H, d], by torch's FlashAttention on CUDA."""
     from torch.nn.attention.varlen import varlen_attn
 
-    options: dict[str, Any] = {"scale": variant.scale, "window_size": ((variant.window or 0) - 1, 0)}
+    window = variant.window if variant.window is not None and variant.window < layout.longest else 0
+    options: dict[str, Any] = {"scale": variant.scale, "window_size": (window - 1, 0)}  # -1: no limit
     if (repeats := query.shape[1] // key.shape[1]) > 1:
         if TORCH_GROUPS_HEADS:
             options["enable_gqa"] = True

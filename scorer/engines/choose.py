@@ -186,8 +186,8 @@ def choose_compile(config: ScoreConfig, records: int) -> tuple[bool, str]:
     if reason := why_not_compiled(config.device):
         if config.compile:
             raise ScorerError(f"compile: {reason}; install it, or use --no-compile")
-        return False, f", not compiled: {reason}"
-    return True, ", compiled"
+        return False, f"not compiled: {reason}"
+    return True, "compiled"
 
 
 def why_not_compiled(device: str) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +24,7 @@ from scorer.engines.spans import (
     oom_scores,
     with_sums,
 )
+from scorer.faults import one_line
 from scorer.models.find import ModelFiles
 from scorer.models.load import load_causal_lm
 from scorer.tokens import Array, SpanScores, TokenBatch
@@ -163,10 +165,7 @@ class PackedEngine:
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
     def _prove(self, files: ModelFiles, config: ScoreConfig) -> None:
-        """Raise ScorerError where the scores are not the reference engine's, EngineError where compiling fails.
-
-        Each block is compiled once, for batches of any size.
-        """
+        """Raise ScorerError where the scores are not the reference engine's; compile the blocks if that works."""
         assert config.max_length is not None
         try:
             proof = Proof(self.model, config.max_length)
@@ -174,12 +173,22 @@ class PackedEngine:
             raise not_packed(files, str(error)) from error
         if reason := proof.fault(self._proof_sums):
             raise not_packed(files, reason)
-        if not config.compile:
-            return
-        for block in blocks_of(self.model):
-            block.compile(dynamic=True)
-        if reason := proof.fault(self._proof_sums):
-            raise EngineError(f"{files.name} can't be compiled: {reason}; use --no-compile")
+        if config.compile and (reason := self._compile(proof)):
+            logging.getLogger(__name__).warning(f"{files.name} runs without compiled blocks: {reason}")
+
+    def _compile(self, proof: Proof) -> str | None:
+        """Compile each block, once for batches of any size. Where that fails, say why, and leave them as they were."""
+        blocks = list(blocks_of(self.model))
+        try:
+            for block in blocks:
+                block.compile(dynamic=True)
+            reason = proof.fault(self._proof_sums)
+        except Exception as error:  # noqa: BLE001 (a compiler may raise anything, and the run can do without)
+            reason = one_line(error)
+        if reason:
+            for block in blocks:
+                block._compiled_call_impl = None
+        return reason
 
     def _proof_sums(self, batch: TokenBatch) -> Array:
         """The NLL sum of each span of a batch, float64 [S], all sequences at once. For `Proof`."""

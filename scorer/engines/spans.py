@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
+from scorer.faults import one_line
 from scorer.tokens import CODES, Array, SpanScores, TokenBatch, ranges
 from scorer.types import EngineError, RowStatus, ScorerError
 
@@ -28,7 +29,7 @@ def convert_errors() -> Iterator[None]:
     except (MemoryError, RuntimeError, IndexError, ValueError, AssertionError) as error:
         if isinstance(error, MemoryError) or any(text in str(error) for text in OUT_OF_MEMORY):
             raise BatchOutOfMemoryError from error
-        raise EngineError(f"the model failed on a batch ({type(error).__name__}: {error})") from error
+        raise EngineError(f"the model failed on a batch ({one_line(error)})") from error
 
 
 def check_token_ids(batch: TokenBatch, vocab_size: int) -> None:

@@ -193,7 +193,7 @@ def resolve(config: ScoreConfig, records: int, *, elsewhere: bool, progress: Pro
     chosen = resolve_config(replace(config, engine=engine), files, elsewhere=elsewhere)
     compiled, note = choose_compile(chosen, records)
     chosen = replace(chosen, compile=compiled)
-    return Resolved(chosen, files, encoder, None, f"{engine}{why and f': {why}'}; {chosen.dtype}{note}")
+    return Resolved(chosen, files, encoder, None, f"{engine}{why and f': {why}'}; {chosen.dtype}{note and f', {note}'}")
 
 
 def _identity(model: Resolved, data: Dataset) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import random
 import shutil
 import subprocess
@@ -220,6 +221,19 @@ def test_compiled_blocks_equal_eager_ones_in_batches_of_any_size(tiny: Tiny) -> 
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+def test_blocks_stay_eager_where_compiling_fails(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """torch can't write what it compiles: one line says so, and the run goes on."""
+    sequences = samples([(30, 60), (3, 200)])
+    torch._dynamo.reset()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", os.devnull)
+    with closing(open_engine(replace(config("packed"), compile=True), tiny("llama"))) as engine:
+        (line,) = (record.getMessage() for record in caplog.records if record.name == "scorer.engines.packed")
+        assert "llama0 runs without compiled blocks: FileExistsError" in line
+        assert scored(engine, sequences) == scored(open_engine(config("packed"), tiny("llama")), sequences)
+
+
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "code of its own": (lambda: GPTJConfig(**GPT2, rotary_dim=16), "gptj, whose attention can't be replaced"),
     "ALiBi": (lambda: FalconConfig(**LLAMA, alibi=True), "its attention is biased by position"),
@@ -316,13 +330,13 @@ def test_long_runs_compile_where_it_helps_and_can_be_done(monkeypatch: pytest.Mo
             ScoreConfig(**{"engine": "packed", "device": "cpu", "dtype": "bfloat16"} | options), records
         )
 
-    assert chosen(10_000) == (True, ", compiled")
+    assert chosen(10_000) == (True, "compiled")
     assert chosen(9_999) == chosen(10_000, compile=False) == chosen(10_000, dtype="float32") == (False, "")
     assert chosen(10_000, device="cuda") == (False, "")
-    assert chosen(100_000, device="cuda", dtype="float32") == chosen(1, compile=True) == (True, ", compiled")
+    assert chosen(100_000, device="cuda", dtype="float32") == chosen(1, compile=True) == (True, "compiled")
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.delenv("CXX", raising=False)
-    assert chosen(10_000) == (False, ", not compiled: there is no compiler (g++ or clang++)")
+    assert chosen(10_000) == (False, "not compiled: there is no compiler (g++ or clang++)")
     with pytest.raises(ScorerError, match="compile: there is no compiler"):
         chosen(1, compile=True)
     with pytest.raises(ScorerError, match="compile: for the packed engine, and not for reference"):
