@@ -5,16 +5,19 @@ Registered with transformers under ATTENTION, which is no mask function there, s
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
 from transformers import AttentionInterface
 
+from scorer.faults import one_line
 from scorer.types import ScorerError
 
 ATTENTION = "scorer_varlen"
@@ -24,7 +27,8 @@ ATTENTION = "scorer_varlen"
 MAX_PLAIN_LENGTH = {torch.bfloat16: 384, torch.float16: 384, torch.float32: 48}
 # Sequences whose lengths differ by at most this factor share one product, padded to the longest of them.
 GROUP_RATIO = 1.15
-MAX_FLASH_WIDTH = 256  # of a head, in FlashAttention 2
+MAX_FLASH_WIDTH = 256  # of a head, in FlashAttention 2 and 3
+FLASH_ATTENTION_3 = "flash_attn_interface"  # the module of its package
 TORCH_GROUPS_HEADS = torch.__version__ >= "2.12"  # varlen_attn takes fewer key heads than query heads
 # What layers hand over beside what varlen_attention names: for training, and copies of what the model has applied.
 WITHOUT_EFFECT = ("dropout", "position_ids", "output_attentions", "use_cache")
@@ -186,6 +190,22 @@ def _flash_attention(
     output = varlen_attn(query, key, value, offsets, offsets, longest, longest, **options)
     assert isinstance(output, torch.Tensor)  # a tuple only where the log-sum-exp is asked for
     return output
+
+
+@cache
+def activate_flash_attention_3() -> None:
+    """From here on, torch computes `_flash_attention` by FlashAttention 3, if its package is installed.
+
+    For sm_90 only. A package that does not load is left out, and a line says why.
+    """
+    if find_spec(FLASH_ATTENTION_3) is None:
+        return
+    try:
+        from torch.nn.attention import activate_flash_attention_impl
+
+        activate_flash_attention_impl("FA3")
+    except (ImportError, OSError, RuntimeError) as error:
+        logging.getLogger(__name__).warning(f"FlashAttention 3 is installed and not used: {one_line(error)}")
 
 
 def _grouped_attention(

@@ -14,7 +14,7 @@ from scorer_kernels import HeadFunction, nll_head, nll_sums
 
 from scorer.config import ScoreConfig
 from scorer.engines.architecture import NO_MEMORY, Proof, blocks_of, check_packable, head_of, not_packed
-from scorer.engines.attention import ATTENTION, Layout, attention_over
+from scorer.engines.attention import ATTENTION, Layout, activate_flash_attention_3, attention_over
 from scorer.engines.packing import PackedBatch, pack, plan_batches
 from scorer.engines.spans import (
     BatchOutOfMemoryError,
@@ -64,6 +64,8 @@ class PackedEngine:
         self.head_function = head_function
         self.vocab_size: int = self.model.get_input_embeddings().weight.shape[0]
         self.device = self.model.device
+        if self.device.type == "cuda" and torch.cuda.get_device_capability(self.device)[0] == 9:
+            activate_flash_attention_3()
         self.threads = torch.get_num_threads()
         self.workers = self.threads if self.device.type == "cpu" else CUDA_THREADS
         self.pool = ThreadPoolExecutor(self.workers, thread_name_prefix="scorer-packed")

@@ -36,6 +36,7 @@ from bench.lib.families import CONFIGS, GPT2, LLAMA, byte_tokenizer
 from scorer.config import ScoreConfig
 from scorer.engines import Engine
 from scorer.engines.architecture import Proof
+from scorer.engines.attention import FLASH_ATTENTION_3, activate_flash_attention_3
 from scorer.engines.choose import choose_compile, open_engine
 from scorer.engines.packed import PackedEngine
 from scorer.engines.packing import forward_tokens, plan_batches
@@ -232,6 +233,19 @@ def test_blocks_stay_eager_where_compiling_fails(
         (line,) = (record.getMessage() for record in caplog.records if record.name == "scorer.engines.packed")
         assert "llama0 runs without compiled blocks: FileExistsError" in line
         assert scored(engine, sequences) == scored(open_engine(config("packed"), tiny("llama")), sequences)
+
+
+def test_a_flash_attention_3_that_does_not_load_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A package of its name without its kernels."""
+    (tmp_path / f"{FLASH_ATTENTION_3}.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    activate_flash_attention_3.__wrapped__()
+    monkeypatch.delitem(sys.modules, FLASH_ATTENTION_3)
+    (line,) = caplog.messages
+    assert line.startswith("FlashAttention 3 is installed and not used: RuntimeError: ")
+    assert torch.nn.attention.current_flash_attention_impl() is None
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
