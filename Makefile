@@ -8,14 +8,17 @@ demo: .venv/demo.stamp
 	$(BIN)/scorer filter examples/alpaca.json examples/conversations.jsonl examples/sharegpt.jsonl \
 		--output demo/best.jsonl --run demo/run --keep 10% --with-scores --rejected demo/rejected.jsonl
 
-# Three tests at a time, those of one file after each other: they often wait for servers and processes.
+# Three tests at a time, those of one file after each other: they often wait for servers and processes. OpenMP's threads
+# sleep while they wait, since others want their core: by spinning they took a quarter of the time of all tests.
 # PYTEST: more options, as in `make test PYTEST=--durations=20`.
+RUN_TESTS := OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+
 test: .venv/test.stamp browser
-	$(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(PYTEST)
+	$(RUN_TESTS) $(PYTEST)
 
 # All that needs no server, no cluster and no vLLM, and takes no minute by itself.
 test-fast: .venv/test.stamp browser
-	$(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder -m "not slow" $(PYTEST)
+	$(RUN_TESTS) -m "not slow" $(PYTEST)
 
 # The report is opened in a real browser.
 browser:
