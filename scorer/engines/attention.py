@@ -193,19 +193,33 @@ def _flash_attention(
 
 
 @cache
-def activate_flash_attention_3() -> None:
-    """From here on, torch computes `_flash_attention` by FlashAttention 3, if its package is installed.
+def activate_flash_attention_3() -> bool:
+    """Whether torch computes `_flash_attention` by FlashAttention 3 from here on: if its package is installed.
 
     For sm_90 only. A package that does not load is left out, and a line says why.
     """
     if find_spec(FLASH_ATTENTION_3) is None:
-        return
+        return False
     try:
         from torch.nn.attention import activate_flash_attention_impl
 
         activate_flash_attention_impl("FA3")
     except (ImportError, OSError, RuntimeError) as error:
-        logging.getLogger(__name__).warning(f"FlashAttention 3 is installed and not used: {one_line(error)}")
+        _tell_of_flash_attention_3(one_line(error))
+        return False
+    return True
+
+
+def restore_flash_attention_2(reason: str) -> None:
+    """Undo `activate_flash_attention_3`, and say why."""
+    from torch.nn.attention import restore_flash_attention_impl
+
+    restore_flash_attention_impl()
+    _tell_of_flash_attention_3(reason)
+
+
+def _tell_of_flash_attention_3(reason: str) -> None:
+    logging.getLogger(__name__).warning(f"FlashAttention 3 is installed and not used: {reason}")
 
 
 def _grouped_attention(

@@ -14,7 +14,13 @@ from scorer_kernels import HeadFunction, nll_head, nll_sums
 
 from scorer.config import ScoreConfig
 from scorer.engines.architecture import NO_MEMORY, Proof, blocks_of, check_packable, head_of, not_packed
-from scorer.engines.attention import ATTENTION, Layout, activate_flash_attention_3, attention_over
+from scorer.engines.attention import (
+    ATTENTION,
+    Layout,
+    activate_flash_attention_3,
+    attention_over,
+    restore_flash_attention_2,
+)
 from scorer.engines.packing import PackedBatch, pack, plan_batches
 from scorer.engines.spans import (
     BatchOutOfMemoryError,
@@ -64,8 +70,8 @@ class PackedEngine:
         self.head_function = head_function
         self.vocab_size: int = self.model.get_input_embeddings().weight.shape[0]
         self.device = self.model.device
-        if self.device.type == "cuda" and torch.cuda.get_device_capability(self.device)[0] == 9:
-            activate_flash_attention_3()
+        hopper = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device)[0] == 9
+        self.flash_attention_3 = hopper and activate_flash_attention_3()
         self.threads = torch.get_num_threads()
         self.workers = self.threads if self.device.type == "cpu" else CUDA_THREADS
         self.pool = ThreadPoolExecutor(self.workers, thread_name_prefix="scorer-packed")
@@ -173,7 +179,11 @@ class PackedEngine:
             proof = Proof(self.model, config.max_length)
         except ScorerError as error:
             raise not_packed(files, str(error)) from error
-        if reason := proof.fault(self._proof_sums):
+        reason = proof.fault(self._proof_sums)
+        if reason and self.flash_attention_3:
+            restore_flash_attention_2(reason)
+            reason = proof.fault(self._proof_sums)
+        if reason:
             raise not_packed(files, reason)
         if config.compile and (reason := self._compile(proof)):
             logging.getLogger(__name__).warning(f"{files.name} runs without compiled blocks: {reason}")
