@@ -9,7 +9,7 @@ import logging
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache, cached_property, lru_cache
+from functools import cached_property, lru_cache
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -192,7 +192,6 @@ def _flash_attention(
     return output
 
 
-@cache
 def activate_flash_attention_3() -> bool:
     """Whether torch computes `_flash_attention` by FlashAttention 3 from here on: if its package is installed.
 

@@ -241,7 +241,7 @@ def test_a_flash_attention_3_that_does_not_load_is_left_out(
     """A package of its name without its kernels."""
     (tmp_path / f"{FLASH_ATTENTION_3}.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
-    assert not activate_flash_attention_3.__wrapped__()
+    assert not activate_flash_attention_3()
     monkeypatch.delitem(sys.modules, FLASH_ATTENTION_3)
     (line,) = caplog.messages
     assert line.startswith("FlashAttention 3 is installed and not used: RuntimeError: ")
