@@ -52,27 +52,7 @@ HOMES = {
     "select": "scorer.selection.export",
     "validate": "scorer.validation.validate",
 }
-__all__ = [
-    "Cluster",
-    "EngineError",
-    "RowStatus",
-    "Run",
-    "ScoreConfig",
-    "ScorerError",
-    "SelectConfig",
-    "Selection",
-    "Training",
-    "__version__",
-    "cluster",
-    "compare",
-    "filter",
-    "join_runs",
-    "learn",
-    "report",
-    "score",
-    "select",
-    "validate",
-]
+__all__ = ["__version__", *HOMES]
 
 
 def __getattr__(name: str) -> Any:

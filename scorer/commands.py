@@ -231,7 +231,11 @@ def score(data: tuple[str, ...], output: str, **options: Any) -> None:
 @file_option
 def select(run: str, output: str, data: tuple[str, ...], **options: Any) -> None:
     """Keep the best records of the finished run RUN, as they came."""
-    _select(run, output, data=data, **_selection(options))
+    selection = _selection(options)
+    from scorer.console import show_selection
+    from scorer.selection.export import select as select_records
+
+    show_selection(select_records(run, output, data=data, **selection), output)
 
 
 @cli.command(name="filter")
@@ -448,10 +452,3 @@ def _check_not_given(names: Iterable[str], why: str) -> None:
     given = {name for name in names if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
     if flags := [parameter.opts[0] for parameter in context.command.params if parameter.name in given]:
         raise click.UsageError(f"{why}: leave out {', '.join(flags)}")
-
-
-def _select(run: str, output: str, **options: Any) -> None:
-    from scorer.console import show_selection
-    from scorer.selection.export import select as select_records
-
-    show_selection(select_records(run, output, **options), output)

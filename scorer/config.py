@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from scorer.options import (
@@ -21,7 +21,6 @@ from scorer.options import (
     TRAINING,
     VLLM,
     check_fields,
-    from_options,
     option,
     same_option,
 )
@@ -210,15 +209,6 @@ class ScoreConfig:
     def vllm_options(self) -> list[str]:
         """The options that are set and that only the vllm engine has."""
         return [name for name in VLLM_OPTIONS if getattr(self, name) is not None]
-
-    @classmethod
-    def from_dict(cls, options: Mapping[str, Any]) -> ScoreConfig:
-        """The configuration of `options`; an unknown key raises ScorerError."""
-        return from_options(cls, options)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values, by option name."""
-        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)

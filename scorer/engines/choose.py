@@ -43,7 +43,7 @@ def check_engine(config: ScoreConfig) -> None:
     if config.engine.startswith(SERVERS):
         from scorer.engines.vllm_client import Server
 
-        Server(config.engine).close()
+        Server(config.engine)
     if config.engine == "vllm" or (config.engine == "auto" and config.vllm_options()):
         from scorer.engines.vllm import check_vllm, check_vllm_args
 
@@ -91,9 +91,7 @@ def served_model(url: str, files: ModelFiles) -> dict[str, Any]:
     """A server's description of its model. Raises ScorerError where it does not score or serves another model."""
     from scorer.engines.vllm_client import Server
 
-    server = Server(url, files)
-    server.close()
-    return server.model
+    return Server(url, files).model
 
 
 def open_engine(config: ScoreConfig, files: ModelFiles) -> Engine:

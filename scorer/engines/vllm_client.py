@@ -11,7 +11,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import NoneType
 from typing import Any
 
@@ -59,6 +59,7 @@ DESCRIPTION: Mapping[str, tuple[type, ...]] = {
 
 
 def _wait_seconds() -> float:
+    """The environment's value of `Limits.wait`. Raises ScorerError for a wrong one."""
     text = os.environ.get(WAIT, "180")  # a server takes a minute or two to start
     if not text.isdecimal():
         raise ScorerError(f"{WAIT}: '{text}' is not a whole number of seconds")
@@ -73,14 +74,9 @@ class Limits:
     quiet: without an answer, after which the user is told.
     """
 
-    wait: float
+    wait: float = field(default_factory=_wait_seconds)
     answer: float = 600.0
     quiet: float = 30.0
-
-    @classmethod
-    def default(cls) -> Limits:
-        """The limits of a command. Raises ScorerError where the environment has a wrong one."""
-        return cls(_wait_seconds())
 
 
 class Server:
@@ -92,7 +88,7 @@ class Server:
 
     def __init__(self, url: str, files: ModelFiles | None = None, limits: Limits | None = None):
         self.url = url.rstrip("/")
-        self.limits = limits or Limits.default()
+        self.limits = limits or Limits()
         self.address = Address(self.url)
         self.headers = json_headers(api_key(API_KEY))
         self.heard = time.monotonic()  # the last answer
@@ -185,9 +181,6 @@ class Server:
     def _wrong(self, what: str) -> EngineError:
         return EngineError(f"{self.url} answers, but not as `scorer serve` of this version does: {what}")
 
-    def close(self) -> None:
-        """Nothing to close: each request has a connection of its own."""
-
 
 def parse_rows(rows: Any, counts: Array, tokens: Array) -> Array:
     """The NLL sums, float64 [S], of `rows`: for each sequence the [NLL sum or null, tokens] of its spans.
@@ -245,8 +238,7 @@ class RemoteEngine:
                 request.cancel(0)
 
     def close(self) -> None:
-        """Close the connections."""
-        self.server.close()
+        """Nothing to free: each request has a connection of its own."""
 
 
 def check_model(served: dict[str, Any], files: ModelFiles, url: str) -> None:

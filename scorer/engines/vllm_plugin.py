@@ -26,6 +26,8 @@ from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.pooler import Pooler, PoolingParamsUpdate
 
+from scorer.tokens import bounds_of, ranges
+
 PREFIX = "Scoring"  # LlamaForCausalLM is registered a second time, as ScoringLlamaForCausalLM
 SUFFIXES = ("ForCausalLM", "LMHeadModel")  # the names of causal language models in vLLM's registry end in these
 # Keys of PoolingParams.extra_kwargs: the [start, end] of each span of a request, ascending and disjoint, start >= 1;
@@ -125,17 +127,14 @@ def plan_step(spans: Sequence[Sequence[Sequence[int]]], scheduled: np.ndarray, c
     counts = np.fromiter(map(len, spans), np.int64, len(spans))
     width = max(int(counts.max(initial=0)), 1)
     request = np.repeat(np.arange(len(spans)), counts)
-    slots = request * width + np.arange(len(request)) - np.repeat(np.cumsum(counts) - counts, counts)
+    slots = ranges(np.arange(len(spans)) * width, counts)
     bounds = np.array([span for own in spans for span in own], np.int64).reshape(-1, 2)
     begin = (computed - scheduled)[request]  # the first position of this step
     low = np.maximum(bounds[:, 0] - 1, begin)  # token p + 1 is predicted at position p
     lengths = np.maximum(np.minimum(bounds[:, 1] - 1, computed[request]) - low, 0)
-    offsets = np.concatenate(([0], np.cumsum(lengths)))
-    steps = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
     first = (np.cumsum(scheduled) - scheduled)[request]
-    rows = np.repeat(first + low - begin, lengths) + steps
-    positions = np.repeat(low + 1, lengths) + steps
-    return StepLayout(rows, np.repeat(request, lengths), positions, offsets, slots, (len(spans), width))
+    rows, positions = ranges(first + low - begin, lengths), ranges(low + 1, lengths)
+    return StepLayout(rows, np.repeat(request, lengths), positions, bounds_of(lengths), slots, (len(spans), width))
 
 
 def target_tokens(metadata: Any, step: StepLayout, lengths: np.ndarray) -> np.ndarray:

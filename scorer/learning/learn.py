@@ -26,7 +26,7 @@ from scorer.data.dataset import Dataset
 from scorer.keywords import LearnKeywords
 from scorer.models.find import ModelFiles, find_model
 from scorer.models.load import choose_device
-from scorer.options import keywords
+from scorer.options import from_options, keywords
 from scorer.requirements import require
 from scorer.runs.directory import Run
 from scorer.runs.manifest import Manifest
@@ -89,7 +89,7 @@ def learn(
                     runs.append(Run(run.path / f"epoch-{epoch}"))
                     if not _is_complete(runs[-1]):
                         model = trainer.train(epoch, receiver)
-                        again = trainer.config.to_dict() | {"model": str(model), "revision": None}
+                        again = asdict(trainer.config) | {"model": str(model), "revision": None}
                         runs[-1] = score(records, runs[-1].path, strict=strict, progress=receiver, **again)
                         if not keep_checkpoints:
                             shutil.rmtree(model)
@@ -136,7 +136,7 @@ class _Trainer:
 
     def __init__(self, folder: Path, data: Dataset, config: Mapping[str, Any], plan: TrainingPlan, epochs: int):
         self.folder, self.data, self.plan, self.epochs = folder, data, plan, epochs
-        self.config = ScoreConfig.from_dict(config)
+        self.config = from_options(ScoreConfig, config)
         self.rows: TokenBatch | None = None
 
     def train(self, epoch: int, progress: Progress) -> Path:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from scorer.keywords import ScoreKeywords
 from scorer.models.embedded import EMBEDDED
 from scorer.models.find import ModelFiles, find_model
 from scorer.models.load import choose_device
-from scorer.options import keywords
+from scorer.options import from_options, keywords
 from scorer.protocols import PROTOCOLS
 from scorer.requirements import require
 from scorer.runs.directory import Run, describe_faults
@@ -85,7 +85,7 @@ def score(
     """
     given: dict[str, Any] = {**options}
     part = Part(**{name: given.pop(name) for name in ("split", "subset") if name in given})
-    config = ScoreConfig.from_dict(given)
+    config = from_options(ScoreConfig, given)
     if cluster is not None:
         require("--ray")
     check_engine(config)
@@ -141,7 +141,7 @@ def _inspect(data: Dataset, config: ScoreConfig, run: Run | None) -> None:
         data.inspect()
     if run is None or before is None:
         return
-    known = {name: value for name, value in config.to_dict().items() if value not in ("auto", None)}
+    known = {name: value for name, value in asdict(config).items() if value not in ("auto", None)}
     if config.engine.startswith(SERVERS):
         known["engine"] = "http"
     check_same_run(run, {"format": FORMAT, "config": known, "inputs": [entry.identity for entry in data.inputs]})
@@ -200,7 +200,7 @@ def _identity(model: Resolved, data: Dataset) -> dict[str, Any]:
     return {
         "format": FORMAT,
         # where a server is, is no part of what it computes, and may hold a password
-        "config": model.config.to_dict() | ({"engine": "http"} if model.served else {}),
+        "config": asdict(model.config) | ({"engine": "http"} if model.served else {}),
         "model_revision": model.files.revision,
         "served": model.served and model.served["identity"],
         "inputs": [entry.identity for entry in data.inputs],
