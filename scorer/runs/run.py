@@ -98,9 +98,7 @@ def score(
         _inspect(dataset, config, None if output is None or fresh else Run(output))
         model = resolve(config, dataset.height, elsewhere=cluster is not None, progress=receiver)
         identity = _identity(model, dataset)
-        free = set(RESUMABLE_FIELDS) - {"limit"}
-        bound = identity | {"config": {k: v for k, v in identity["config"].items() if k not in free}}
-        fingerprint = hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()
+        fingerprint = _fingerprint(identity)
         if output is None:
             output = RUNS / f"{to_path(dataset.paths[0]).name.split('.')[0]}-{fingerprint[:12]}"
         run = RunWriter(output)
@@ -120,13 +118,7 @@ def score(
             run.write_manifest(manifest)
             receiver.say(f"loading {model.files.name} ({model.description}; {manifest.environments[-1]['device']})")
             job = Job(run, dataset, model.config, model.files, model.encoder, strict)
-            executor: Executor = score_locally
-            if cluster is not None:
-                from scorer.runs.ray_driver import score_on_ray
-
-                dataset.close()  # workers read the files themselves
-                executor = partial(score_on_ray, cluster=cluster)
-            execute(job, manifest, executor, receiver)
+            execute(job, manifest, _executor(cluster, dataset), receiver)
     return Run(run.path)
 
 
@@ -207,6 +199,12 @@ def _identity(model: Resolved, data: Dataset) -> dict[str, Any]:
     }
 
 
+def _fingerprint(identity: Mapping[str, Any]) -> str:
+    free = set(RESUMABLE_FIELDS) - {"limit"}
+    bound = {**identity, "config": {k: v for k, v in identity["config"].items() if k not in free}}
+    return hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()
+
+
 def resume(run: RunWriter, data: Dataset, identity: dict[str, Any], progress: Progress) -> Manifest | None:
     """The manifest of the run to go on with; None where there is nothing, and the directory is then empty.
 
@@ -281,6 +279,15 @@ def _new_manifest(model: Resolved, data: Dataset, identity: dict[str, Any]) -> M
         input_records=data.counts,
         server=model.served,
     )
+
+
+def _executor(cluster: Cluster | None, data: Dataset) -> Executor:
+    if cluster is None:
+        return score_locally
+    from scorer.runs.ray_driver import score_on_ray
+
+    data.close()  # workers read the files themselves
+    return partial(score_on_ray, cluster=cluster)
 
 
 def execute(job: Job, manifest: Manifest, executor: Executor, progress: Progress) -> None:

@@ -70,21 +70,17 @@ def select_records(
 
     requested = sum(asked)
     if config.diverse is not None:
-        if diversify is None:
-            raise ScorerError("diverse: diversity needs embeddings")
+        assert diversify is not None
         requested = to_count(config.size, total)
         if requested > sum(asked):
             raise ScorerError(f"diverse: {requested:,} records can't be kept of the {sum(asked):,} that rank first")
         outcome = outcome.scatter(positions, REASONS.index("not_diverse"))
-        positions = positions.sort()
-        chosen = diversify(records["record_id"].gather(positions), min(requested, len(positions)))
-        positions = positions.gather(pl.Series(chosen, dtype=pl.UInt32))
+        positions = _diverse(records["record_id"], positions, requested, diversify)
     outcome = outcome.scatter(positions, REASONS.index("kept"))
 
-    kept = records[positions].with_row_index("rank", offset=1)
-    kept = kept.select("record_id", pl.col("rank").cast(pl.Int64), *measures)
-    rest = records.select("record_id", reason=reason.fill_null(pl.Series(REASONS).gather(outcome)))
-    rejected = rest.filter(reason.is_not_null() | (outcome != REASONS.index("kept")))
+    kept = records[positions].select("record_id", pl.int_range(1, pl.len() + 1).alias("rank"), *measures)
+    reason = reason.fill_null(pl.Series(REASONS).gather(outcome))
+    rejected = records.select("record_id", reason=reason).filter(pl.col("reason") != "kept")
     ordered = kept.sort("record_id") if config.order == "input" else kept
     return Selection(ordered, rejected, requested, total, pool.height if config.random else None)
 
@@ -162,6 +158,13 @@ def _draw(pool: pl.DataFrame, quotas: list[int], seed: int) -> pl.Series:
         rows += random.sample(range(start, start + count), quota)
         start += count
     return pool.sort("group", maintain_order=True)["position"].gather(pl.Series(rows, dtype=pl.UInt32))
+
+
+def _diverse(ids: pl.Series, positions: pl.Series, size: int, diversify: Diversify) -> pl.Series:
+    """Positions of the most diverse of the records at `positions`, best first."""
+    positions = positions.sort()
+    chosen = diversify(ids.gather(positions), min(size, len(positions)))
+    return positions.gather(pl.Series(chosen, dtype=pl.UInt32))
 
 
 def _rank_in_group(group: pl.Series, groups: int) -> pl.Series:
