@@ -10,7 +10,6 @@ import os
 import sys
 from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
-from dataclasses import fields
 from errno import EMFILE, ENOSPC
 from functools import partial
 from io import TextIOWrapper
@@ -21,7 +20,7 @@ from click.core import ParameterSource
 
 from scorer.agreement.config import CompareConfig
 from scorer.config import Cluster, ClusterConfig, Part, ScoreConfig, Training
-from scorer.options import DATA, EVALUATION, GROUPS, OUTPUT, SELECTION, OptionInfo, describe
+from scorer.options import DATA, EVALUATION, GROUPS, OUTPUT, SELECTION, OptionInfo, describe, take
 from scorer.printing import error_line, printable
 from scorer.selection.config import CHOICES, SelectConfig
 from scorer.types import ScorerError
@@ -172,11 +171,6 @@ def names_of(config: type[Any], group: str) -> list[str]:
     return [field.name for field, _, info in describe(config) if info.group == group]
 
 
-def _take(config: type[Any], options: dict[str, Any]) -> dict[str, Any]:
-    """The options that are fields of a dataclass, out of `options`."""
-    return {field.name: options.pop(field.name) for field in fields(config) if field.name in options}
-
-
 data_argument = click.argument("data", nargs=-1, required=True)
 data_option = command_option(
     DATA,
@@ -287,7 +281,7 @@ def lp(data: tuple[str, ...], output: str, runs: bool, fresh: bool, **options: A
     """
     if runs:
         _check_not_given(options, "--runs computes nothing")
-    training = Training(**_take(Training, options))
+    training = Training(**take(Training, options))
     from scorer.console import show_run
     from scorer.learning.join import join_runs
     from scorer.learning.learn import learn
@@ -431,7 +425,7 @@ def fetch(name: str, **options: Any) -> None:
 
 def _cluster(options: dict[str, Any]) -> Cluster | None:
     """The options of Ray, out of `options`; None where it is not asked for."""
-    on = _take(Cluster, options)
+    on = take(Cluster, options)
     if on["address"] is None:
         _check_not_given(on, "without --ray no workers are started")
     return None if on["address"] is None else Cluster(**on)
@@ -439,7 +433,7 @@ def _cluster(options: dict[str, Any]) -> Cluster | None:
 
 def _selection(options: dict[str, Any]) -> dict[str, Any]:
     """The options of the selection, out of `options`: --no-max-ifd is a limit of None in the library."""
-    selection = _take(SelectConfig, options)
+    selection = take(SelectConfig, options)
     if options.pop("no_max_ifd"):
         _check_not_given(["max_ifd"], "--no-max-ifd keeps every ifd")
         selection["max_ifd"] = None

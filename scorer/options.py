@@ -130,6 +130,11 @@ def _keywords(source: Any) -> list[inspect.Parameter]:
     return [inspect.Parameter(f.name, keyword, default=f.default, annotation=f.type) for f in fields(source)]
 
 
+def take(config: type[Any], options: dict[str, Any]) -> dict[str, Any]:
+    """Remove the fields of a dataclass from `options`, and return them."""
+    return {f.name: options.pop(f.name) for f in fields(config) if f.name in options}
+
+
 def from_options(config: type[Config], options: Mapping[str, Any]) -> Config:
     """A dataclass of options; an unknown name raises ScorerError."""
     known = {f.name for f in fields(config)}  # type: ignore[arg-type]

@@ -30,7 +30,7 @@ from scorer.keywords import ScoreKeywords
 from scorer.models.embedded import EMBEDDED
 from scorer.models.find import ModelFiles, find_model
 from scorer.models.load import choose_device
-from scorer.options import from_options, keywords
+from scorer.options import from_options, keywords, take
 from scorer.protocols import PROTOCOLS
 from scorer.requirements import require
 from scorer.runs.directory import Run, describe_faults
@@ -84,7 +84,7 @@ def score(
     failed; the shards scored until then stay.
     """
     given: dict[str, Any] = {**options}
-    part = Part(**{name: given.pop(name) for name in ("split", "subset") if name in given})
+    part = Part(**take(Part, given))
     config = from_options(ScoreConfig, given)
     if cluster is not None:
         require("--ray")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -10,7 +9,7 @@ from scorer.config import Part, ScoreConfig
 from scorer.files.memory import is_in_memory
 from scorer.files.upload import on_hub
 from scorer.keywords import FilterKeywords
-from scorer.options import keywords
+from scorer.options import keywords, take
 from scorer.runs.progress import Progress
 from scorer.runs.run import score
 from scorer.runs.sources import files_of, open_dataset
@@ -42,10 +41,7 @@ def filter(
     before anything is scored.
     """
     given: dict[str, Any] = {**options}
-    selection, scoring, part = (
-        {f.name: given.pop(f.name) for f in fields(config) if f.name in given}
-        for config in (SelectConfig, ScoreConfig, Part)
-    )
+    selection, scoring, part = (take(config, given) for config in (SelectConfig, ScoreConfig, Part))
     config, score_config = SelectConfig(**selection), ScoreConfig(**scoring)
     directory = run_beside(output) if run is None else str(run)
     paths = [] if is_in_memory(data) else files_of(data, Part(**part))
