@@ -14,7 +14,6 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from scorer.config import Reading
@@ -109,6 +108,7 @@ class Dataset:
         self._paths = [to_path(path) for path in paths]
         self.paths = list(map(str, paths))
         self.reading, self.limit = reading or Reading(), limit
+        self._end = sys.maxsize if limit is None else limit
         self.inputs, self.counts = tuple(inputs), tuple(counts)
         self._readers: dict[int, InputReader] = {}
         for path in self._paths:
@@ -117,9 +117,7 @@ class Dataset:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -137,8 +135,8 @@ class Dataset:
         self.inputs, self.counts = (), tuple(counts)
         kept = 0  # bytes on disk of JSON documents that are held
         for number, path in enumerate(self._paths):
-            left = None if self.limit is None else self.limit - sum(self.counts)
-            if number < len(counts) or (left is not None and left <= 0):
+            left = self._end - sum(self.counts)
+            if number < len(counts) or left <= 0:
                 self.inputs += (inspect_input(path, before.get(absolute(path))),)
                 continue
             found = _stat(path)
@@ -154,7 +152,7 @@ class Dataset:
     @property
     def height(self) -> int:
         """How many rows there are, up to the limit, by `counts`."""
-        return sum(self.counts) if self.limit is None else min(sum(self.counts), self.limit)
+        return min(sum(self.counts), self._end)
 
     def check_unchanged(self) -> None:
         """Raise ScorerError for the first file that is not what `inputs` says."""
@@ -169,10 +167,10 @@ class Dataset:
         file of which `counts` says that all are skipped is not opened. Raises ScorerError where a file can't be read,
         where it has more or fewer rows than `counts` says, and where there is no row in all of the files.
         """
-        stop = self.limit if stop is None else stop if self.limit is None else min(stop, self.limit)
+        stop = self._end if stop is None else min(stop, self._end)
         next_id = 0
         for number, path in enumerate(self._paths):
-            if stop is not None and next_id >= stop:
+            if next_id >= stop:
                 return
             count = self.counts[number] if number < len(self.counts) else None
             if count is not None and next_id + count <= start:
@@ -180,9 +178,9 @@ class Dataset:
                 continue
             rows = self._reader(number).rows(next_id, start, stop, exact=exact)
             if count is not None:
-                rows = _as_counted(path, rows, min(next_id + count, sys.maxsize if stop is None else stop))
+                rows = _as_counted(path, rows, min(next_id + count, stop))
             next_id = yield from rows
-        if next_id == 0 and stop != 0:
+        if next_id == 0 and stop:
             raise ScorerError(f"{', '.join(self.paths) or 'the inputs'}: hold no records; give at least one")
 
     def records(self, start: int = 0, stop: int | None = None) -> Iterator[Record]:

@@ -51,15 +51,11 @@ def rows_at(path: Path, positions: Sequence[int]) -> pa.Table:
     with local_copy(path) as copy, table_errors(path, "Parquet" if is_parquet else "Arrow"):
         if is_parquet:
             with parquet_file(copy) as file:
-                groups = parquet_batches(file, BATCH_ROWS, is_wanted)
-                batches = [chosen(batch, start) for start, batch in groups]
+                batches = [chosen(batch, start) for start, batch in parquet_batches(file, BATCH_ROWS, is_wanted)]
                 return pa.Table.from_batches(batches, schema=decoded_schema(file.schema_arrow))
         with open(copy, "rb") as stream:
             schema, stored = ipc_batches(stream)
-            end, batches = 0, []
-            for batch in stored:
-                batches.append(chosen(batch, end))
-                end += batch.num_rows
+            batches = [chosen(batch, start) for start, batch in stored]
             return pa.Table.from_batches(batches, schema=decoded_schema(schema))
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain
 from typing import Any, BinaryIO, cast
@@ -16,7 +16,7 @@ import orjson
 
 from scorer.files import json_texts
 from scorer.files.kinds import check_signature, first_line, is_array
-from scorer.files.raw import FileRows, Found, RawRecord, Rows, count_and_look, first_fit
+from scorer.files.raw import FileRows, Found, RawRecord, Rows, count_and_look, look, rows_of
 from scorer.files.streams import DOCUMENT_BYTES, LINE_BYTES, check_line, decompressed, pieces
 from scorer.types import RowStatus, ScorerError
 
@@ -24,38 +24,33 @@ BOM = b"\xef\xbb\xbf"
 BLANK_LINES = 1 << 20  # before the first that is not blank: they are held
 
 TOO_DEEP = f"it nests deeper than {json_texts.MAX_DEPTH} levels"
-Parser = Callable[[bytes], Any]  # raises ValueError
-_Parsed = tuple[Any, RowStatus, bytes | None]  # value, status and line of a RawRecord
+Parsers = tuple[Callable[[bytes], Any], ...]  # each raises ValueError
 
 
 class JsonRows(FileRows):
     """The lines of a JSON Lines file that are not blank, or the records of a JSON document."""
 
-    takes_records_at = True
     _values: list[Any] | None = None  # of a scanned document, until they are read
 
-    def scan(self, file: BinaryIO, limit: int | None, *, keep: bool) -> Found:
+    def scan(self, file: BinaryIO, limit: int, *, keep: bool) -> Found:
         """Count the records. Lines are parsed until one fits, then counted only."""
         is_lines, head, stream = self._sniff(file)
-        if not is_lines:
-            values = self._document(head, stream)
-            self._values = values if keep else None
-            return Found(len(values), *first_fit(self._value_rows(values, 0, 0, limit), self.source.fits))
+        if is_lines:
+            lines = self._numbered(chain(head, stream))
+            return count_and_look(lines, partial(self._line_row, FAST), limit, self.source.fits)
+        values = self._document(head, stream)
+        self._values = values if keep else None
+        return look(self._value_rows(values, 0, 0, limit), self.source.fits)._replace(rows=len(values))
 
-        def parsed(record_id: int, numbered: tuple[int, bytes]) -> RawRecord:
-            return RawRecord(record_id, f"{self.source.path}:{numbered[0]}", *_parse_fast(numbered[1]))
-
-        return count_and_look(self._numbered(chain(head, stream)), parsed, limit, self.source.fits)
-
-    def rows(self, first_id: int, start: int, stop: int | None, *, exact: bool) -> Rows:
+    def rows(self, first_id: int, start: int, stop: int, *, exact: bool) -> Rows:
         """The records, with `line` if `exact`; unless so, lines are parsed faster."""
         values, self._values = self._values, None
         if values is None or exact:
             self.source.file.seek(0)
             is_lines, head, stream = self._sniff(self.source.file)
             if is_lines:
-                parse = _parse if exact else _parse_fast
-                return self._line_rows(chain(head, stream), first_id, start, stop, parse)
+                to_row = partial(self._line_row, EXACT if exact else FAST)
+                return rows_of(self._numbered(chain(head, stream)), to_row, first_id, start, stop)
             if exact:
                 return self._text_rows(self._text(head, stream), first_id, start, stop)
             values = self._document(head, stream)
@@ -86,46 +81,32 @@ class JsonRows(FileRows):
             if not is_array(suffix) and not filled[0].startswith(b"[") and filled[0] != b"{":
                 return True, head, stream
             if len(filled) == 2:
-                return _parse_fast(filled[0])[1] is RowStatus.OK, head, stream
+                return _parse(filled[0], FAST)[1] is RowStatus.OK, head, stream
         return False, head, stream
 
     def _numbered(self, lines: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
         """The lines that are not blank, with their 1-based numbers."""
         for number, line in enumerate(lines, 1):
-            if len(line) >= LINE_BYTES:
-                check_line(self.source.path, number, len(line))
+            check_line(self.source.path, number, len(line))
             if line.strip():
                 yield number, line
 
-    def _line_rows(
-        self, lines: Iterable[bytes], first_id: int, start: int, stop: int | None, parse: Callable[[bytes], _Parsed]
-    ) -> Rows:
-        next_id, name = first_id, str(self.source.path)
-        for number, line in self._numbered(lines):
-            if stop is not None and next_id >= stop:
-                break
-            if next_id >= start:
-                yield RawRecord(next_id, f"{name}:{number}", *parse(line))
-            next_id += 1
-        return next_id
+    def _line_row(self, parsers: Parsers, record_id: int, numbered: tuple[int, bytes]) -> RawRecord:
+        return RawRecord(record_id, f"{self.source.path}:{numbered[0]}", *_parse(numbered[1], parsers))
 
-    def _value_rows(self, values: list[Any], first_id: int, start: int, stop: int | None) -> Rows:
-        end = len(values) if stop is None else min(len(values), stop - first_id)
+    def _value_rows(self, values: list[Any], first_id: int, start: int, stop: int) -> Rows:
+        end = min(len(values), stop - first_id)
         for row in range(max(0, start - first_id), end):
             yield RawRecord(first_id + row, f"{self.source.path}[{row}]", values[row])
         return first_id + end
 
-    def _text_rows(self, text: str, first_id: int, start: int, stop: int | None) -> Rows:
-        next_id = first_id
+    def _text_rows(self, text: str, first_id: int, start: int, stop: int) -> Rows:
+        def to_row(record_id: int, element: json_texts.Element) -> RawRecord:
+            source = f"{self.source.path}[{record_id - first_id}]"
+            return RawRecord(record_id, source, element[0], RowStatus.OK, element[1].encode())
+
         with self._errors():
-            for value, line in self._elements(text):
-                if stop is not None and next_id >= stop:
-                    break
-                if next_id >= start:
-                    source = f"{self.source.path}[{next_id - first_id}]"
-                    yield RawRecord(next_id, source, value, RowStatus.OK, line.encode())
-                next_id += 1
-        return next_id
+            return (yield from rows_of(self._elements(text), to_row, first_id, start, stop))
 
     def _elements(self, text: str) -> Iterable[json_texts.Element]:
         if not text:
@@ -255,12 +236,14 @@ def _exact(line: bytes) -> Any:
     return json.loads(line.decode("utf-8"))
 
 
-EXACT: tuple[Parser, ...] = (_exact, orjson.loads)
-FAST: tuple[Parser, ...] = (orjson.loads, _exact)
+EXACT: Parsers = (_exact, orjson.loads)
+FAST: Parsers = (orjson.loads, _exact)
 
 
-def _parse(line: bytes, parsers: Sequence[Parser] = EXACT) -> _Parsed:
-    """A line is JSON if either parser reads it, so that its status does not depend on which of them is the first.
+def _parse(line: bytes, parsers: Parsers) -> tuple[Any, RowStatus, bytes | None]:
+    """The value, the status and the line of a RawRecord.
+
+    A line is JSON if either parser reads it, so that its status does not depend on which of them is the first.
 
     json reads NaN, infinities and lone surrogates too; orjson is faster, and makes floats of integers of over 64 bits.
     """
@@ -272,6 +255,3 @@ def _parse(line: bytes, parsers: Sequence[Parser] = EXACT) -> _Parsed:
             except ValueError:  # no JSON, not UTF-8, an integer of too many digits
                 continue
     return line.decode("utf-8", "backslashreplace"), RowStatus.BAD_JSON, None
-
-
-_parse_fast = partial(_parse, parsers=FAST)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import sys
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, cast
 
@@ -27,8 +28,7 @@ from scorer.files.kinds import (
     known_suffix,
     plain,
 )
-from scorer.files.raw import FileRows, Fits, Rows, Source
-from scorer.files.raw import RawRecord as RawRecord  # its users import it from here
+from scorer.files.raw import FileRows, Fits, RawRecord, Rows, Source
 from scorer.files.streams import BUFFER_BYTES, HashedFile, read_errors
 from scorer.files.tables import ArrowRows, ParquetRows, parquet_file, table_errors
 from scorer.storage.paths import exists, is_folder, is_remote, local_copy, object_info
@@ -64,21 +64,21 @@ class InputReader:
     def __init__(self, path: Path, *, fits: Fits | None = None, records_at: str | None = None):
         self.path, suffix = path, known_suffix(path)
         kind = KINDS[plain(suffix)]
-        if records_at is not None and not kind.takes_records_at:
+        if records_at is not None and kind is not JsonRows:
             raise ScorerError(f"{path}: --records-at {records_at} is for JSON files: leave it out")
         with contextlib.ExitStack() as files, read_errors(path):
             local = files.enter_context(local_copy(path))
             self._file: BinaryIO = files.enter_context(open(local, "rb", buffering=BUFFER_BYTES))
             check_signature(path, suffix, self._file.read(SIGNATURE_BYTES))
             self.copied_bytes = local.stat().st_size if is_remote(path) else 0  # in the temporary folder
-            self._rows = kind(Source(path, local, self._file, suffix, fits or _fits_none, records_at))
+            self._rows = kind(Source(path, self._file, suffix, fits or (lambda raw: False), records_at))
             self._files = files.pop_all()
 
     def close(self) -> None:
         """Close the file, and remove the copy of an object."""
         self._files.close()
 
-    def scan(self, limit: int | None = None, *, keep: bool = False) -> Scan:
+    def scan(self, limit: int = sys.maxsize, *, keep: bool = False) -> Scan:
         """Hash and count the file in one pass, and look for one of its first `limit` rows that fits.
 
         keep: hold a parsed JSON document until it is read.
@@ -92,7 +92,7 @@ class InputReader:
                 pass
         return Scan(hashed.size, hashed.sha256.hexdigest(), *found)
 
-    def rows(self, first_id: int = 0, start: int = 0, stop: int | None = None, *, exact: bool = True) -> Rows:
+    def rows(self, first_id: int = 0, start: int = 0, stop: int = sys.maxsize, *, exact: bool = True) -> Rows:
         """The rows with `start <= record_id < stop`, where the file's first row has `first_id`.
 
         Lines that are skipped are not parsed, and rows of tables not decoded. Unless `exact`, lines are parsed faster,
@@ -142,7 +142,3 @@ def read_table(path: Path) -> pl.DataFrame:
         raise
     except (Exception, pl.exceptions.PanicException) as error:  # whatever a file makes Polars raise
         raise ScorerError(f"{path}: can't be read as a table ({first_line(error)})") from error
-
-
-def _fits_none(raw: RawRecord) -> bool:
-    return False
