@@ -15,9 +15,10 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from scorer.faults import first_line
 from scorer.files.arrow_types import LISTS, alters, text_type
 from scorer.files.decoded import decoded, decoded_schema, plain, taken
-from scorer.files.kinds import ARROW_SUFFIXES, first_line, known_suffix
+from scorer.files.kinds import ARROW_SUFFIXES, known_suffix
 from scorer.files.tables import BATCH_ROWS, ipc_batches, parquet_batches, parquet_file, table_errors
 from scorer.requirements import DATASET, require
 from scorer.storage.paths import local_copy

@@ -14,8 +14,9 @@ from typing import Any, BinaryIO, cast
 
 import orjson
 
+from scorer.faults import first_line
 from scorer.files import json_texts
-from scorer.files.kinds import check_signature, first_line, is_array
+from scorer.files.kinds import check_signature, is_array
 from scorer.files.raw import FileRows, Found, RawRecord, Rows, count_and_look, look, rows_of
 from scorer.files.streams import DOCUMENT_BYTES, LINE_BYTES, check_line, decompressed, pieces
 from scorer.types import RowStatus, ScorerError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from scorer.types import ScorerError
@@ -56,15 +57,10 @@ EXPECTED = {".gz": "gzip", ".zst": "Zstandard", ".parquet": "Parquet", **dict.fr
 
 def known_suffix(path: Path) -> str:
     """The suffix that says what kind of file an input is, such as ".jsonl.gz". Raises ScorerError if it is not read."""
-    if (suffix := _longest(path.name, READ)) is None:
-        hint = HINTS.get(_longest(path.name, tuple(HINTS)) or "", "convert it to one of these, with Polars for example")
+    if (suffix := suffix_in(path.name, READ)) is None:
+        hint = HINTS.get(suffix_in(path.name, HINTS) or "", "convert it to one of these, with Polars for example")
         raise ScorerError(f"{path}: unknown kind of file: {hint}; scorer reads {KNOWN}")
     return suffix
-
-
-def is_input_name(name: str) -> bool:
-    """Whether a file of this name is of a kind that is read."""
-    return _longest(name, READ) is not None
 
 
 def plain(suffix: str) -> str:
@@ -85,10 +81,6 @@ def check_signature(path: Path, suffix: str, start: bytes) -> None:
             raise ScorerError(f"{path}: its content is {kind}, whatever its name says; {advice}")
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of the error's text, up to 200 characters of it."""
-    return str(error).partition("\n")[0][:200]
-
-
-def _longest(name: str, suffixes: tuple[str, ...]) -> str | None:
-    return max((suffix for suffix in suffixes if name.lower().endswith(suffix)), key=len, default=None)
+def suffix_in(name: str, suffixes: Iterable[str]) -> str | None:
+    """Which of `suffixes`, of which none ends in another, a name ends in."""
+    return next((suffix for suffix in suffixes if name.lower().endswith(suffix)), None)

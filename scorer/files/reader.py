@@ -16,6 +16,7 @@ from typing import BinaryIO, NamedTuple, cast
 
 import polars as pl
 
+from scorer.faults import first_line
 from scorer.files.csv_files import DELIMITERS, CsvRows
 from scorer.files.json_files import JsonRows
 from scorer.files.kinds import (
@@ -24,7 +25,6 @@ from scorer.files.kinds import (
     JSON_SUFFIXES,
     SIGNATURE_BYTES,
     check_signature,
-    first_line,
     known_suffix,
     plain,
 )

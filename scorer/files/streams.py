@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, cast
 
 import zstandard
 
-from scorer.files.kinds import first_line
+from scorer.faults import first_line
 from scorer.types import EngineError, ScorerError
 
 BUFFER_BYTES = 1 << 16

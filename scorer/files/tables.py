@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
-from scorer.files.kinds import first_line
+from scorer.faults import first_line
 from scorer.files.raw import FileRows, Found, RawRecord, Rows, look
 from scorer.files.streams import DAMAGED
 from scorer.types import EngineError, ScorerError

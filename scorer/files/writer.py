@@ -17,8 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
+from scorer.faults import first_line
 from scorer.files.arrow import as_dataset, as_frame, check_flat, for_text, framed
-from scorer.files.kinds import COMPRESSIONS, JSON_SUFFIXES, first_line, is_array
+from scorer.files.kinds import COMPRESSIONS, JSON_SUFFIXES, is_array, suffix_in
 from scorer.requirements import DATASET, require
 from scorer.storage.atomic import is_stream, replacing
 from scorer.storage.outputs import check_new_folder, check_writable
@@ -81,14 +82,13 @@ OUTPUTS = (*(name + packed for packed in COMPRESSIONS for name in JSON_SUFFIXES)
 
 def output_kind(path: str | Path) -> str:
     """Which of OUTPUTS a path ends in, or JSON Lines for a pipe or a device. Raises ScorerError where it is none."""
-    known = [suffix for suffix in OUTPUTS if str(path).lower().endswith(suffix)]
-    if not known and is_stream(Path(path)):
+    if (suffix := suffix_in(str(path), OUTPUTS)) is not None:
+        return suffix
+    if is_stream(Path(path)):
         return ".jsonl"
-    if not known:
-        raise ScorerError(
-            f"{path}: unknown kind of file; let it end in one of {', '.join(OUTPUTS)} (a folder for load_from_disk)"
-        )
-    return max(known, key=len)
+    raise ScorerError(
+        f"{path}: unknown kind of file; let it end in one of {', '.join(OUTPUTS)} (a folder for load_from_disk)"
+    )
 
 
 class RecordWriter:
@@ -189,12 +189,12 @@ class RecordWriter:
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool | None:
-        if error is not None:
-            return self._files.__exit__(kind, error, trace)
-        with self._files:
-            self.finish()
-        return None
+    ) -> None:
+        if error is None:
+            with self._files:
+                self.finish()
+        else:
+            self._files.__exit__(kind, error, trace)
 
 
 def _check_strict(text: str) -> None:
