@@ -17,7 +17,6 @@ from scorer.files.raw import FileRows, Found, RawRecord, Rows, count_and_look, r
 from scorer.files.streams import LINE_BYTES, check_line, decompressed, pieces
 from scorer.types import ScorerError
 
-BOM = "\ufeff"
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
@@ -26,21 +25,20 @@ class CsvRows(FileRows):
 
     def scan(self, file: BinaryIO, limit: int, *, keep: bool) -> Found:
         """Count the rows: all are read, so that a fault in any of them shows here."""
-        return count_and_look(enumerate(self._read(file)), self._row, limit, self.source.fits)
+        return count_and_look(enumerate(self._read(file)), self._row, limit, self.fits)
 
     def rows(self, first_id: int, start: int, stop: int, *, exact: bool) -> Rows:
         """The rows. Those before `start` are split into cells, since a cell may hold the end of a line."""
-        self.source.file.seek(0)
-        return rows_of(enumerate(self._read(self.source.file)), self._row, first_id, start, stop)
+        self.file.seek(0)
+        return rows_of(enumerate(self._read(self.file)), self._row, first_id, start, stop)
 
     def _row(self, record_id: int, numbered: tuple[int, dict[str, str]]) -> RawRecord:
-        return RawRecord(record_id, f"{self.source.path}[{numbered[0]}]", numbered[1])
+        return RawRecord(record_id, f"{self.path}[{numbered[0]}]", numbered[1])
 
     def _read(self, file: BinaryIO) -> Iterator[dict[str, str]]:
-        path, suffix = self.source.path, self.source.suffix
-        delimiter = DELIMITERS[plain(suffix)]
+        path, delimiter = self.path, DELIMITERS[plain(self.suffix)]
         csv.field_size_limit(LINE_BYTES)
-        lines = _Lines(path, pieces(decompressed(file, suffix)))
+        lines = _Lines(path, pieces(decompressed(file, self.suffix)))
         cells = _cells(path, csv.reader(lines, delimiter=delimiter, strict=True), lines)
         _, header = next(cells, (0, []))
         _check_header(path, header, delimiter)
@@ -103,7 +101,7 @@ class _Lines:
                 check_signature(self._path, "", line)
             check_line(self._path, self._first, self._size)
             try:
-                text = line.decode("utf-8")
+                text = line.decode("utf-8-sig" if self._number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 raise ScorerError(f"{self._path}: is not UTF-8 at line {self._number}; save it as UTF-8") from error
-            yield text.removeprefix(BOM) if self._number == 1 else text
+            yield text

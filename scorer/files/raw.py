@@ -43,9 +43,9 @@ class Found(NamedTuple):
     fits: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
-    """An input file that is open."""
+@dataclass(eq=False)
+class FileRows(ABC):
+    """The rows of an open file of one kind. Raises ScorerError for content that is not of the kind."""
 
     path: Path  # as the user named it
     file: BinaryIO  # on this machine's disk
@@ -53,19 +53,12 @@ class Source:
     fits: Fits
     records_at: str | None = None  # the key of the records in a JSON object, such as "result.rows"
 
-
-class FileRows(ABC):
-    """The rows of an open file of one kind. Raises ScorerError for content that is not of the kind."""
-
-    def __init__(self, source: Source):
-        self.source = source
-
     @abstractmethod
     def scan(self, file: BinaryIO, limit: int, *, keep: bool) -> Found:
         """Count the rows, and look for one that fits among the first `limit`.
 
-        file: the source's, at its start; what is not read of it is read by the caller, who hashes it. keep: hold what
-        was parsed until `rows` is called.
+        file: `self.file` at its start, hashed as it is read; the caller reads what is left. keep: hold what was parsed
+        until `rows` is called.
         """
 
     @abstractmethod

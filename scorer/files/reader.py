@@ -28,7 +28,7 @@ from scorer.files.kinds import (
     known_suffix,
     plain,
 )
-from scorer.files.raw import FileRows, Fits, RawRecord, Rows, Source
+from scorer.files.raw import FileRows, Fits, RawRecord, Rows
 from scorer.files.streams import BUFFER_BYTES, HashedFile, read_errors
 from scorer.files.tables import ArrowRows, ParquetRows, parquet_file, table_errors
 from scorer.storage.paths import exists, is_folder, is_remote, local_copy, object_info
@@ -71,7 +71,7 @@ class InputReader:
             self._file: BinaryIO = files.enter_context(open(local, "rb", buffering=BUFFER_BYTES))
             check_signature(path, suffix, self._file.read(SIGNATURE_BYTES))
             self.copied_bytes = local.stat().st_size if is_remote(path) else 0  # in the temporary folder
-            self._rows = kind(Source(path, self._file, suffix, fits or (lambda raw: False), records_at))
+            self._rows = kind(path, self._file, suffix, fits or (lambda raw: False), records_at)
             self._files = files.pop_all()
 
     def close(self) -> None:

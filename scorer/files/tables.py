@@ -33,24 +33,24 @@ class TableRows(FileRows):
 
     def scan(self, file: BinaryIO, limit: int, *, keep: bool) -> Found:
         """Count the rows by what the file says of its parts."""
-        with table_errors(self.source.path, self.kind):
-            found = look(self.rows(0, 0, limit, exact=True), self.source.fits)._replace(rows=self._height)
-        self.source.file.seek(0)  # `file` reads from there, and the caller hashes it from its start
+        with table_errors(self.path, self.kind):
+            found = look(self.rows(0, 0, limit, exact=True), self.fits)._replace(rows=self._height)
+        self.file.seek(0)  # `file` reads from there, and the caller hashes it from its start
         return found
 
     def rows(self, first_id: int, start: int, stop: int, *, exact: bool) -> Rows:
         """The rows; those that are skipped are not made Python values."""
         skip, last = max(0, start - first_id), stop - first_id
-        with table_errors(self.source.path, self.kind):
+        with table_errors(self.path, self.kind):
             for offset, batch in self._batches(skip, last):
                 if len(set(batch.schema.names)) < batch.num_columns:
                     twice = Counter(batch.schema.names).most_common(1)[0][0]
-                    raise ScorerError(f"{self.source.path}: two columns have the name '{twice}'; rename one")
+                    raise ScorerError(f"{self.path}: two columns have the name '{twice}'; rename one")
                 end = min(offset + batch.num_rows, last)
                 for row in range(max(skip, offset), end, PYTHON_ROWS):
                     part = batch.slice(row - offset, min(PYTHON_ROWS, end - row))
                     for number, value in enumerate(python_rows(part), row):
-                        yield RawRecord(first_id + number, f"{self.source.path}[{number}]", value)
+                        yield RawRecord(first_id + number, f"{self.path}[{number}]", value)
                 if end == last:
                     return stop
             return min(first_id + self._height, stop)
@@ -72,12 +72,12 @@ class ParquetRows(TableRows):
 
     @cached_property
     def _height(self) -> int:
-        with parquet_file(self.source.file) as file:
+        with parquet_file(self.file) as file:
             return sum(file.metadata.row_group(group).num_rows for group in range(file.num_row_groups))
 
     def _batches(self, start: int, stop: int) -> Batches:
-        size = max(1, os.fstat(self.source.file.fileno()).st_size)
-        with parquet_file(self.source.file) as file:
+        size = max(1, os.fstat(self.file.fileno()).st_size)
+        with parquet_file(self.file) as file:
             most = max(1, min(BATCH_ROWS, file.metadata.num_rows * PARQUET_BATCH_BYTES // size))
             yield from parquet_batches(file, most, lambda first, end: first < stop and end > start)
 
@@ -89,10 +89,10 @@ class ArrowRows(TableRows):
 
     @cached_property
     def _height(self) -> int:
-        return sum(batch.num_rows for _, batch in ipc_batches(self.source.file)[1])
+        return sum(batch.num_rows for _, batch in ipc_batches(self.file)[1])
 
     def _batches(self, start: int, stop: int) -> Batches:
-        return ipc_batches(self.source.file)[1]
+        return ipc_batches(self.file)[1]
 
 
 def python_rows(batch: Any) -> list[dict[str, Any]]:
