@@ -119,14 +119,14 @@ FORMATS = (  # the first wins where several fit a row equally
 )
 
 
-def as_row(value: Any, *, spelling: bool = True) -> Mapping[str, Any] | None:
-    """The columns of a row; a list of messages is one column. None for any other value.
+def as_row(value: Any, *, spelling: bool = True) -> Mapping[str, Any]:
+    """The columns of a row; a list of messages is one column. Any other value has none.
 
     Unless `spelling` matters, names are in small letters.
     """
     if isinstance(value, dict):
         return value if spelling else {key.lower(): item for key, item in value.items()}
-    return {MESSAGES.messages: value} if isinstance(value, list) and value and isinstance(value[0], dict) else None
+    return {MESSAGES.messages: value} if isinstance(value, list) and value and isinstance(value[0], dict) else {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,15 +192,15 @@ def fits_format(reading: Reading) -> Callable[[RawRecord], bool]:
     def fits(raw: RawRecord) -> bool:
         if raw.status is not RowStatus.OK:
             return False
-        rows = [as_row(raw.value), None if reading.columns else as_row(raw.value, spelling=False)]
-        return any(format.whole(row) for row in rows if row is not None for format in formats)
+        rows = [as_row(raw.value), {} if reading.columns else as_row(raw.value, spelling=False)]
+        return any(format.whole(row) for row in rows for format in formats)
 
     return fits
 
 
 def unknown_format(path: Path, first: RawRecord, reading: Reading) -> ScorerError:
     """The error for a file in which no row fits a format; `first` is its first row."""
-    row, columns = as_row(first.value) or {}, reading.columns
+    row, columns = as_row(first.value), reading.columns
     said = read_messages([row]) if columns is None and holds_messages([row]) else ()
     if isinstance(said, list) and said[0].role:
         advice = 'write each conversation as one row, {"messages": [...]}'

@@ -42,11 +42,11 @@ def to_record(raw: RawRecord, reading: Reading) -> Record:
     if raw.status is not RowStatus.OK:
         return Record(raw.record_id, raw.source, status=raw.status)
     row = as_row(raw.value)
-    fit = fit_of(row, reading) if row else None
-    if fit is None and row and reading.columns is None:
+    fit = fit_of(row, reading)
+    if fit is None and reading.columns is None:
         row = as_row(raw.value, spelling=False)
-        fit = fit_of(row, reading) if row else None
-    if row is None or fit is None:
+        fit = fit_of(row, reading)
+    if fit is None:
         named = reading.columns is not None and isinstance(raw.value, dict)
         status = RowStatus.MISSING_FIELD if named else RowStatus.UNKNOWN_FORMAT
         return Record(raw.record_id, raw.source, status=status)
@@ -80,10 +80,8 @@ def texts_of(turns: Sequence[Turn]) -> list[str]:
     """The texts of turns, and of the history before them."""
     texts: list[str] = []
     for turn in turns:
-        for each in (*turn.history, turn) if turn.history else (turn,):
-            texts += (each.response, each.input)
-            for message in each.prompt:
-                texts.append(message.content)
+        for each in (*turn.history, turn):
+            texts += (each.response, each.input, *(message.content for message in each.prompt))
     return texts
 
 
@@ -272,7 +270,9 @@ def _parts(turn: Turn, spoken: Spoken, reading: Reading, left_out: list[str], *,
     def status(response: str, *, blank: bool) -> RowStatus:
         if not spoken.trained or (spoken.calls_tools and reading.tool_calls == "skip"):
             return RowStatus.HISTORY_ONLY
-        return RowStatus.EMPTY_PROMPT if blank and response.strip() else _filled(response)
+        if not response.strip():
+            return RowStatus.EMPTY_RESPONSE
+        return RowStatus.EMPTY_PROMPT if blank else RowStatus.OK
 
     if reasoning and reading.reasoning == "apart":
         thought = replace(turn, response=reasoning, part="reasoning", status=status(reasoning, blank=blank))
@@ -288,13 +288,9 @@ def _parts(turn: Turn, spoken: Spoken, reading: Reading, left_out: list[str], *,
     return [replace(turn, response=reasoning + answer, status=status(reasoning + answer, blank=blank))]
 
 
-def _filled(response: str) -> RowStatus:
-    return RowStatus.OK if response.strip() else RowStatus.EMPTY_RESPONSE
-
-
 def _tools(value: Any, left_out: list[str]) -> tuple[Any, ...]:
     """The tools of a row for a chat template: a list of function definitions, or JSON of one."""
-    tools = without_nulls(parsed_json(value)) if not isinstance(value, str) else parsed_json(value)
+    tools = parsed_json(value) if isinstance(value, str) else without_nulls(value)
     if tools is None:
         return ()
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools) or json_of(tools) is None:
