@@ -188,16 +188,14 @@ class Dataset:
         return (to_record(raw, self.reading) for raw in self.rows(start, stop, exact=False))
 
     def _reader(self, number: int) -> InputReader:
-        if number not in self._readers:
+        readers = self._readers
+        if number not in readers:
             # Copies of objects may take half of the space that was free in the temporary folder.
-            while len(self._readers) == OPEN_FILES or self._copied_bytes() > _free_bytes():
-                self._readers.pop(next(iter(self._readers))).close()
+            while len(readers) == OPEN_FILES or sum(each.copied_bytes for each in readers.values()) > _free_bytes():
+                readers.pop(next(iter(readers))).close()
             fits, records_at = fits_format(self.reading), self.reading.records_at
-            self._readers[number] = InputReader(self._paths[number], fits=fits, records_at=records_at)
-        return self._readers[number]
-
-    def _copied_bytes(self) -> int:
-        return sum(reader.copied_bytes for reader in self._readers.values())
+            readers[number] = InputReader(self._paths[number], fits=fits, records_at=records_at)
+        return readers[number]
 
 
 def _free_bytes() -> int:

@@ -12,12 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from scorer.files.kinds import check_signature, plain
+from scorer.files.kinds import DELIMITERS, check_signature, plain
 from scorer.files.raw import FileRows, Found, RawRecord, Rows, count_and_look, rows_of
 from scorer.files.streams import LINE_BYTES, check_line, decompressed, pieces
 from scorer.types import ScorerError
-
-DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
 class CsvRows(FileRows):

@@ -8,12 +8,12 @@ from pathlib import Path
 from scorer.types import ScorerError
 
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
-CSV_SUFFIXES = (".csv", ".tsv")
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
 ARROW_SUFFIXES = (".arrow", ".feather", ".ipc")
 COMPRESSIONS = ("", ".gz", ".zst")
 
 READ = (
-    *(name + packed for packed in COMPRESSIONS for name in (*JSON_SUFFIXES, *CSV_SUFFIXES)),
+    *(name + packed for packed in COMPRESSIONS for name in (*JSON_SUFFIXES, *DELIMITERS)),
     ".parquet",
     *ARROW_SUFFIXES,
 )

@@ -16,12 +16,12 @@ from typing import BinaryIO, NamedTuple, cast
 
 import polars as pl
 
-from scorer.faults import first_line
-from scorer.files.csv_files import DELIMITERS, CsvRows
+from scorer.faults import faults_of
+from scorer.files.csv_files import CsvRows
 from scorer.files.json_files import JsonRows
 from scorer.files.kinds import (
     ARROW_SUFFIXES,
-    CSV_SUFFIXES,
+    DELIMITERS,
     JSON_SUFFIXES,
     SIGNATURE_BYTES,
     check_signature,
@@ -36,7 +36,7 @@ from scorer.types import ScorerError
 
 KINDS: dict[str, type[FileRows]] = {
     **dict.fromkeys(JSON_SUFFIXES, JsonRows),
-    **dict.fromkeys(CSV_SUFFIXES, CsvRows),
+    **dict.fromkeys(DELIMITERS, CsvRows),
     **dict.fromkeys(ARROW_SUFFIXES, ArrowRows),
     ".parquet": ParquetRows,
 }
@@ -129,7 +129,7 @@ def read_table(path: Path) -> pl.DataFrame:
     """
     check_input(path)
     suffix = plain(known_suffix(path))
-    try:
+    with faults_of(f"{path}: can't be read as a table"):
         if suffix == ".parquet":
             with local_copy(path) as copy, table_errors(path, "Parquet"), parquet_file(copy) as file:
                 return cast(pl.DataFrame, pl.from_arrow(file.read()))
@@ -138,7 +138,3 @@ def read_table(path: Path) -> pl.DataFrame:
                 return pl.read_csv(copy, separator=DELIMITERS[suffix], glob=False, infer_schema_length=None)
         with contextlib.closing(InputReader(path)) as reader:
             return pl.from_dicts([raw.value for raw in reader.rows()], infer_schema_length=None)
-    except (ScorerError, MemoryError):
-        raise
-    except (Exception, pl.exceptions.PanicException) as error:  # whatever a file makes Polars raise
-        raise ScorerError(f"{path}: can't be read as a table ({first_line(error)})") from error

@@ -19,7 +19,7 @@ import zstandard
 
 from scorer.faults import first_line
 from scorer.files.arrow import as_dataset, as_frame, check_flat, for_text, framed
-from scorer.files.kinds import COMPRESSIONS, JSON_SUFFIXES, is_array, suffix_in
+from scorer.files.kinds import COMPRESSIONS, DELIMITERS, JSON_SUFFIXES, is_array, suffix_in
 from scorer.requirements import DATASET, require
 from scorer.storage.atomic import is_stream, replacing
 from scorer.storage.outputs import check_new_folder, check_writable
@@ -72,11 +72,10 @@ def _save_dataset(table: pa.Table, temporary: Path) -> None:
 TABLES: Mapping[str, Callable[[pa.Table, Path], None]] = {
     ".parquet": _write_parquet,
     ".arrow": _write_arrow,
-    ".csv": _write_flat(","),
-    ".tsv": _write_flat("\t"),
+    **{suffix: _write_flat(delimiter) for suffix, delimiter in DELIMITERS.items()},
     FOLDER: _save_dataset,
 }
-FLAT = (".csv", ".tsv")  # their columns hold text and numbers
+FLAT = tuple(DELIMITERS)  # their columns hold text and numbers
 OUTPUTS = (*(name + packed for packed in COMPRESSIONS for name in JSON_SUFFIXES), *TABLES)
 
 

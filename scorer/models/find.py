@@ -52,9 +52,7 @@ class ModelFiles:
     name: str
     path: Path  # a folder with config.json, weights and (for scoring) a tokenizer
     revision: str  # identifies the content
-    document_token_id: (
-        int | None
-    )  # the token that separates documents; None: the tokenizer's BOS, or EOS if it has none
+    document_token_id: int | None  # the token that separates documents; None: the tokenizer's BOS, else its EOS
     origin: str  # embedded, directory or hub
 
 
