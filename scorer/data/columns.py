@@ -131,16 +131,10 @@ def as_row(value: Any, *, spelling: bool = True) -> Mapping[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """A format that fits a row, whether the row has all its required keys, and what else of the row is not null.
-
-    left_out: the CONTENT that the format does not read.
-    """
+    """A format that fits a row, whether the row has all its required keys, and the filled CONTENT it does not read."""
 
     format: Format
     whole: bool
-    system: tuple[str, ...]
-    history: tuple[str, ...]
-    tools: tuple[str, ...]
     left_out: tuple[str, ...]
 
 
@@ -164,18 +158,8 @@ def _fit(keys: Collection[str], filled: Collection[str], formats: Sequence[Forma
     best = max(formats, key=lambda format: format.fit(keys, filled))
     if not any(key in keys for key in best.required):
         return None
-
-    def given(names: Sequence[str]) -> tuple[str, ...]:
-        return tuple(name for name in names if name in filled)
-
-    return Fit(
-        best,
-        whole=all(key in keys for key in best.required),
-        system=given(best.system),
-        history=given(best.history),
-        tools=given(best.tools),
-        left_out=given([key for key in CONTENT if key not in best.keys]),
-    )
+    left_out = tuple(key for key in CONTENT if key in filled and key not in best.keys)
+    return Fit(best, all(key in keys for key in best.required), left_out)
 
 
 def _named(reading: Reading) -> Format:
