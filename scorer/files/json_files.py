@@ -235,9 +235,7 @@ FAST: Parsers = (orjson.loads, _exact)
 
 
 def _parse(line: bytes, parsers: Parsers) -> tuple[Any, RowStatus, bytes | None]:
-    """The value, the status and the line of a RawRecord.
-
-    A line is JSON if either parser reads it, so that its status does not depend on which of them is the first.
+    """The value, the status and the line of a RawRecord; it is JSON if either parser reads it, whichever is the first.
 
     json reads NaN, infinities and lone surrogates too; orjson is faster, and makes floats of integers of over 64 bits.
     """

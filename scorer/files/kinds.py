@@ -24,6 +24,7 @@ KNOWN = (
 )
 UNPACK, SHEET = "unpack it and name the files in it", "save its sheet as CSV"
 PICKLE = "a pickle may run code when it is opened; save its content as Parquet or JSON Lines"
+ICONV = "convert it to UTF-8 (iconv -f {} -t UTF-8)"
 DATABASE = "write the rows of a query to Parquet or CSV"
 HINTS = {  # for suffixes that are not read
     **dict.fromkeys((".xlsx", ".xls", ".ods"), SHEET),
@@ -46,10 +47,8 @@ SIGNATURES = {  # the first bytes of a file -> what it is, and what to do
     b"SQLite format 3\x00": ("an SQLite database", DATABASE),
     b"version https://git-lfs": ("a pointer of Git LFS, not the data", "run git lfs pull"),
     b"<!DOCTYPE html": ("a web page, not the data", "download the file itself"),
-    b"\xff\xfe\x00\x00": ("UTF-32", "convert it to UTF-8 (iconv -f UTF-32 -t UTF-8)"),
-    b"\x00\x00\xfe\xff": ("UTF-32", "convert it to UTF-8 (iconv -f UTF-32 -t UTF-8)"),
-    b"\xff\xfe": ("UTF-16", "convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)"),
-    b"\xfe\xff": ("UTF-16", "convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)"),
+    **dict.fromkeys((b"\xff\xfe\x00\x00", b"\x00\x00\xfe\xff"), ("UTF-32", ICONV.format("UTF-32"))),
+    **dict.fromkeys((b"\xff\xfe", b"\xfe\xff"), ("UTF-16", ICONV.format("UTF-16"))),
 }
 SIGNATURE_BYTES = max(map(len, SIGNATURES))
 EXPECTED = {".gz": "gzip", ".zst": "Zstandard", ".parquet": "Parquet", **dict.fromkeys(ARROW_SUFFIXES, "Arrow")}

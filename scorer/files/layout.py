@@ -53,10 +53,7 @@ def _literal(part: str) -> str:
 
 
 def choose(where: str, option: str, names: Collection[str], asked: str | None, default: str) -> str:
-    """The name that is asked for, else the default if there is one, else the only one.
-
-    Raises ScorerError that lists the names where none is it.
-    """
+    """The name asked for, else the default if there is one, else the only one; else ScorerError, which lists them."""
     name = asked or (default if default in names or len(names) != 1 else next(iter(names)))
     if name in names:
         return name

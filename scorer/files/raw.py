@@ -57,8 +57,7 @@ class FileRows(ABC):
     def scan(self, file: BinaryIO, limit: int, *, keep: bool) -> Found:
         """Count the rows, and look for one that fits among the first `limit`.
 
-        file: `self.file` at its start, hashed as it is read; the caller reads what is left. keep: hold what was parsed
-        until `rows` is called.
+        file: `self.file` at its start, hashed as it is read; the caller reads what is left. keep: as InputReader.scan.
         """
 
     @abstractmethod

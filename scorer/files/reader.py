@@ -1,8 +1,7 @@
 """One input file -> the raw values of its rows, whatever kind of file it is.
 
-Every row gets a record id, whatever is in it. Several files together are scorer.data.dataset's; what a prompt or a
-response is, scorer.data.records'. An object of a store is copied to the temporary folder for as long as its reader is
-open.
+Every row gets a record id, whatever is in it. Several files together are scorer.data.dataset's. An object of a store is
+copied to the temporary folder for as long as its reader is open.
 """
 
 from __future__ import annotations
@@ -123,10 +122,7 @@ def check_input(path: Path) -> None:
 
 
 def read_table(path: Path) -> pl.DataFrame:
-    """The rows of a file of any kind as a table; the cells of CSV are numbers where a whole column is.
-
-    Raises ScorerError where it can't be read.
-    """
+    """A file of any kind as a table, CSV with numbers where a whole column is. Raises ScorerError if it can't be."""
     check_input(path)
     suffix = plain(known_suffix(path))
     with faults_of(f"{path}: can't be read as a table"):

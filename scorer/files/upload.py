@@ -1,7 +1,4 @@
-"""Outputs on the Hugging Face hub: checked before any work, written here, and uploaded when all of them are whole.
-
-huggingface_hub is imported where it is used, so that this module loads in milliseconds.
-"""
+"""Outputs on the Hugging Face hub: checked before any work, written here, and uploaded when all of them are whole."""
 
 from __future__ import annotations
 

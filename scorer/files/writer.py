@@ -8,6 +8,7 @@ import decimal
 import gzip
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self, cast
@@ -43,17 +44,14 @@ def _write_arrow(table: pa.Table, temporary: Path) -> None:
         writer.write_table(table.unify_dictionaries())
 
 
-def _write_flat(separator: str) -> Callable[[pa.Table, Path], None]:
-    def write(table: pa.Table, temporary: Path) -> None:
-        frame = as_frame(table)
-        # A row of one cell that is null would be a blank line, which is no row.
-        null = '""' if frame.width == 1 else None
-        header = pl.DataFrame({str(number): [name] for number, name in enumerate(frame.columns)})
-        with temporary.open("wb") as stream:
-            for part in (header, frame):  # a name is quoted as any other text, as an empty one must be
-                part.write_csv(stream, separator=separator, include_header=False, null_value=null)
-
-    return write
+def _write_flat(separator: str, table: pa.Table, temporary: Path) -> None:
+    frame = as_frame(table)
+    # A row of one cell that is null would be a blank line, which is no row.
+    null = '""' if frame.width == 1 else None
+    header = pl.DataFrame({str(number): [name] for number, name in enumerate(frame.columns)})
+    with temporary.open("wb") as stream:
+        for part in (header, frame):  # a name is quoted as any other text, as an empty one must be
+            part.write_csv(stream, separator=separator, include_header=False, null_value=null)
 
 
 def _save_dataset(table: pa.Table, temporary: Path) -> None:
@@ -72,7 +70,7 @@ def _save_dataset(table: pa.Table, temporary: Path) -> None:
 TABLES: Mapping[str, Callable[[pa.Table, Path], None]] = {
     ".parquet": _write_parquet,
     ".arrow": _write_arrow,
-    **{suffix: _write_flat(delimiter) for suffix, delimiter in DELIMITERS.items()},
+    **{suffix: partial(_write_flat, delimiter) for suffix, delimiter in DELIMITERS.items()},
     FOLDER: _save_dataset,
 }
 FLAT = tuple(DELIMITERS)  # their columns hold text and numbers

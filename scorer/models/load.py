@@ -1,7 +1,4 @@
-"""A model's local files -> tokenizer and network; the choice of device and dtype.
-
-torch and transformers are imported where they are used.
-"""
+"""A model's local files -> tokenizer and network; the choice of device and dtype."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from typing import Any
 
 from scorer.config import DEVICES, DTYPES
 from scorer.models.find import ModelFiles, model_settings
-from scorer.models.folders import check_folder, check_tokenizer, weight_files
+from scorer.models.folders import check_config, check_tokenizer, weight_files
 from scorer.models.quiet import loading
 from scorer.types import ScorerError, one_of
 
@@ -74,7 +71,7 @@ def load_causal_lm(
 
     Raises ScorerError if it does not load, or if its tensors are not those of its configuration.
     """
-    check_folder(files.path, allow_pickle, weights=False)
+    check_config(files.path)
     check_causal(files)
     weights = weight_files(files.path, allow_pickle)
     with loading(files.path):
