@@ -26,9 +26,9 @@ from scorer.files.streams import read_errors
 from scorer.storage.paths import absolute, is_remote, object_info, to_path
 from scorer.types import Record, ScorerError
 
-# Of one dataset, of the files that a process may have open; an input beyond them is opened again when it is read again.
+# Files that one dataset keeps open, of those that a process may; the first is closed for another, and reopened to read.
 OPEN_FILES = max(1, min(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8))
-KEPT_ARRAY_BYTES = 256 << 20  # on disk: JSON documents up to it stay parsed (five times that) from counting to reading
+KEPT_ARRAY_BYTES = 256 << 20  # on disk; documents up to it (five times that in memory) stay parsed until they are read
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from scorer.files.raw import RawRecord
 from scorer.storage.paths import to_path
 from scorer.types import RowStatus, ScorerError
 
-BATCH_ROWS = 10_000  # of a table, that are Python values at a time
+BATCH_ROWS = 10_000  # of a table, converted to Python values at a time
 
 
 class _Part(NamedTuple):

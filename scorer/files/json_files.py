@@ -22,7 +22,7 @@ from scorer.files.streams import DOCUMENT_BYTES, LINE_BYTES, check_line, decompr
 from scorer.types import RowStatus, ScorerError
 
 BOM = b"\xef\xbb\xbf"
-BLANK_LINES = 1 << 20  # before the first that is not blank: they are held
+BLANK_LINES = 1 << 20  # at most, before the first that is not blank: they are held in memory
 
 TOO_DEEP = f"it nests deeper than {json_texts.MAX_DEPTH} levels"
 Parsers = tuple[Callable[[bytes], Any], ...]  # each raises ValueError

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 from scorer.types import ScorerError
 
-BATCH_ROWS = 10_000  # of the file, however the data is in batches: the same content gives the same bytes
+BATCH_ROWS = 10_000  # of the file, whatever the batches of the data: the same content gives the same bytes
 
 
 def is_in_memory(data: Any) -> bool:

@@ -1,4 +1,4 @@
-"""The rows of an input file as they came, and what a reader of one kind of file is given and gives.
+"""The rows of an input file as they came, and the interface of the readers of each kind of file.
 
 The readers are in json_files, csv_files and tables; scorer.files.reader chooses one.
 """

@@ -54,7 +54,7 @@ class Scan(NamedTuple):
 class InputReader:
     """One input file, opened once, whose rows can be read any number of times.
 
-    fits: whether a row is a sample; None takes none for one. An object in a .json file that fits is one record, and one
+    fits: whether a row is a sample; None: no row is. An object in a .json file that fits is one record, and one
     that does not may hold the records. records_at: the key at which it does, such as "data" or "result.rows".
 
     Raises ScorerError where the file can't be read, here and in every method.

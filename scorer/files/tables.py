@@ -20,7 +20,7 @@ from scorer.files.streams import DAMAGED
 from scorer.types import EngineError, ScorerError
 
 BATCH_ROWS = 10_000
-PYTHON_ROWS = 500  # that are Python values at a time
+PYTHON_ROWS = 500  # converted to Python values at a time
 PARQUET_BATCH_BYTES = 16 << 20  # on disk
 
 Batches = Iterator[tuple[int, Any]]  # record batches, each with the 0-based position of its first row

@@ -111,10 +111,10 @@ def _check_size(files: ModelFiles, weights: Sequence[Path], *, trust_remote_code
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(files.path, trust_remote_code=trust_remote_code, local_files_only=True)
-    with torch.device("meta"):  # of which no tensor takes memory
+    with torch.device("meta"):  # where tensors take no memory
         network = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     asked = sum(parameter.numel() for parameter in network.parameters())
-    held = 2 * sum(path.stat().st_size for path in weights)  # of four bits, the smallest in use
+    held = 2 * sum(path.stat().st_size for path in weights)  # parameters of four bits, the smallest in use
     if asked > held:
         raise ScorerError(
             f"{files.path}: config.json asks for {asked:,} parameters, and the weights hold at most {held:,}: "
