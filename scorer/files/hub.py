@@ -89,7 +89,7 @@ def _wanted(
 
 def _check_whole(address: str, files: list[str]) -> None:
     """Raise ScorerError where files named "-00000-of-00005" are fewer than five: a cache may hold some only."""
-    parts = Counter((match[1], match[2], match[3]) for file in files if (match := PART.fullmatch(file)))
+    parts = Counter(match.groups() for file in files if (match := PART.fullmatch(file)))
     for (stem, total, suffix), count in parts.items():
         if count != int(total):
             held = f"{count} of the {int(total)} files {stem}-*{suffix} are there"

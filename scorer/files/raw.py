@@ -51,7 +51,7 @@ class FileRows(ABC):
     file: BinaryIO  # on this machine's disk
     suffix: str  # one of scorer.files.kinds.READ
     fits: Fits
-    records_at: str | None = None  # the key of the records in a JSON object, such as "result.rows"
+    records_at: str | None  # the key of the records in a JSON object, such as "result.rows"
 
     @abstractmethod
     def scan(self, file: BinaryIO, limit: int, *, keep: bool) -> Found:
