@@ -26,6 +26,11 @@ def faults_of(what: str) -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """The error's class and the first line of its text, up to 200 characters."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+    """The error's class and its `first_line`."""
+    line = first_line(error)
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of the error's text that is not blank, up to 200 characters of it."""
+    return next((line.strip()[:200] for line in str(error).splitlines() if line.strip()), "")

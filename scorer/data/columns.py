@@ -119,28 +119,22 @@ FORMATS = (  # the first wins where several fit a row equally
 )
 
 
-def as_row(value: Any, *, spelling: bool = True) -> Mapping[str, Any] | None:
-    """The columns of a row; a list of messages is one column. None for any other value.
+def as_row(value: Any, *, spelling: bool = True) -> Mapping[str, Any]:
+    """The columns of a row; a list of messages is one column. Any other value has none.
 
     Unless `spelling` matters, names are in small letters.
     """
     if isinstance(value, dict):
         return value if spelling else {key.lower(): item for key, item in value.items()}
-    return {MESSAGES.messages: value} if isinstance(value, list) and value and isinstance(value[0], dict) else None
+    return {MESSAGES.messages: value} if isinstance(value, list) and value and isinstance(value[0], dict) else {}
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """A format that fits a row, whether the row has all its required keys, and what else of the row is not null.
-
-    left_out: the CONTENT that the format does not read.
-    """
+    """A format that fits a row, whether the row has all its required keys, and the filled CONTENT it does not read."""
 
     format: Format
     whole: bool
-    system: tuple[str, ...]
-    history: tuple[str, ...]
-    tools: tuple[str, ...]
     left_out: tuple[str, ...]
 
 
@@ -164,18 +158,8 @@ def _fit(keys: Collection[str], filled: Collection[str], formats: Sequence[Forma
     best = max(formats, key=lambda format: format.fit(keys, filled))
     if not any(key in keys for key in best.required):
         return None
-
-    def given(names: Sequence[str]) -> tuple[str, ...]:
-        return tuple(name for name in names if name in filled)
-
-    return Fit(
-        best,
-        whole=all(key in keys for key in best.required),
-        system=given(best.system),
-        history=given(best.history),
-        tools=given(best.tools),
-        left_out=given([key for key in CONTENT if key not in best.keys]),
-    )
+    left_out = tuple(key for key in CONTENT if key in filled and key not in best.keys)
+    return Fit(best, all(key in keys for key in best.required), left_out)
 
 
 def _named(reading: Reading) -> Format:
@@ -192,15 +176,15 @@ def fits_format(reading: Reading) -> Callable[[RawRecord], bool]:
     def fits(raw: RawRecord) -> bool:
         if raw.status is not RowStatus.OK:
             return False
-        rows = [as_row(raw.value), None if reading.columns else as_row(raw.value, spelling=False)]
-        return any(format.whole(row) for row in rows if row is not None for format in formats)
+        rows = [as_row(raw.value), {} if reading.columns else as_row(raw.value, spelling=False)]
+        return any(format.whole(row) for row in rows for format in formats)
 
     return fits
 
 
 def unknown_format(path: Path, first: RawRecord, reading: Reading) -> ScorerError:
     """The error for a file in which no row fits a format; `first` is its first row."""
-    row, columns = as_row(first.value) or {}, reading.columns
+    row, columns = as_row(first.value), reading.columns
     said = read_messages([row]) if columns is None and holds_messages([row]) else ()
     if isinstance(said, list) and said[0].role:
         advice = 'write each conversation as one row, {"messages": [...]}'

@@ -14,7 +14,6 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from scorer.config import Reading
@@ -27,9 +26,9 @@ from scorer.files.streams import read_errors
 from scorer.storage.paths import absolute, is_remote, object_info, to_path
 from scorer.types import Record, ScorerError
 
-# Of one dataset, of the files that a process may have open; an input beyond them is opened again when it is read again.
+# Files that one dataset keeps open, of those that a process may; the first is closed for another, and reopened to read.
 OPEN_FILES = max(1, min(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8))
-KEPT_ARRAY_BYTES = 256 << 20  # on disk: JSON documents up to it stay parsed (five times that) from counting to reading
+KEPT_ARRAY_BYTES = 256 << 20  # on disk; documents up to it (five times that in memory) stay parsed until they are read
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +108,7 @@ class Dataset:
         self._paths = [to_path(path) for path in paths]
         self.paths = list(map(str, paths))
         self.reading, self.limit = reading or Reading(), limit
+        self._end = sys.maxsize if limit is None else limit
         self.inputs, self.counts = tuple(inputs), tuple(counts)
         self._readers: dict[int, InputReader] = {}
         for path in self._paths:
@@ -117,9 +117,7 @@ class Dataset:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -137,8 +135,8 @@ class Dataset:
         self.inputs, self.counts = (), tuple(counts)
         kept = 0  # bytes on disk of JSON documents that are held
         for number, path in enumerate(self._paths):
-            left = None if self.limit is None else self.limit - sum(self.counts)
-            if number < len(counts) or (left is not None and left <= 0):
+            left = self._end - sum(self.counts)
+            if number < len(counts) or left <= 0:
                 self.inputs += (inspect_input(path, before.get(absolute(path))),)
                 continue
             found = _stat(path)
@@ -154,7 +152,7 @@ class Dataset:
     @property
     def height(self) -> int:
         """How many rows there are, up to the limit, by `counts`."""
-        return sum(self.counts) if self.limit is None else min(sum(self.counts), self.limit)
+        return min(sum(self.counts), self._end)
 
     def check_unchanged(self) -> None:
         """Raise ScorerError for the first file that is not what `inputs` says."""
@@ -169,10 +167,10 @@ class Dataset:
         file of which `counts` says that all are skipped is not opened. Raises ScorerError where a file can't be read,
         where it has more or fewer rows than `counts` says, and where there is no row in all of the files.
         """
-        stop = self.limit if stop is None else stop if self.limit is None else min(stop, self.limit)
+        stop = self._end if stop is None else min(stop, self._end)
         next_id = 0
         for number, path in enumerate(self._paths):
-            if stop is not None and next_id >= stop:
+            if next_id >= stop:
                 return
             count = self.counts[number] if number < len(self.counts) else None
             if count is not None and next_id + count <= start:
@@ -180,9 +178,9 @@ class Dataset:
                 continue
             rows = self._reader(number).rows(next_id, start, stop, exact=exact)
             if count is not None:
-                rows = _as_counted(path, rows, min(next_id + count, sys.maxsize if stop is None else stop))
+                rows = _as_counted(path, rows, min(next_id + count, stop))
             next_id = yield from rows
-        if next_id == 0 and stop != 0:
+        if next_id == 0 and stop:
             raise ScorerError(f"{', '.join(self.paths) or 'the inputs'}: hold no records; give at least one")
 
     def records(self, start: int = 0, stop: int | None = None) -> Iterator[Record]:
@@ -190,16 +188,14 @@ class Dataset:
         return (to_record(raw, self.reading) for raw in self.rows(start, stop, exact=False))
 
     def _reader(self, number: int) -> InputReader:
-        if number not in self._readers:
+        readers = self._readers
+        if number not in readers:
             # Copies of objects may take half of the space that was free in the temporary folder.
-            while len(self._readers) == OPEN_FILES or self._copied_bytes() > _free_bytes():
-                self._readers.pop(next(iter(self._readers))).close()
+            while len(readers) == OPEN_FILES or sum(each.copied_bytes for each in readers.values()) > _free_bytes():
+                readers.pop(next(iter(readers))).close()
             fits, records_at = fits_format(self.reading), self.reading.records_at
-            self._readers[number] = InputReader(self._paths[number], fits=fits, records_at=records_at)
-        return self._readers[number]
-
-    def _copied_bytes(self) -> int:
-        return sum(reader.copied_bytes for reader in self._readers.values())
+            readers[number] = InputReader(self._paths[number], fits=fits, records_at=records_at)
+        return readers[number]
 
 
 def _free_bytes() -> int:

@@ -79,9 +79,7 @@ def text_fault(value: Any) -> RowStatus | None:
     """Why a value is not a text, or None if it is one (it may be blank)."""
     if value is None:
         return RowStatus.MISSING_FIELD
-    if not isinstance(value, str):
-        return RowStatus.NOT_TEXT
-    return None if is_unicode(value) else RowStatus.NOT_TEXT
+    return None if isinstance(value, str) and is_unicode(value) else RowStatus.NOT_TEXT
 
 
 def is_unicode(text: str) -> bool:
@@ -125,7 +123,7 @@ def read_messages(value: Any) -> list[Spoken] | RowStatus:
         if all(isinstance(item, dict) for item in parsed):
             value = parsed
         elif len(value) % 2 == 0:  # else it is not sure whose the first is
-            value = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(value)]
+            value = [{"role": EXCHANGED[i % 2], "content": text} for i, text in enumerate(value)]
     pairs = [item for item in value if isinstance(item, list | tuple) and len(item) == 2]
     names = ("role", "content") if pairs and all(_is_role(first) for first, _ in pairs) else EXCHANGED
     spoken: list[Spoken] = []
@@ -170,8 +168,8 @@ def read_marked_text(text: str) -> list[Spoken]:
             else:
                 role = EXCHANGE.get(name, "")
                 spoken.append(Spoken(role, said, fault=text_fault(said) if role else RowStatus.UNKNOWN_FORMAT))
-        roles = [message.role for message in spoken if message.role in ("user", "assistant")]
-        if roles[:2] == ["user", "assistant"] and all(a != b for a, b in pairwise(roles)):
+        roles = [message.role for message in spoken if message.role in EXCHANGED]
+        if roles[:2] == [*EXCHANGED] and all(a != b for a, b in pairwise(roles)):
             return spoken
     return []
 

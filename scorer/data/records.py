@@ -42,29 +42,29 @@ def to_record(raw: RawRecord, reading: Reading) -> Record:
     if raw.status is not RowStatus.OK:
         return Record(raw.record_id, raw.source, status=raw.status)
     row = as_row(raw.value)
-    fit = fit_of(row, reading) if row else None
-    if fit is None and row and reading.columns is None:
+    fit = fit_of(row, reading)
+    if fit is None and reading.columns is None:
         row = as_row(raw.value, spelling=False)
-        fit = fit_of(row, reading) if row else None
-    if row is None or fit is None:
+        fit = fit_of(row, reading)
+    if fit is None:
         named = reading.columns is not None and isinstance(raw.value, dict)
         status = RowStatus.MISSING_FIELD if named else RowStatus.UNKNOWN_FORMAT
         return Record(raw.record_id, raw.source, status=status)
     left_out: list[str] = []
-    turns = _one_turn(row, fit, reading) or _turns(row, fit, reading, left_out)
+    turns = _one_turn(row, fit, reading) or _turns(row, fit.format, reading, left_out)
     if fit.left_out:
         left_out = [*(name for name in fit.left_out if not _is_read(row[name], turns)), *left_out]
-    tools = _tools(_value(row, fit.tools), left_out) if fit.tools else ()
+    tools = _tools(given, left_out) if (given := _value(row, fit.format.tools)) else ()
     if isinstance(turns, RowStatus):
         return Record(raw.record_id, raw.source, (), turns, fit.format.name, tuple(left_out))
     return Record(raw.record_id, raw.source, turns, RowStatus.OK, fit.format.name, tuple(left_out), tools)
 
 
 def _value(row: Mapping[str, Any], keys: Sequence[str]) -> Any:
-    """The first value that is neither null, an empty list nor blank text; else None."""
+    """The first value that is neither null, empty nor blank text; else None."""
     for key in keys:
-        value = row[key]
-        if value is not None and value != [] and not (isinstance(value, str) and not value.strip()):
+        value = row.get(key)
+        if value and not (isinstance(value, str) and value.isspace()):
             return value
     return None
 
@@ -80,10 +80,8 @@ def texts_of(turns: Sequence[Turn]) -> list[str]:
     """The texts of turns, and of the history before them."""
     texts: list[str] = []
     for turn in turns:
-        for each in (*turn.history, turn) if turn.history else (turn,):
-            texts += (each.response, each.input)
-            for message in each.prompt:
-                texts.append(message.content)
+        for each in (*turn.history, turn):
+            texts += (each.response, each.input, *(message.content for message in each.prompt))
     return texts
 
 
@@ -95,11 +93,11 @@ def _one_turn(row: Mapping[str, Any], fit: Fit, reading: Reading) -> tuple[Turn,
         return None
     if (isinstance(prompt, str) and prompt[:2] == "[{") or (isinstance(response, str) and response[:2] == "[{"):
         return None  # JSON of messages, it may be
-    if fit.history and _value(row, fit.history) is not None:
+    if _value(row, format.history) is not None:
         return None
     if not fit.whole:
         return RowStatus.MISSING_FIELD
-    system, extra = _value(row, fit.system), row.get(format.input) if format.input else None
+    system, extra = _value(row, format.system), row.get(format.input) if format.input else None
     extra = "" if extra is None else extra
     faults = [fault for fault in map(text_fault, (prompt, extra, response)) if fault]
     if faults or prompt is None or response is None:
@@ -116,14 +114,15 @@ def _one_turn(row: Mapping[str, Any], fit: Fit, reading: Reading) -> tuple[Turn,
     return (Turn((user,) if system is None else (Message("system", system), user), response, extra),)
 
 
-def _turns(row: Mapping[str, Any], fit: Fit, reading: Reading, left_out: list[str]) -> tuple[Turn, ...] | RowStatus:
-    format = fit.format
+def _turns(
+    row: Mapping[str, Any], format: Format, reading: Reading, left_out: list[str]
+) -> tuple[Turn, ...] | RowStatus:
     if any(row.get(key) is None for key in format.required if key != format.input):
         return RowStatus.MISSING_FIELD
-    system = _value(row, fit.system)
+    system = _value(row, format.system)
     if system is not None and (fault := text_fault(system)):
         return fault
-    history = _value(row, fit.history)
+    history = _value(row, format.history)
     earlier = [] if history is None else read_messages(history)
     if isinstance(earlier, RowStatus):
         return earlier
@@ -272,7 +271,9 @@ def _parts(turn: Turn, spoken: Spoken, reading: Reading, left_out: list[str], *,
     def status(response: str, *, blank: bool) -> RowStatus:
         if not spoken.trained or (spoken.calls_tools and reading.tool_calls == "skip"):
             return RowStatus.HISTORY_ONLY
-        return RowStatus.EMPTY_PROMPT if blank and response.strip() else _filled(response)
+        if not response.strip():
+            return RowStatus.EMPTY_RESPONSE
+        return RowStatus.EMPTY_PROMPT if blank else RowStatus.OK
 
     if reasoning and reading.reasoning == "apart":
         thought = replace(turn, response=reasoning, part="reasoning", status=status(reasoning, blank=blank))
@@ -288,15 +289,9 @@ def _parts(turn: Turn, spoken: Spoken, reading: Reading, left_out: list[str], *,
     return [replace(turn, response=reasoning + answer, status=status(reasoning + answer, blank=blank))]
 
 
-def _filled(response: str) -> RowStatus:
-    return RowStatus.OK if response.strip() else RowStatus.EMPTY_RESPONSE
-
-
 def _tools(value: Any, left_out: list[str]) -> tuple[Any, ...]:
     """The tools of a row for a chat template: a list of function definitions, or JSON of one."""
-    tools = without_nulls(parsed_json(value)) if not isinstance(value, str) else parsed_json(value)
-    if tools is None:
-        return ()
+    tools = parsed_json(value) if isinstance(value, str) else without_nulls(value)
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools) or json_of(tools) is None:
         left_out.append("tools")
         return ()

@@ -19,7 +19,7 @@ from scorer.files.raw import RawRecord
 from scorer.storage.paths import to_path
 from scorer.types import RowStatus, ScorerError
 
-BATCH_ROWS = 10_000  # of a table, that are Python values at a time
+BATCH_ROWS = 10_000  # of a table, converted to Python values at a time
 
 
 class _Part(NamedTuple):
@@ -54,14 +54,14 @@ class Subset:
 
     def raw(self) -> Iterator[RawRecord]:
         """The rows as scoring read them: parsed JSON, or of a table's rows what Python holds."""
-        return self._ordered((raw.record_id, raw) for raw in self._read(set(self._ids)))
+        return self._ordered(self._read(set(self._ids)))
 
     def records(self) -> Iterator[RawRecord]:
         """The rows with the text of each: all JSON has one. Of a table's rows, `value` is what JSON can hold.
 
         Raises ScorerError, which names the column, for binary values.
         """
-        return self._ordered((raw.record_id, raw) for part in self._parts() for raw in self._records(part))
+        return self._ordered(chain.from_iterable(map(self._records, self._parts())))
 
     def table(self, where: str, *, wrapped: bool = False) -> pa.Table:
         """The rows as a table; those of Parquet files are filtered in Arrow.
@@ -85,10 +85,10 @@ class Subset:
             return table
         return taken(table, np.searchsorted(self._sorted, self._ids))
 
-    def _ordered(self, rows: Iterator[tuple[int, RawRecord]]) -> Iterator[RawRecord]:
+    def _ordered(self, rows: Iterator[RawRecord]) -> Iterator[RawRecord]:
         if self._ids == self._sorted:
-            return (raw for _, raw in rows)
-        held = dict(rows)  # in the order of rank, which is not the file's
+            return rows
+        held = {raw.record_id: raw for raw in rows}  # in the order of rank, which is not the file's
         return (held[i] for i in self._ids)
 
     def _parts(self) -> Iterator[_Part]:

@@ -15,9 +15,10 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from scorer.faults import first_line
 from scorer.files.arrow_types import LISTS, alters, text_type
 from scorer.files.decoded import decoded, decoded_schema, plain, taken
-from scorer.files.kinds import ARROW_SUFFIXES, first_line, known_suffix
+from scorer.files.kinds import ARROW_SUFFIXES, known_suffix
 from scorer.files.tables import BATCH_ROWS, ipc_batches, parquet_batches, parquet_file, table_errors
 from scorer.requirements import DATASET, require
 from scorer.storage.paths import local_copy
@@ -51,15 +52,11 @@ def rows_at(path: Path, positions: Sequence[int]) -> pa.Table:
     with local_copy(path) as copy, table_errors(path, "Parquet" if is_parquet else "Arrow"):
         if is_parquet:
             with parquet_file(copy) as file:
-                groups = parquet_batches(file, BATCH_ROWS, is_wanted)
-                batches = [chosen(batch, start) for start, batch in groups]
+                batches = [chosen(batch, start) for start, batch in parquet_batches(file, BATCH_ROWS, is_wanted)]
                 return pa.Table.from_batches(batches, schema=decoded_schema(file.schema_arrow))
         with open(copy, "rb") as stream:
             schema, stored = ipc_batches(stream)
-            end, batches = 0, []
-            for batch in stored:
-                batches.append(chosen(batch, end))
-                end += batch.num_rows
+            batches = [chosen(batch, start) for start, batch in stored]
             return pa.Table.from_batches(batches, schema=decoded_schema(schema))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import pyarrow as pa
 
@@ -14,7 +14,8 @@ LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list) 
 TEXT = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
 FLAT = (pa.types.is_primitive, pa.types.is_null, *TEXT)
 
-Flat = Callable[[str, pa.DataType], pa.DataType]  # of a type without others inside
+Refused = Mapping[str, tuple[Callable[[pa.DataType], bool], ...]]  # what can't be held -> the tests for its types
+NOT_IN_TEXT: Refused = {"binary data": BINARY, "durations": (pa.types.is_duration,)}
 
 
 def text_type(where: str, kind: pa.DataType) -> pa.DataType:
@@ -22,12 +23,12 @@ def text_type(where: str, kind: pa.DataType) -> pa.DataType:
 
     Raises ScorerError, which begins with `where`, for binary values, durations and types that JSON can't hold.
     """
-    return _mapped(where, kind, _flat_text_type, MAX_DEPTH)
+    return _mapped(where, kind, NOT_IN_TEXT, MAX_DEPTH)
 
 
 def read_type(where: str, kind: pa.DataType) -> pa.DataType:
     """The same, but binary values stay, and durations are the text of their number."""
-    return _mapped(where, kind, _flat_read_type, MAX_DEPTH)
+    return _mapped(where, kind, {}, MAX_DEPTH)
 
 
 def alters(old: pa.DataType, new: pa.DataType) -> bool:
@@ -74,11 +75,11 @@ def without_views(kind: pa.DataType, *, dictionaries_only: bool = False) -> pa.D
     return kind
 
 
-def _mapped(where: str, kind: pa.DataType, flat: Flat, levels: int) -> pa.DataType:
+def _mapped(where: str, kind: pa.DataType, refused: Refused, levels: int) -> pa.DataType:
     types = pa.types
 
     def inside(kind: pa.DataType, name: str = "") -> pa.DataType:
-        return _mapped(f"{where}, {name}" if name else where, kind, flat, levels - 1)
+        return _mapped(f"{where}, {name}" if name else where, kind, refused, levels - 1)
 
     if isinstance(kind, pa.BaseExtensionType):
         return inside(kind.storage_type)
@@ -92,18 +93,13 @@ def _mapped(where: str, kind: pa.DataType, flat: Flat, levels: int) -> pa.DataTy
         return pa.large_list(inside(kind.value_type))
     if types.is_nested(kind):
         raise ScorerError(f"{where} holds {str(kind)[:60]}, which text can't hold; write to .parquet")
-    return flat(where, kind)
+    return _flat_type(where, kind, refused)
 
 
-def _flat_text_type(where: str, kind: pa.DataType) -> pa.DataType:
-    refused = {"binary data": BINARY, "durations": (pa.types.is_duration,)}
+def _flat_type(where: str, kind: pa.DataType, refused: Refused) -> pa.DataType:
     for what, kinds in refused.items():
         if any(is_kind(kind) for is_kind in kinds):
             raise ScorerError(f"{where} holds {what}, which text can't hold; leave it out, or write to .parquet")
-    return _flat_read_type(where, kind)
-
-
-def _flat_read_type(where: str, kind: pa.DataType) -> pa.DataType:
     if pa.types.is_interval(kind) or not any(is_kind(kind) for is_kind in (*FLAT, *BINARY, pa.types.is_decimal)):
         raise ScorerError(f"{where} holds {str(kind)[:60]}, which text can't hold; write to .parquet")
     if pa.types.is_temporal(kind) or pa.types.is_decimal(kind):

@@ -12,45 +12,33 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from scorer.files.kinds import check_signature, plain
-from scorer.files.raw import FileRows, Found, RawRecord, Rows, count_and_look
+from scorer.files.kinds import DELIMITERS, check_signature, plain
+from scorer.files.raw import FileRows, Found, RawRecord, Rows, count_and_look, rows_of
 from scorer.files.streams import LINE_BYTES, check_line, decompressed, pieces
 from scorer.types import ScorerError
-
-BOM = "\ufeff"
-DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
 class CsvRows(FileRows):
     """The rows below the header, which names the columns. Blank lines are no rows."""
 
-    def scan(self, file: BinaryIO, limit: int | None, *, keep: bool) -> Found:
+    def scan(self, file: BinaryIO, limit: int, *, keep: bool) -> Found:
         """Count the rows: all are read, so that a fault in any of them shows here."""
+        return count_and_look(enumerate(self._read(file)), self._row, limit, self.fits)
 
-        def raw(row: int, value: dict[str, str]) -> RawRecord:
-            return RawRecord(row, f"{self.source.path}[{row}]", value)
-
-        return count_and_look(self._read(file), raw, limit, self.source.fits)
-
-    def rows(self, first_id: int, start: int, stop: int | None, *, exact: bool) -> Rows:
+    def rows(self, first_id: int, start: int, stop: int, *, exact: bool) -> Rows:
         """The rows. Those before `start` are split into cells, since a cell may hold the end of a line."""
-        self.source.file.seek(0)
-        count = 0
-        for count, value in enumerate(self._read(self.source.file), 1):
-            record_id = first_id + count - 1
-            if stop is not None and record_id >= stop:
-                return record_id
-            if record_id >= start:
-                yield RawRecord(record_id, f"{self.source.path}[{count - 1}]", value)
-        return first_id + count
+        self.file.seek(0)
+        return rows_of(enumerate(self._read(self.file)), self._row, first_id, start, stop)
+
+    def _row(self, record_id: int, numbered: tuple[int, dict[str, str]]) -> RawRecord:
+        return RawRecord(record_id, f"{self.path}[{numbered[0]}]", numbered[1])
 
     def _read(self, file: BinaryIO) -> Iterator[dict[str, str]]:
-        path, suffix = self.source.path, self.source.suffix
-        delimiter = DELIMITERS[plain(suffix)]
+        path, delimiter = self.path, DELIMITERS[plain(self.suffix)]
         csv.field_size_limit(LINE_BYTES)
-        lines = _Lines(path, pieces(decompressed(file, suffix)))
+        lines = _Lines(path, pieces(decompressed(file, self.suffix)))
         cells = _cells(path, csv.reader(lines, delimiter=delimiter, strict=True), lines)
-        number, header = next(cells, (0, []))
+        _, header = next(cells, (0, []))
         _check_header(path, header, delimiter)
         for number, row in cells:
             if len(row) != len(header):
@@ -111,7 +99,7 @@ class _Lines:
                 check_signature(self._path, "", line)
             check_line(self._path, self._first, self._size)
             try:
-                text = line.decode("utf-8")
+                text = line.decode("utf-8-sig" if self._number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 raise ScorerError(f"{self._path}: is not UTF-8 at line {self._number}; save it as UTF-8") from error
-            yield text.removeprefix(BOM) if self._number == 1 else text
+            yield text

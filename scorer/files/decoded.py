@@ -27,8 +27,8 @@ def decoded_schema(schema: pa.Schema) -> pa.Schema:
 def decoded(batch: pa.RecordBatch) -> pa.RecordBatch:
     """The record batch as one of `decoded_schema`, checked.
 
-    Raises pyarrow.ArrowInvalid for values that are not of their type: false offsets would end the process. Any number
-    will do for a date or a time: what has no text is for those to say who make text of it.
+    Raises pyarrow.ArrowInvalid for values that are not of their type: false offsets would end the process. Dates and
+    times of any number pass: `scorer.files.arrow.for_text` refuses those that have no text.
     """
     for column in batch.columns:
         column.validate(full=not pa.types.is_primitive(column.type))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
 
+from scorer.faults import one_line
 from scorer.files.layout import CARD, chosen_files, is_pattern, matching, read_card
 from scorer.types import EngineError, ScorerError
 
@@ -88,7 +89,7 @@ def _wanted(
 
 def _check_whole(address: str, files: list[str]) -> None:
     """Raise ScorerError where files named "-00000-of-00005" are fewer than five: a cache may hold some only."""
-    parts = Counter((match[1], match[2], match[3]) for file in files if (match := PART.fullmatch(file)))
+    parts = Counter(match.groups() for file in files if (match := PART.fullmatch(file)))
     for (stem, total, suffix), count in parts.items():
         if count != int(total):
             held = f"{count} of the {int(total)} files {stem}-*{suffix} are there"
@@ -137,20 +138,12 @@ def hub_errors(address: str, name: str, revision: str | None, wording: Wording =
         raise ScorerError(f"{address}: {here}{unknown}") from error
     except errors.HfHubHTTPError as error:
         if error.response.status_code in (401, 403):
-            said = _one_line(error.server_message or "")
+            said = " ".join((error.server_message or "").split())[:200]
             raise ScorerError(f"{refused} (the hub says: {said})" if said else refused) from error
-        raise EngineError(f"{address}: the hub fails ({_named(error)}); run it again later") from error
+        raise EngineError(f"{address}: the hub fails ({one_line(error)}); run it again later") from error
     # HTTPError is that of the hub's HTTP client; a RuntimeError is how its transfers of large files fail.
     except (OSError, ValueError, RuntimeError, errors.HTTPError) as error:  # type: ignore[attr-defined]
         if constants.HF_HUB_OFFLINE:
             raise ScorerError(f"{address}: {here}{wording.offline}") from error
-        problem = f"the hub can't be reached ({_named(error)})"
+        problem = f"the hub can't be reached ({one_line(error)})"
         raise EngineError(f"{address}: {here}{problem}; check the network and HF_ENDPOINT") from error
-
-
-def _named(error: Exception) -> str:
-    return f"{type(error).__name__}: {_one_line(str(error))}"
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())[:200]

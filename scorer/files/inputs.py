@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from scorer.files.hub import SCHEME, SHORT, hub_files
-from scorer.files.kinds import HINTS, KNOWN, is_input_name
+from scorer.files.kinds import HINTS, KNOWN, READ, suffix_in
 from scorer.files.layout import CARD, DEFAULT_SPLIT, choose, chosen_files, is_data, read_card
 from scorer.storage.paths import expand, is_folder
 from scorer.types import ScorerError
@@ -49,7 +49,7 @@ def _is_short_address(path: str) -> bool:
     """Whether a path can only be ORG/NAME of the hub: nothing of that name is here, and no kind of file has it."""
     if not SHORT.fullmatch(path) or os.path.lexists(path) or os.path.lexists(path.partition("/")[0]):
         return False
-    return not is_input_name(path) and not path.lower().endswith(tuple(HINTS))
+    return suffix_in(path, (*READ, *HINTS)) is None
 
 
 def _files_in(folder: Path, split: str | None, subset: str | None) -> list[str]:

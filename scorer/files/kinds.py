@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from scorer.types import ScorerError
 
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
-CSV_SUFFIXES = (".csv", ".tsv")
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
 ARROW_SUFFIXES = (".arrow", ".feather", ".ipc")
 COMPRESSIONS = ("", ".gz", ".zst")
 
 READ = (
-    *(name + packed for packed in COMPRESSIONS for name in (*JSON_SUFFIXES, *CSV_SUFFIXES)),
+    *(name + packed for packed in COMPRESSIONS for name in (*JSON_SUFFIXES, *DELIMITERS)),
     ".parquet",
     *ARROW_SUFFIXES,
 )
@@ -23,6 +24,7 @@ KNOWN = (
 )
 UNPACK, SHEET = "unpack it and name the files in it", "save its sheet as CSV"
 PICKLE = "a pickle may run code when it is opened; save its content as Parquet or JSON Lines"
+ICONV = "convert it to UTF-8 (iconv -f {} -t UTF-8)"
 DATABASE = "write the rows of a query to Parquet or CSV"
 HINTS = {  # for suffixes that are not read
     **dict.fromkeys((".xlsx", ".xls", ".ods"), SHEET),
@@ -45,10 +47,8 @@ SIGNATURES = {  # the first bytes of a file -> what it is, and what to do
     b"SQLite format 3\x00": ("an SQLite database", DATABASE),
     b"version https://git-lfs": ("a pointer of Git LFS, not the data", "run git lfs pull"),
     b"<!DOCTYPE html": ("a web page, not the data", "download the file itself"),
-    b"\xff\xfe\x00\x00": ("UTF-32", "convert it to UTF-8 (iconv -f UTF-32 -t UTF-8)"),
-    b"\x00\x00\xfe\xff": ("UTF-32", "convert it to UTF-8 (iconv -f UTF-32 -t UTF-8)"),
-    b"\xff\xfe": ("UTF-16", "convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)"),
-    b"\xfe\xff": ("UTF-16", "convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)"),
+    **dict.fromkeys((b"\xff\xfe\x00\x00", b"\x00\x00\xfe\xff"), ("UTF-32", ICONV.format("UTF-32"))),
+    **dict.fromkeys((b"\xff\xfe", b"\xfe\xff"), ("UTF-16", ICONV.format("UTF-16"))),
 }
 SIGNATURE_BYTES = max(map(len, SIGNATURES))
 EXPECTED = {".gz": "gzip", ".zst": "Zstandard", ".parquet": "Parquet", **dict.fromkeys(ARROW_SUFFIXES, "Arrow")}
@@ -56,15 +56,10 @@ EXPECTED = {".gz": "gzip", ".zst": "Zstandard", ".parquet": "Parquet", **dict.fr
 
 def known_suffix(path: Path) -> str:
     """The suffix that says what kind of file an input is, such as ".jsonl.gz". Raises ScorerError if it is not read."""
-    if (suffix := _longest(path.name, READ)) is None:
-        hint = HINTS.get(_longest(path.name, tuple(HINTS)) or "", "convert it to one of these, with Polars for example")
+    if (suffix := suffix_in(path.name, READ)) is None:
+        hint = HINTS.get(suffix_in(path.name, HINTS) or "", "convert it to one of these, with Polars for example")
         raise ScorerError(f"{path}: unknown kind of file: {hint}; scorer reads {KNOWN}")
     return suffix
-
-
-def is_input_name(name: str) -> bool:
-    """Whether a file of this name is of a kind that is read."""
-    return _longest(name, READ) is not None
 
 
 def plain(suffix: str) -> str:
@@ -85,10 +80,6 @@ def check_signature(path: Path, suffix: str, start: bytes) -> None:
             raise ScorerError(f"{path}: its content is {kind}, whatever its name says; {advice}")
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of the error's text, up to 200 characters of it."""
-    return str(error).partition("\n")[0][:200]
-
-
-def _longest(name: str, suffixes: tuple[str, ...]) -> str | None:
-    return max((suffix for suffix in suffixes if name.lower().endswith(suffix)), key=len, default=None)
+def suffix_in(name: str, suffixes: Iterable[str]) -> str | None:
+    """Which of `suffixes`, of which none ends in another, a name ends in."""
+    return next((suffix for suffix in suffixes if name.lower().endswith(suffix)), None)

@@ -10,7 +10,8 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from scorer.files.kinds import KNOWN, first_line, is_input_name
+from scorer.faults import first_line
+from scorer.files.kinds import KNOWN, READ, suffix_in
 from scorer.types import ScorerError
 
 CARD = "README.md"
@@ -30,7 +31,8 @@ ABOUT = ("config.json", "dataset_dict.json", "dataset_info.json", "dataset_infos
 def is_data(file: str) -> bool:
     """Whether a path in a dataset is one of data: of a kind that is read, not hidden, and not about the data."""
     path = PurePosixPath(file)
-    return is_input_name(path.name) and path.name not in ABOUT and not any(part[0] in "._" for part in path.parts)
+    is_hidden = any(part[0] in "._" for part in path.parts)
+    return suffix_in(path.name, READ) is not None and path.name not in ABOUT and not is_hidden
 
 
 def matching(pattern: str, files: Collection[str]) -> list[str]:
@@ -51,10 +53,7 @@ def _literal(part: str) -> str:
 
 
 def choose(where: str, option: str, names: Collection[str], asked: str | None, default: str) -> str:
-    """The name that is asked for, else the default if there is one, else the only one.
-
-    Raises ScorerError that lists the names where none is it.
-    """
+    """The name asked for, else the default if there is one, else the only one; else ScorerError, which lists them."""
     name = asked or (default if default in names or len(names) != 1 else next(iter(names)))
     if name in names:
         return name
@@ -98,9 +97,9 @@ def chosen_files(
             inside = [str(PurePosixPath(folder, pattern)) for pattern in wanted]
             return _data(where, list(dict.fromkeys(file for pattern in inside for file in matching(pattern, files))))
     elif subset is not None:
-        if not any(subset in PurePosixPath(file).parts[:-1] for file in files):
-            raise ScorerError(f"{where}: there is no subset '{subset}': leave out --subset, or name the files")
         files = [file for file in files if subset in PurePosixPath(file).parts[:-1]]
+        if not files:
+            raise ScorerError(f"{where}: there is no subset '{subset}': leave out --subset, or name the files")
     splits: dict[str | None, list[str]] = {}
     for file in _data(where, sorted(files)):
         splits.setdefault(_split_of(file), []).append(file)

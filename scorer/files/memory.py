@@ -12,14 +12,13 @@ from typing import Any, BinaryIO
 
 from scorer.types import ScorerError
 
-BATCH_ROWS = 10_000  # of the file, however the data is in batches: the same content gives the same bytes
+BATCH_ROWS = 10_000  # of the file, whatever the batches of the data: the same content gives the same bytes
 
 
 def is_in_memory(data: Any) -> bool:
     """Whether data is rows or a table, and not the paths of files."""
-    if isinstance(data, list | tuple):
-        return not all(isinstance(item, str | Path) for item in data)
-    return not isinstance(data, str | Path)
+    items = data if isinstance(data, list | tuple) else (data,)
+    return not all(isinstance(item, str | Path) for item in items)
 
 
 def suffix_of(data: Any) -> str:

@@ -1,4 +1,4 @@
-"""The rows of an input file as they came, and what a reader of one kind of file is given and gives.
+"""The rows of an input file as they came, and the interface of the readers of each kind of file.
 
 The readers are in json_files, csv_files and tables; scorer.files.reader chooses one.
 """
@@ -8,9 +8,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, starmap
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from scorer.types import RowStatus
 
@@ -36,64 +36,60 @@ Fits = Callable[[RawRecord], bool]  # whether a row is a sample, of a format tha
 
 
 class Found(NamedTuple):
-    """What a look at a file's content finds: the number of its rows, the first, and whether one fits."""
+    """What a look at rows finds: how many there are, the first, and whether one fits."""
 
     rows: int
     first: RawRecord | None
     fits: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
-    """An input file that is open: `path` as the user named it, `local` on this machine's disk."""
-
-    path: Path
-    local: Path
-    file: BinaryIO
-    suffix: str  # one of scorer.files.kinds.READ
-    fits: Fits
-    records_at: str | None = None  # the key of the records in a JSON object, such as "result.rows"
-
-
+@dataclass(eq=False)
 class FileRows(ABC):
     """The rows of an open file of one kind. Raises ScorerError for content that is not of the kind."""
 
-    takes_records_at: ClassVar[bool] = False
-
-    def __init__(self, source: Source):
-        self.source = source
+    path: Path  # as the user named it
+    file: BinaryIO  # on this machine's disk
+    suffix: str  # one of scorer.files.kinds.READ
+    fits: Fits
+    records_at: str | None  # the key of the records in a JSON object, such as "result.rows"
 
     @abstractmethod
-    def scan(self, file: BinaryIO, limit: int | None, *, keep: bool) -> Found:
+    def scan(self, file: BinaryIO, limit: int, *, keep: bool) -> Found:
         """Count the rows, and look for one that fits among the first `limit`.
 
-        file: the source's, at its start; what is not read of it is read by the caller, who hashes it. keep: hold what
-        was parsed until `rows` is called.
+        file: `self.file` at its start, hashed as it is read; the caller reads what is left. keep: as InputReader.scan.
         """
 
     @abstractmethod
-    def rows(self, first_id: int, start: int, stop: int | None, *, exact: bool) -> Rows:
+    def rows(self, first_id: int, start: int, stop: int, *, exact: bool) -> Rows:
         """As `scorer.files.reader.InputReader.rows`."""
 
 
-def count_and_look(
-    items: Iterator[Item], to_row: Callable[[int, Item], RawRecord], limit: int | None, fits: Fits
-) -> Found:
-    """Count items, and make rows of the first `limit` until one fits: `to_row` takes the record id and the item."""
-    first, found, count = None, False, 0
-    for count, item in enumerate(islice(items, limit), 1):
-        raw = to_row(count - 1, item)
-        first, found = first or raw, fits(raw)
-        if found:
+def rows_of(
+    items: Iterable[Item], to_row: Callable[[int, Item], RawRecord], first_id: int, start: int, stop: int
+) -> Rows:
+    """The rows of a file's items, as `FileRows.rows`: `to_row` takes the record id and the item."""
+    record_id = first_id
+    for item in items:
+        if record_id >= stop:
             break
-    return Found(count + sum(1 for _ in items), first, found)
+        if record_id >= start:
+            yield to_row(record_id, item)
+        record_id += 1
+    return record_id
 
 
-def first_fit(rows: Iterable[RawRecord], fits: Fits) -> tuple[RawRecord | None, bool]:
-    """The first row, and whether one fits; nothing is read after the one that does."""
-    first = None
+def count_and_look(items: Iterator[Item], to_row: Callable[[int, Item], RawRecord], limit: int, fits: Fits) -> Found:
+    """Count items, and make rows of the first `limit` until one fits."""
+    found = look(starmap(to_row, enumerate(islice(items, limit))), fits)
+    return found._replace(rows=found.rows + sum(1 for _ in items))
+
+
+def look(rows: Iterable[RawRecord], fits: Fits) -> Found:
+    """Read rows up to the first that fits."""
+    found = Found(0, None, False)
     for raw in rows:
-        first = first or raw
-        if fits(raw):
-            return first, True
-    return first, False
+        found = Found(found.rows + 1, found.first or raw, fits(raw))
+        if found.fits:
+            break
+    return found

@@ -13,12 +13,12 @@ from typing import Any, BinaryIO, cast
 
 import zstandard
 
-from scorer.files.kinds import first_line
+from scorer.faults import first_line
 from scorer.types import EngineError, ScorerError
 
 BUFFER_BYTES = 1 << 16
-ZSTD_BYTES = 1 << 11  # at a time: zeros come out thirty thousand times as long
-# A few bytes on a disk may be any number when they are decompressed, and a file that is no text may have no line ends.
+ZSTD_BYTES = 1 << 11  # read at a time: zeros expand thirty thousand times
+# Limits: a few compressed bytes may expand to any number of them, and a binary file may have no line ends.
 LINE_BYTES = 256 << 20  # of a line, or of a row of CSV
 DOCUMENT_BYTES = 1 << 30  # of a JSON document, which is parsed whole
 DAMAGED = "the file is truncated or damaged; fetch or write it again"

@@ -14,13 +14,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
-from scorer.files.kinds import first_line
-from scorer.files.raw import FileRows, Found, RawRecord, Rows, first_fit
+from scorer.faults import first_line
+from scorer.files.raw import FileRows, Found, RawRecord, Rows, look
 from scorer.files.streams import DAMAGED
 from scorer.types import EngineError, ScorerError
 
 BATCH_ROWS = 10_000
-PYTHON_ROWS = 500  # that are Python values at a time
+PYTHON_ROWS = 500  # converted to Python values at a time
 PARQUET_BATCH_BYTES = 16 << 20  # on disk
 
 Batches = Iterator[tuple[int, Any]]  # record batches, each with the 0-based position of its first row
@@ -31,32 +31,29 @@ class TableRows(FileRows):
 
     kind: ClassVar[str]
 
-    def scan(self, file: BinaryIO, limit: int | None, *, keep: bool) -> Found:
+    def scan(self, file: BinaryIO, limit: int, *, keep: bool) -> Found:
         """Count the rows by what the file says of its parts."""
-        with table_errors(self.source.path, self.kind):
-            found = Found(self._height, *first_fit(self.rows(0, 0, limit, exact=True), self.source.fits))
-        self.source.file.seek(0)  # `file` reads from there, and the caller hashes it from its start
+        with table_errors(self.path, self.kind):
+            found = look(self.rows(0, 0, limit, exact=True), self.fits)._replace(rows=self._height)
+        self.file.seek(0)  # `file` reads from there, and the caller hashes it from its start
         return found
 
-    def rows(self, first_id: int, start: int, stop: int | None, *, exact: bool) -> Rows:
+    def rows(self, first_id: int, start: int, stop: int, *, exact: bool) -> Rows:
         """The rows; those that are skipped are not made Python values."""
-        end, skip = 0, max(0, start - first_id)
-        last = None if stop is None else stop - first_id
-        with table_errors(self.source.path, self.kind):
+        skip, last = max(0, start - first_id), stop - first_id
+        with table_errors(self.path, self.kind):
             for offset, batch in self._batches(skip, last):
                 if len(set(batch.schema.names)) < batch.num_columns:
                     twice = Counter(batch.schema.names).most_common(1)[0][0]
-                    raise ScorerError(f"{self.source.path}: two columns have the name '{twice}'; rename one")
-                end = offset + batch.num_rows if last is None else min(offset + batch.num_rows, last)
+                    raise ScorerError(f"{self.path}: two columns have the name '{twice}'; rename one")
+                end = min(offset + batch.num_rows, last)
                 for row in range(max(skip, offset), end, PYTHON_ROWS):
                     part = batch.slice(row - offset, min(PYTHON_ROWS, end - row))
                     for number, value in enumerate(python_rows(part), row):
-                        yield RawRecord(first_id + number, f"{self.source.path}[{number}]", value)
+                        yield RawRecord(first_id + number, f"{self.path}[{number}]", value)
                 if end == last:
-                    break
-            else:
-                end = self._height if last is None else min(self._height, last)
-        return first_id + end
+                    return stop
+            return min(first_id + self._height, stop)
 
     @cached_property
     @abstractmethod
@@ -64,7 +61,7 @@ class TableRows(FileRows):
         """The number of rows."""
 
     @abstractmethod
-    def _batches(self, start: int, stop: int | None) -> Batches:
+    def _batches(self, start: int, stop: int) -> Batches:
         """The batches that hold the rows from `start` to `stop`, and maybe more."""
 
 
@@ -75,14 +72,14 @@ class ParquetRows(TableRows):
 
     @cached_property
     def _height(self) -> int:
-        with parquet_file(self.source.file) as file:
+        with parquet_file(self.file) as file:
             return sum(file.metadata.row_group(group).num_rows for group in range(file.num_row_groups))
 
-    def _batches(self, start: int, stop: int | None) -> Batches:
-        size = max(1, os.fstat(self.source.file.fileno()).st_size)
-        with parquet_file(self.source.file) as file:
+    def _batches(self, start: int, stop: int) -> Batches:
+        size = max(1, os.fstat(self.file.fileno()).st_size)
+        with parquet_file(self.file) as file:
             most = max(1, min(BATCH_ROWS, file.metadata.num_rows * PARQUET_BATCH_BYTES // size))
-            yield from parquet_batches(file, most, lambda first, end: end > start and (stop is None or first < stop))
+            yield from parquet_batches(file, most, lambda first, end: first < stop and end > start)
 
 
 class ArrowRows(TableRows):
@@ -92,13 +89,10 @@ class ArrowRows(TableRows):
 
     @cached_property
     def _height(self) -> int:
-        return sum(batch.num_rows for _, batch in self._batches(0, None))
+        return sum(batch.num_rows for _, batch in ipc_batches(self.file)[1])
 
-    def _batches(self, start: int, stop: int | None) -> Batches:
-        end = 0
-        for batch in ipc_batches(self.source.file)[1]:
-            yield end, batch
-            end += batch.num_rows
+    def _batches(self, start: int, stop: int) -> Batches:
+        return ipc_batches(self.file)[1]
 
 
 def python_rows(batch: Any) -> list[dict[str, Any]]:
@@ -137,14 +131,12 @@ def table_errors(path: Path, kind: str) -> Iterator[None]:
         raise ScorerError(f"{path}: cannot be read as {kind} ({first_line(error)}); {DAMAGED}") from error
 
 
-@contextlib.contextmanager
-def parquet_file(file: BinaryIO | Path) -> Iterator[Any]:
-    """A `pyarrow.parquet.ParquetFile`. A file that is open already stays open."""
+def parquet_file(file: BinaryIO | Path) -> Any:
+    """A `pyarrow.parquet.ParquetFile`, for a `with` block. A file that is open already stays open."""
     import pyarrow.parquet as pq
 
     # pre_buffer would read ahead in threads, which abort a process that ends while they do.
-    with pq.ParquetFile(file, pre_buffer=False, page_checksum_verification=True) as opened:
-        yield opened
+    return pq.ParquetFile(file, pre_buffer=False, page_checksum_verification=True)
 
 
 def parquet_batches(file: Any, most: int, wanted: Callable[[int, int], bool]) -> Batches:
@@ -160,16 +152,20 @@ def parquet_batches(file: Any, most: int, wanted: Callable[[int, int], bool]) ->
                 raise EOFError(f"row group {group} has {end - start:,} rows less than its footer says")
 
 
-def ipc_batches(file: BinaryIO) -> tuple[Any, Iterator[Any]]:
-    """The schema and the record batches of an Arrow IPC file or stream."""
+def ipc_batches(file: BinaryIO) -> tuple[Any, Batches]:
+    """The schema and the batches of an Arrow IPC file or stream."""
     import pyarrow as pa
 
     # A file of pyarrow's own: it reads one of Python's in threads, which abort a process that ends while they do.
     source = pa.OSFile(f"/dev/fd/{file.fileno()}")
     is_file = source.read(6) == b"ARROW1"
     source.seek(0)
-    if is_file:
-        reader = pa.ipc.open_file(source)
-        return reader.schema, (reader.get_batch(number) for number in range(reader.num_record_batches))
-    stream = pa.ipc.open_stream(source)
-    return stream.schema, iter(stream)
+    reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
+
+    def batches() -> Batches:
+        start = 0
+        for batch in map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader:
+            yield start, batch
+            start += batch.num_rows
+
+    return reader.schema, batches()

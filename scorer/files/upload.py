@@ -1,7 +1,4 @@
-"""Outputs on the Hugging Face hub: checked before any work, written here, and uploaded when all of them are whole.
-
-huggingface_hub is imported where it is used, so that this module loads in milliseconds.
-"""
+"""Outputs on the Hugging Face hub: checked before any work, written here, and uploaded when all of them are whole."""
 
 from __future__ import annotations
 
@@ -47,29 +44,25 @@ def check_output(path: str) -> None:
 
     Raises EngineError where the hub can't be reached. Changes nothing there.
     """
-    if on_hub(path):
-        _check_upload(path)
-    else:
+    if not on_hub(path):
         RecordWriter(path)
-
-
-def _check_upload(address: str) -> None:
+        return
     from huggingface_hub import HfApi, errors
 
-    place, _ = _target(address)
+    place, _ = _target(path)
     api = HfApi()
-    with hub_errors(address, place.name, place.branch, WRITING):
+    with hub_errors(path, place.name, place.branch, WRITING):
         try:
             api.auth_check(place.name, repo_type="dataset", write=True)
         except errors.GatedRepoError:  # is a RepositoryNotFoundError too, of a dataset that exists
             raise
         except errors.RepositoryNotFoundError:
-            _check_creatable(address, place, api.whoami())
+            _check_creatable(path, place, api.whoami())
             return
         if place.branch != MAIN:
             refs = api.list_repo_refs(place.name, repo_type="dataset", include_pull_requests=True)
             if place.branch not in {ref.name for ref in refs.branches} | {ref.ref for ref in refs.pull_requests or ()}:
-                raise ScorerError(f"{address}: the dataset has no branch '{place.branch}'; make it, or name another")
+                raise ScorerError(f"{path}: the dataset has no branch '{place.branch}'; make it, or name another")
 
 
 @contextmanager

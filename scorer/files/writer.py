@@ -8,6 +8,7 @@ import decimal
 import gzip
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self, cast
@@ -17,8 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
+from scorer.faults import first_line
 from scorer.files.arrow import as_dataset, as_frame, check_flat, for_text, framed
-from scorer.files.kinds import COMPRESSIONS, JSON_SUFFIXES, first_line, is_array
+from scorer.files.kinds import COMPRESSIONS, DELIMITERS, JSON_SUFFIXES, is_array, suffix_in
 from scorer.requirements import DATASET, require
 from scorer.storage.atomic import is_stream, replacing
 from scorer.storage.outputs import check_new_folder, check_writable
@@ -42,17 +44,14 @@ def _write_arrow(table: pa.Table, temporary: Path) -> None:
         writer.write_table(table.unify_dictionaries())
 
 
-def _write_flat(separator: str) -> Callable[[pa.Table, Path], None]:
-    def write(table: pa.Table, temporary: Path) -> None:
-        frame = as_frame(table)
-        # A row of one cell that is null would be a blank line, which is no row.
-        null = '""' if frame.width == 1 else None
-        header = pl.DataFrame({str(number): [name] for number, name in enumerate(frame.columns)})
-        with temporary.open("wb") as stream:
-            for part in (header, frame):  # a name is quoted as any other text, as an empty one must be
-                part.write_csv(stream, separator=separator, include_header=False, null_value=null)
-
-    return write
+def _write_flat(separator: str, table: pa.Table, temporary: Path) -> None:
+    frame = as_frame(table)
+    # A row of one cell that is null would be a blank line, which is no row.
+    null = '""' if frame.width == 1 else None
+    header = pl.DataFrame({str(number): [name] for number, name in enumerate(frame.columns)})
+    with temporary.open("wb") as stream:
+        for part in (header, frame):  # a name is quoted as any other text, as an empty one must be
+            part.write_csv(stream, separator=separator, include_header=False, null_value=null)
 
 
 def _save_dataset(table: pa.Table, temporary: Path) -> None:
@@ -71,24 +70,22 @@ def _save_dataset(table: pa.Table, temporary: Path) -> None:
 TABLES: Mapping[str, Callable[[pa.Table, Path], None]] = {
     ".parquet": _write_parquet,
     ".arrow": _write_arrow,
-    ".csv": _write_flat(","),
-    ".tsv": _write_flat("\t"),
+    **{suffix: partial(_write_flat, delimiter) for suffix, delimiter in DELIMITERS.items()},
     FOLDER: _save_dataset,
 }
-FLAT = (".csv", ".tsv")  # their columns hold text and numbers
+FLAT = tuple(DELIMITERS)  # their columns hold text and numbers
 OUTPUTS = (*(name + packed for packed in COMPRESSIONS for name in JSON_SUFFIXES), *TABLES)
 
 
 def output_kind(path: str | Path) -> str:
     """Which of OUTPUTS a path ends in, or JSON Lines for a pipe or a device. Raises ScorerError where it is none."""
-    known = [suffix for suffix in OUTPUTS if str(path).lower().endswith(suffix)]
-    if not known and is_stream(Path(path)):
+    if (suffix := suffix_in(str(path), OUTPUTS)) is not None:
+        return suffix
+    if is_stream(Path(path)):
         return ".jsonl"
-    if not known:
-        raise ScorerError(
-            f"{path}: unknown kind of file; let it end in one of {', '.join(OUTPUTS)} (a folder for load_from_disk)"
-        )
-    return max(known, key=len)
+    raise ScorerError(
+        f"{path}: unknown kind of file; let it end in one of {', '.join(OUTPUTS)} (a folder for load_from_disk)"
+    )
 
 
 class RecordWriter:
@@ -189,12 +186,12 @@ class RecordWriter:
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool | None:
-        if error is not None:
-            return self._files.__exit__(kind, error, trace)
-        with self._files:
-            self.finish()
-        return None
+    ) -> None:
+        if error is None:
+            with self._files:
+                self.finish()
+        else:
+            self._files.__exit__(kind, error, trace)
 
 
 def _check_strict(text: str) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import polars as pl
 
-from scorer.files.kinds import first_line
+from scorer.faults import first_line
 from scorer.files.reader import read_table
 from scorer.learning.learn import PROTOCOL, check_run_kind, discard, finish, is_done, learning_manifest
 from scorer.runs.directory import Run

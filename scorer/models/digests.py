@@ -18,7 +18,7 @@ from scorer.types import ScorerError
 Report = Callable[[str], None]
 MEMO = "digests.json"  # in the cache: the path of a file -> what the file system says of it, and its SHA-256
 SMALL_BYTES = 8 << 20  # a file up to this size is read each time
-LONG_BYTES = 2 << 30  # reading more than this is said
+LONG_BYTES = 2 << 30  # reading more than this is reported
 SETTLED_NS = 2_000_000_000  # a younger file may change again within one tick of its file system's clock
 THREADS = 8  # hashlib computes without Python's lock
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from scorer.models.digests import Report, cache_dir, listing
 from scorer.models.quiet import loading, quiet
 from scorer.storage.atomic import sync
-from scorer.types import EngineError, ScorerError, one_of
+from scorer.types import EngineError, ScorerError
 
 CACHE_VERSION = 2  # increase it when the conversion or the listing changes: what was stored before is not used
 LOCK_FILE = ".lock"
@@ -90,7 +90,6 @@ EMBEDDED: Mapping[str, EmbeddedModel] = {
 
 def on_disk(name: str) -> Path | None:
     """The folder of an embedded model in the cache, or None unless its files are those that were stored."""
-    one_of("model", name, EMBEDDED)
     folder = EMBEDDED[name].cache_path
     try:
         return folder if (folder / LISTING_FILE).read_text("utf-8") == _listing(folder) else None

@@ -52,9 +52,7 @@ class ModelFiles:
     name: str
     path: Path  # a folder with config.json, weights and (for scoring) a tokenizer
     revision: str  # identifies the content
-    document_token_id: (
-        int | None
-    )  # the token that separates documents; None: the tokenizer's BOS, or EOS if it has none
+    document_token_id: int | None  # the token that separates documents; None: the tokenizer's BOS, else its EOS
     origin: str  # embedded, directory or hub
 
 
@@ -107,10 +105,7 @@ def find_model(
 
 
 def check_unchanged(files: ModelFiles) -> None:
-    """Raise ScorerError where the model's files are not those that were found: they may have changed as they loaded.
-
-    The files of the hub cache are not looked at.
-    """
+    """Raise ScorerError if the model's files changed since they were found; those of the hub cache are not checked."""
     if files.origin == "embedded":
         same = on_disk(files.name) is not None
     elif files.origin == "directory":

@@ -1,7 +1,4 @@
-"""What lies in a model's folder: its files, the weights among them, its configuration, tokenizer and modules.
-
-Nothing is loaded.
-"""
+"""What is in a model's folder: files, the weights among them, configuration, tokenizer, modules. Nothing is loaded."""
 
 from __future__ import annotations
 
@@ -42,7 +39,9 @@ class Wanted:
         if self.embedder:
             _check_embedder(folder, self.allow_pickle)
         else:
-            check_folder(folder, self.allow_pickle, self.weights)
+            check_config(folder)
+            if self.weights:
+                weight_files(folder, self.allow_pickle)
 
 
 def model_files(folder: Path, *, deep: bool = False) -> list[Path]:
@@ -84,8 +83,8 @@ def settings_of(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def check_folder(folder: Path, allow_pickle: bool, weights: bool = True) -> None:
-    """Raise ScorerError unless there is a configuration and, with `weights`, all weights in an allowed format."""
+def check_config(folder: Path) -> None:
+    """Raise ScorerError unless there is a usable configuration, and no other that adds to the weights."""
     names = {path.name for path in model_files(folder)}
     if "config.json" not in names:
         raise ScorerError(f"{folder}: no config.json there, so it is not a model's folder")
@@ -97,8 +96,6 @@ def check_folder(folder: Path, allow_pickle: bool, weights: bool = True) -> None
             raise ScorerError(f"{folder / 'config.json'}: {name} can't be {count}; copy the model again")
     if settings.get("transformers_weights"):
         raise ScorerError(f"{folder / 'config.json'}: transformers_weights is not supported; use {SAFE_WEIGHTS}")
-    if weights:
-        weight_files(folder, allow_pickle)
 
 
 def weight_files(folder: Path, allow_pickle: bool) -> list[Path]:
@@ -145,7 +142,8 @@ def _check_embedder(folder: Path, allow_pickle: bool) -> None:
         if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
             raise ScorerError(f"{folder}: its module {kind} is outside, in {path}; copy the model again")
         if kind == "Transformer":
-            check_folder(path, allow_pickle)
+            check_config(path)
+            weight_files(path, allow_pickle)
             check_tokenizer(path)
             continue
         files = [file for file in (path.glob("*") if path == folder else path.rglob("*")) if file.is_file()]

@@ -1,7 +1,4 @@
-"""A model's local files -> tokenizer and network; the choice of device and dtype.
-
-torch and transformers are imported where they are used.
-"""
+"""A model's local files -> tokenizer and network; the choice of device and dtype."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from typing import Any
 
 from scorer.config import DEVICES, DTYPES
 from scorer.models.find import ModelFiles, model_settings
-from scorer.models.folders import check_folder, check_tokenizer, weight_files
+from scorer.models.folders import check_config, check_tokenizer, weight_files
 from scorer.models.quiet import loading
 from scorer.types import ScorerError, one_of
 
@@ -74,7 +71,7 @@ def load_causal_lm(
 
     Raises ScorerError if it does not load, or if its tensors are not those of its configuration.
     """
-    check_folder(files.path, allow_pickle, weights=False)
+    check_config(files.path)
     check_causal(files)
     weights = weight_files(files.path, allow_pickle)
     with loading(files.path):
@@ -114,10 +111,10 @@ def _check_size(files: ModelFiles, weights: Sequence[Path], *, trust_remote_code
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(files.path, trust_remote_code=trust_remote_code, local_files_only=True)
-    with torch.device("meta"):  # of which no tensor takes memory
+    with torch.device("meta"):  # where tensors take no memory
         network = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     asked = sum(parameter.numel() for parameter in network.parameters())
-    held = 2 * sum(path.stat().st_size for path in weights)  # of four bits, the smallest in use
+    held = 2 * sum(path.stat().st_size for path in weights)  # parameters of four bits, the smallest in use
     if asked > held:
         raise ScorerError(
             f"{files.path}: config.json asks for {asked:,} parameters, and the weights hold at most {held:,}: "

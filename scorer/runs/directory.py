@@ -27,7 +27,7 @@ import polars as pl
 from scorer.config import Reading
 from scorer.data.dataset import Dataset, inspect_input
 from scorer.data.moved import count_rows, moved
-from scorer.files.kinds import first_line
+from scorer.faults import first_line
 from scorer.runs.manifest import Manifest
 from scorer.runs.shard_file import ShardInfo, read_info
 from scorer.scores.summary import COLUMNS, QUANTILES, Summary, summarise

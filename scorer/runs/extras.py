@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from scorer.files.kinds import first_line
+from scorer.faults import first_line
 from scorer.runs.directory import CLUSTERS, EMBEDDINGS, MANIFEST, Run
 from scorer.runs.shard_file import read_info
 from scorer.storage.paths import exists, local_copy

@@ -16,7 +16,7 @@ from scorer.storage.paths import DISK_FULL, exists, is_folder, is_remote, upload
 from scorer.types import EngineError, ScorerError
 
 SUFFIX = ".tmp"
-MAX_NAME = 50  # characters of a name in that of its temporary file: file systems take 255 bytes
+MAX_NAME = 50  # characters of a file's name in that of its temporary file: file systems allow 255 bytes
 MAX_LINKS = 40  # as Linux follows
 
 

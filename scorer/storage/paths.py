@@ -63,10 +63,7 @@ def absolute(path: str | Path) -> str:
 
 
 def expand(path: str) -> list[str]:
-    """The URLs that match a URL with a `*`, sorted; anything else as it is.
-
-    Raises ScorerError if nothing matches.
-    """
+    """The URLs that match a URL with a `*`, sorted; anything else as it is. Raises ScorerError if nothing matches."""
     found = to_path(path)
     if not is_remote(found) or not PATTERN & set(path) or exists(found):
         return [path]
