@@ -30,6 +30,9 @@ SHOWN = 50  # columns, in an error
 RESPONSE_HINTS = ("response", "answer", "output", "completion", "solution", "reply", "target", "assistant")
 
 
+Columns = tuple[tuple[str, str], ...]  # items of Reading.columns
+
+
 @dataclass(frozen=True, slots=True)
 class Format:
     """The keys of a row that hold a sample.
@@ -140,21 +143,17 @@ class Fit:
 
 def fit_of(row: Mapping[str, Any], reading: Reading) -> Fit | None:
     """The format that fits a row best; None where it has no required key of any."""
-    filled = tuple([key for key, value in row.items() if value])
-    if reading.columns is None:
-        return _detected(tuple(row), filled)
-    return _fit(tuple(row), filled, (_named(reading),))
+    columns = None if reading.columns is None else tuple(reading.columns.items())
+    return _fit(columns, tuple(row), tuple([key for key, value in row.items() if value]))
 
 
 @lru_cache(1024)  # a file has few sets of keys; trying all formats takes longer than the rest of a row
-def _detected(keys: tuple[str, ...], filled: tuple[str, ...]) -> Fit | None:
-    strong = tuple(format for format in FORMATS if not format.weak)
-    there = frozenset(keys)
-    whole = any(all(key in there for key in format.required) for format in strong)
-    return _fit(there, frozenset(filled), strong if whole else FORMATS)
-
-
-def _fit(keys: Collection[str], filled: Collection[str], formats: Sequence[Format]) -> Fit | None:
+def _fit(columns: Columns | None, keys: tuple[str, ...], filled: tuple[str, ...]) -> Fit | None:
+    if columns is None:
+        strong = tuple(format for format in FORMATS if not format.weak)
+        formats = strong if any(set(format.required) <= set(keys) for format in strong) else FORMATS
+    else:
+        formats = (_named(columns),)
     best = max(formats, key=lambda format: format.fit(keys, filled))
     if not any(key in keys for key in best.required):
         return None
@@ -162,16 +161,16 @@ def _fit(keys: Collection[str], filled: Collection[str], formats: Sequence[Forma
     return Fit(best, all(key in keys for key in best.required), left_out)
 
 
-def _named(reading: Reading) -> Format:
+def _named(columns: Columns) -> Format:
     keys: dict[str, Any] = {"system": (), "history": (), "tools": ()}
-    for name, key in (reading.columns or {}).items():
+    for name, key in columns:
         keys[name] = (key,) if name in keys else key
     return Format("columns", **keys, named=True)
 
 
 def fits_format(reading: Reading) -> Callable[[RawRecord], bool]:
     """The test whether a row has all the required keys of a format."""
-    formats = FORMATS if reading.columns is None else (_named(reading),)
+    formats = FORMATS if reading.columns is None else (_named(tuple(reading.columns.items())),)
 
     def fits(raw: RawRecord) -> bool:
         if raw.status is not RowStatus.OK:
