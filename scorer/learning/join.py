@@ -97,7 +97,7 @@ def _read_table(path: Path) -> pl.DataFrame:
 
 def _digest(path: Path) -> str:
     if is_folder(path):
-        return str(Run(path).manifest.fingerprint)
+        return Run(path).manifest.fingerprint
     with local_copy(path) as copy, copy.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -9,8 +9,6 @@ Knows runs; the formulas are in scorer.scores.measures, and scorer.learning.trai
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 import uuid
 from collections.abc import Mapping
@@ -29,7 +27,7 @@ from scorer.models.load import choose_device
 from scorer.options import keywords
 from scorer.requirements import require
 from scorer.runs.directory import Run
-from scorer.runs.manifest import Manifest
+from scorer.runs.manifest import Manifest, digest
 from scorer.runs.progress import Progress, Silent, shown
 from scorer.runs.run import check_same_run, say_removed, score
 from scorer.runs.shards import open_encoder
@@ -163,7 +161,7 @@ def learning_manifest(base: Manifest, identity: Mapping[str, Any], epochs: int) 
         run_id=uuid.uuid4().hex,
         shards=(),
         identity=identity,
-        fingerprint=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
+        fingerprint=digest(identity),
         ranking={"by": "lp1" if epochs > 1 else "lp1_approx", "lowest": True},
     )
 

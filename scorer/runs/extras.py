@@ -90,10 +90,10 @@ def embeddings(parts: Sequence[Any], ids: pl.Series) -> npt.NDArray[np.float32]:
     ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
     wanted = ids.to_numpy()
     bounds = np.searchsorted(wanted, np.concatenate([[0], ends]))
-    rows = [
-        part[wanted[a:b] - (end - len(part))] for part, a, b, end in zip(parts, bounds, bounds[1:], ends, strict=False)
-    ]
-    return np.ascontiguousarray(np.concatenate(rows), dtype=np.float32)
+    rows = np.empty((len(wanted), parts[0].shape[1]), dtype=np.float32)
+    for part, a, b, end in zip(parts, bounds, bounds[1:], ends, strict=False):
+        rows[a:b] = part[wanted[a:b] - (end - len(part))]
+    return rows
 
 
 def read_extra(run: Run, name: str, columns: list[str], option: str = "") -> pl.DataFrame:

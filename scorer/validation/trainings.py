@@ -17,12 +17,13 @@ from scorer.data.dataset import Dataset
 from scorer.encoding.chat import Conversation
 from scorer.encoding.encoder import Encoder
 from scorer.models.find import ModelFiles, find_model
+from scorer.runs.manifest import digest
 from scorer.runs.progress import Progress
 from scorer.validation.answers import AnswerOptions, answer
 from scorer.validation.arms import TrainingSet
 from scorer.validation.comparison import UNTRAINED, Verdicts
 from scorer.validation.config import ValidateConfig
-from scorer.validation.directory import ArmFolder, ValidationFolder, digest, write_rows
+from scorer.validation.directory import ArmFolder, ValidationFolder, write_rows
 from scorer.validation.evaluate import held_out_nll
 from scorer.validation.judge import Judge, Pair, prompt_text
 from scorer.validation.prepare import Prepared

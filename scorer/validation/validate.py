@@ -18,6 +18,7 @@ from scorer.keywords import ValidateKeywords
 from scorer.options import from_options, keywords
 from scorer.requirements import require
 from scorer.runs.directory import Run
+from scorer.runs.manifest import digest
 from scorer.runs.progress import Progress, shown
 from scorer.selection.config import CHOICES, SelectConfig
 from scorer.selection.export import named_files
@@ -25,7 +26,7 @@ from scorer.types import ScorerError
 from scorer.validation.arms import read_arms
 from scorer.validation.comparison import Comparison
 from scorer.validation.config import ValidateConfig
-from scorer.validation.directory import ValidationFolder, digest, write_rows
+from scorer.validation.directory import ValidationFolder, write_rows
 from scorer.validation.recipes import read_recipe
 from scorer.validation.statistics import compare_arms
 
