@@ -45,7 +45,7 @@ def embedding_parts(run: Run) -> list[Any]:
     """
     run.require_disk("choosing by embeddings")
     folder, parts = run.path / EMBEDDINGS, list[Any]()
-    digests = read_digests(folder)
+    digests = read_embeddings_manifest(folder).get(DIGESTS, {})
     while (path := folder / f"part-{len(parts):05d}.npy").exists():
         if not is_whole(path, digests):
             raise ScorerError(f"{path} is not what was written: run `scorer cluster {run.path}` again")
@@ -69,12 +69,6 @@ def read_embeddings_manifest(folder: Path) -> dict[str, Any]:
         return {}
     except (OSError, ValueError, RecursionError) as error:
         raise ScorerError(f"{path} can't be read ({first_line(error)}): use `scorer cluster --fresh`") from error
-
-
-def read_digests(folder: Path) -> dict[str, str]:
-    """The SHA-256 of each part of the embeddings, by the name of its file."""
-    found: dict[str, str] = read_embeddings_manifest(folder).get(DIGESTS, {})
-    return found
 
 
 def is_whole(part: Path, digests: Mapping[str, str]) -> bool:

@@ -18,6 +18,7 @@ from scorer.config import ScoreConfig
 from scorer.encoding.chat import ChatTemplate, Conversation, stand_in_for
 from scorer.engines import vllm as engine
 from scorer.engines.choose import context_length
+from scorer.engines.packing import padded_batches
 from scorer.engines.spans import BatchOutOfMemoryError, convert_errors
 from scorer.models.find import ModelFiles, model_settings
 from scorer.models.load import choose_device, choose_dtype, load_causal_lm, load_tokenizer
@@ -145,7 +146,8 @@ def _by_transformers(
         eos_token_id=plan.stop_ids,
         pad_token_id=plan.stop_ids[0] if plan.stop_ids else 0,
     )
-    batches = list(_batches(prompts, plan))[::-1]
+    lengths = {i: len(ids) + plan.options.max_tokens for i, ids in prompts.items()}
+    batches = list(padded_batches(lengths, BATCH_TOKENS[plan.device]))[::-1]
     while batches:
         batch = batches.pop()
         try:
@@ -161,17 +163,6 @@ def _by_transformers(
             continue
         progress.advance(len(batch), sum(map(len, found)))
         yield from zip(batch, found, strict=True)
-
-
-def _batches(prompts: Mapping[int, TokenIds], plan: _Plan) -> Iterator[list[int]]:
-    batch: list[int] = []
-    for i in sorted(prompts, key=lambda i: -len(prompts[i])):
-        longest = len(prompts[batch[0] if batch else i]) + plan.options.max_tokens
-        if batch and (len(batch) + 1) * longest > BATCH_TOKENS[plan.device]:
-            yield batch
-            batch = []
-        batch.append(i)
-    yield batch
 
 
 def _generate(model: Any, prompts: Sequence[TokenIds], plan: _Plan) -> list[TokenIds]:
@@ -190,7 +181,6 @@ def _by_vllm(plan: _Plan, prompts: Mapping[int, TokenIds], progress: Progress) -
 
     Where `auto` chose vLLM and it does not start, those by transformers.
     """
-
     with tempfile.TemporaryFile("w+b") as log, engine.make_socket_folder() as sockets:
         try:
             with engine.sockets_in(sockets):
@@ -223,7 +213,6 @@ def _by_vllm(plan: _Plan, prompts: Mapping[int, TokenIds], progress: Progress) -
 
 def _start_vllm(plan: _Plan, length: int, log: Any) -> Any:
     """A vllm.LLM for sequences of up to `length` tokens. Raises ScorerError, EngineError where there can be none."""
-
     engine.check_vllm()
     engine.set_environment(ScoreConfig())
     arguments: dict[str, Any] = {

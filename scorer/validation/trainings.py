@@ -76,12 +76,13 @@ class Trainings:
 
     def _finished(self, place: ArmFolder, one: TrainingSet, where: str) -> pl.DataFrame:
         """The NLLs by the model of one training set, which is trained if they or its answers are not there."""
-        nll, answers = place.read(NLL), self._read_answers(place)
-        to_answer = self.config.judge is not None and one is not BASE
+        nll, asked = place.read(NLL), self.config.judge is not None and one is not BASE
+        answers = self._read_answers(place) if asked else None
+        to_answer = asked and answers is None
         earlier = nll is not None and place.model.exists()  # kept by another command
-        if nll is not None and to_answer and answers is None and not earlier:
+        if nll is not None and to_answer and not earlier:
             self.progress.say(f"{where}: its model was not kept, as --keep-models would; it is trained again to answer")
-        if nll is None or (to_answer and answers is None):
+        if nll is None or to_answer:
             files = self._model(place, one, where)
             if nll is None:
                 began = time.monotonic()
@@ -89,9 +90,9 @@ class Trainings:
                 records = [sample.record for sample in self.prepared.held_out]
                 nll = held_out_nll(files, self.target, self.encoder, records)
                 place.write(NLL, nll, time.monotonic() - began)
-            if to_answer and answers is None:
+            if to_answer:
                 answers = self._answer(place, files)
-        if to_answer and answers is not None:
+        if answers is not None:
             self._answered[one.arm, one.seed] = answers
         if not self.config.keep_models and not earlier:
             place.remove_model()
@@ -123,7 +124,7 @@ class Trainings:
         if one is BASE:
             return self.target.files
         if not place.model.exists():
-            rows = [training_row(sample, self.encoder) for _, sample in chosen(self.data, one.ids)]
+            rows = [training_row(sample, self.encoder) for sample in chosen(self.data, one.ids)]
             self.data.check_unchanged()
             write_rows(place.path / "train.jsonl", rows)
             self.progress.say(f"training {where}: {len(rows):,} records in batches of {self.recipe.batch_size}")
@@ -133,12 +134,11 @@ class Trainings:
 
     def _prompts(self) -> dict[int, Conversation]:
         """The prompts that are answered, by the index of the held-out record: drawn by the first seed."""
-        count = len(self.prepared.held_out)
-        rows = sorted(Random(self.config.seed).sample(range(count), min(count, self.config.judge_prompts)))
-        values = [training_row(self.prepared.held_out[row], self.encoder) for row in rows]
-        return {
-            row: Conversation(value["prompt"], value.get("tools", ())) for row, value in zip(rows, values, strict=True)
-        }
+        held_out = self.prepared.held_out
+        count = min(len(held_out), self.config.judge_prompts)
+        rows = sorted(Random(self.config.seed).sample(range(len(held_out)), count))
+        values = {row: training_row(held_out[row], self.encoder) for row in rows}
+        return {row: Conversation(value["prompt"], value.get("tools", ())) for row, value in values.items()}
 
     def judged(self, folder: ValidationFolder, judge: Judge) -> tuple[Verdicts, ...]:
         """The judge's verdicts on the answers of the first arm against those of each other one, seed by seed."""

@@ -7,7 +7,7 @@ folder, see scorer.validation.directory, and not done again.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -60,7 +60,7 @@ def validate(
     run = run if isinstance(run, Run) else Run(run)
     run.check_finished()
     folder = ValidationFolder(output)
-    from scorer.validation.judge import Judge, check_judge
+    from scorer.validation.judge import Judge, JudgeClient
     from scorer.validation.prepare import Asked, Source, prepare
     from scorer.validation.samples import open_encoder
     from scorer.validation.target import open_target
@@ -71,7 +71,7 @@ def validate(
         if len(arms) < 2:
             raise ScorerError("judge: it compares the answers of two arms; name another with --arms")
         judge = Judge(config.judge, config.judge_model)
-        check_judge(judge)
+        JudgeClient(judge).check()
     with shown(progress) as receiver, folder.locked(), run.data_at(files) as records:
         target = open_target(config, recipe, receiver)
         records.check_unchanged()
@@ -83,7 +83,7 @@ def validate(
             "config": {
                 "target": target.files.name,
                 "revision": target.files.revision,
-                **recipe.to_dict(),
+                **asdict(recipe),
                 **{name: str(getattr(chosen, name)) for name in CHOICES},
                 **{name: getattr(config, name) for name in ("seed", "equal")},
             },
