@@ -158,8 +158,7 @@ def _by_transformers(
             if len(batch) == 1:
                 raise EngineError(f"answering does not fit in memory: {len(prompts[batch[0]]):,} tokens of a prompt")
             batches += [batch[len(batch) // 2 :], batch[: len(batch) // 2]]
-            if plan.device == "cuda":
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()
             continue
         progress.advance(len(batch), sum(map(len, found)))
         yield from zip(batch, found, strict=True)

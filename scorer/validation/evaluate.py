@@ -21,31 +21,25 @@ from scorer.types import EngineError, Record, RowStatus
 from scorer.validation.target import Target
 
 
-def evaluation_config(files: ModelFiles, target: Target, max_length: int) -> ScoreConfig:
-    """How a model made of `target` is evaluated. Raises ScorerError where max_length is beyond its context."""
-    config = ScoreConfig(
-        model=files.name,
-        engine="packed" if why_not_packed(files) is None else "reference",
-        protocol="chat",
-        device=target.device,
-        dtype="auto" if target.device == "cuda" else "float32",  # differences of fine-tuned models are small
-        max_length=max_length,
-        trust_remote_code=target.trust_remote_code,
-        allow_pickle=target.allow_pickle,
-    )
-    return resolve_config(config, files)
-
-
 def held_out_nll(files: ModelFiles, target: Target, encoder: Encoder, records: Sequence[Record]) -> pl.DataFrame:
     """row Int64 (the index in `records`), nll Float64 (sum over the response, in nats), tokens Int64.
 
     files: a model made of `target`; encoder: that of its template. Raises EngineError where a response has no
     finite NLL.
     """
-    config = evaluation_config(files, target, encoder.max_length)
+    config = ScoreConfig(
+        model=files.name,
+        engine="packed" if why_not_packed(files) is None else "reference",
+        protocol="chat",
+        device=target.device,
+        dtype="auto" if target.device == "cuda" else "float32",  # differences of fine-tuned models are small
+        max_length=encoder.max_length,
+        trust_remote_code=target.trust_remote_code,
+        allow_pickle=target.allow_pickle,
+    )
     turns, batch = encoder.encode(records)
     nll, statuses = np.full(len(batch.rows), np.nan), np.zeros(len(batch.rows), np.uint8)
-    with closing(open_engine(config, files)) as engine:
+    with closing(open_engine(resolve_config(config, files), files)) as engine:
         for scores in engine.score([batch]):
             nll[scores.spans], statuses[scores.spans] = scores.nll_sums, scores.statuses
     table = score_table(turns, batch, nll, statuses, two_views=False)
