@@ -69,7 +69,7 @@ def distributions(series: Mapping[str, Floats], name: str, *, log: bool, mark: f
     bins = min(MAX_BINS, 2 * math.ceil(math.sqrt(max(map(len, series.values())))))
     edges = _edges(np.concatenate([*series.values()]), log, bins)
     for i, (label, values) in enumerate(series.items()):
-        share = np.histogram(values, edges)[0] / max(len(values), 1)
+        share = np.histogram(values, edges)[0] / len(values)
         colour = COLOURS[i % len(COLOURS)]
         axes.stairs(share, edges, fill=True, color=colour, alpha=0.45 if len(series) == 1 else 0.16)
         axes.stairs(share, edges, color=colour, linewidth=1.4, label=label)

@@ -91,10 +91,6 @@ class ValidationFolder:
         with replacing(self.path / VALIDATION) as temporary:
             temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
-    def arm(self, name: str, fingerprint: str) -> ArmFolder:
-        """The folder of an arm with a seed."""
-        return ArmFolder(self.path / "arms" / name, fingerprint)
-
 
 class ArmFolder:
     """The folder of one training, `fingerprint`. What another training left there is discarded."""

@@ -153,7 +153,7 @@ def _data_of(run: Run) -> tuple[object, int]:
 def _check_apart(sets: Sequence[TrainingSet], alike: Mapping[int, int], held_out: Sequence[Sample]) -> None:
     for one in sets:
         if shared := [i for i in one.ids if i in alike]:
-            other = held_out[alike[shared[0]]].source
+            other = held_out[alike[shared[0]]].record.source
             raise ScorerError(
                 f"--eval: {other} is nearly the same as record {shared[0]}, which arm {one.arm} trains on "
                 f"({len(shared):,} such records): leave such records out of the file, or compare on --holdout"

@@ -39,7 +39,6 @@ CONDITIONED = replace(PROTOCOLS["chat"], name="validation", alone=None)
 class Sample:
     """A record in FORM, `value`; `record` is the same for the encoder: the completion is its only scored turn."""
 
-    source: str
     value: dict[str, Any]
     record: Record
 
@@ -63,7 +62,7 @@ def samples(rows: Iterable[RawRecord], reading: Reading) -> Iterator[tuple[int, 
             yield raw.record_id, None
         else:
             record = to_record(RawRecord(raw.record_id, raw.source, value), Reading())
-            yield raw.record_id, Sample(raw.source, value, record)
+            yield raw.record_id, Sample(value, record)
 
 
 def measure(data: Dataset, encoder: Encoder) -> pl.DataFrame:

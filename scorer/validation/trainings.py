@@ -69,7 +69,7 @@ class Trainings:
 
     def _folder(self, folder: ValidationFolder, one: TrainingSet, identity: Mapping[str, Any]) -> ArmFolder:
         name = UNTRAINED if one is BASE else f"{one.arm}-{one.seed}"
-        place = folder.arm(name, digest({**identity, "records": one.ids, "seed": one.seed}))
+        place = ArmFolder(folder.path / "arms" / name, digest({**identity, "records": one.ids, "seed": one.seed}))
         if place.replaced:
             self.progress.say(f"{name}: its records are others than before, and it is trained again")
         return place
