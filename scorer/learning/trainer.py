@@ -9,7 +9,7 @@ import json
 import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -93,17 +93,10 @@ class EpochTrainer:
         self.progress.advance(rows, rows * len(self.rows.token_ids) // len(self.rows))
 
     def _train(self, epoch: int, checkpoint: Path | None) -> None:
-        training, config, cuda = self.training, self.config, self.config.device == "cuda"
+        training, cuda = self.training, self.config.device == "cuda"
         assert training.schedule_epochs is not None
         assert training.device_batch is not None
-        model = load_causal_lm(
-            self.files,
-            dtype="float32",
-            device=config.device,
-            attn_implementation="sdpa",
-            trust_remote_code=config.trust_remote_code,
-            allow_pickle=config.allow_pickle,
-        )
+        model = load_causal_lm(self.files, replace(self.config, dtype="float32"), "sdpa")
         arguments = TrainingArguments(
             output_dir=str(self.folder),
             num_train_epochs=training.schedule_epochs,

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
 
-from scorer.config import ScoreConfig
 from scorer.encoding.encoder import Encoder
 from scorer.engines.architecture import why_not_packed
 from scorer.engines.choose import open_engine, resolve_config
@@ -27,19 +27,12 @@ def held_out_nll(files: ModelFiles, target: Target, encoder: Encoder, records: S
     files: a model made of `target`; encoder: that of its template. Raises EngineError where a response has no
     finite NLL.
     """
-    config = ScoreConfig(
-        model=files.name,
-        engine="packed" if why_not_packed(files) is None else "reference",
-        protocol="chat",
-        device=target.device,
-        dtype="auto" if target.device == "cuda" else "float32",  # differences of fine-tuned models are small
-        max_length=encoder.max_length,
-        trust_remote_code=target.trust_remote_code,
-        allow_pickle=target.allow_pickle,
-    )
+    name = "packed" if why_not_packed(files) is None else "reference"
+    dtype = "auto" if target.config.device == "cuda" else "float32"  # differences of fine-tuned models are small
+    config = resolve_config(replace(target.config, model=files.name, engine=name, dtype=dtype), files)
     turns, batch = encoder.encode(records)
     nll, statuses = np.full(len(batch.rows), np.nan), np.zeros(len(batch.rows), np.uint8)
-    with closing(open_engine(resolve_config(config, files), files)) as engine:
+    with closing(open_engine(config, files)) as engine:
         for scores in engine.score([batch]):
             nll[scores.spans], statuses[scores.spans] = scores.nll_sums, scores.statuses
     table = score_table(turns, batch, nll, statuses, two_views=False)

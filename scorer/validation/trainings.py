@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from random import Random
 from typing import Any
 
@@ -37,7 +38,7 @@ NLL, ANSWERS = "nll.parquet", "answers.parquet"
 BASE = TrainingSet(UNTRAINED, 0, (), 0)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Trainings:
     """All trainings, with what they need."""
 
@@ -99,13 +100,8 @@ class Trainings:
         return nll
 
     def _answer(self, place: ArmFolder, files: ModelFiles) -> dict[int, str | None]:
-        prompts, most, began = self._prompts(), self.config.answer_tokens, time.monotonic()
-        options = AnswerOptions(
-            max_tokens=most,
-            device=self.target.device,
-            trust_remote_code=self.target.trust_remote_code,
-            allow_pickle=self.target.allow_pickle,
-        )
+        prompts, most, began = self._prompts, self.config.answer_tokens, time.monotonic()
+        options = AnswerOptions(self.target.config, max_tokens=most)
         answers = dict(zip(prompts, answer(files, list(prompts.values()), options, self.progress), strict=True))
         texts = pl.Series(answers.values(), dtype=pl.String)
         table = pl.DataFrame({"row": list(answers), "answer": texts}).with_columns(max_tokens=most)
@@ -115,7 +111,7 @@ class Trainings:
     def _read_answers(self, place: ArmFolder) -> dict[int, str | None] | None:
         """The answers that were written; None where there are none, or to other prompts, or of another length."""
         table = place.read(ANSWERS)
-        if table is None or table["row"].to_list() != list(self._prompts()):
+        if table is None or table["row"].to_list() != list(self._prompts):
             return None
         same = table["max_tokens"].unique().to_list() == [self.config.answer_tokens]
         return dict(table.select("row", "answer").iter_rows()) if same else None
@@ -132,6 +128,7 @@ class Trainings:
             fine_tune(self.target, training, place.checkpoints, place.model, self.progress)
         return find_model(str(place.model), allow_pickle=self.config.allow_pickle)
 
+    @cached_property
     def _prompts(self) -> dict[int, Conversation]:
         """The prompts that are answered, by the index of the held-out record: drawn by the first seed."""
         held_out = self.prepared.held_out
@@ -142,7 +139,7 @@ class Trainings:
 
     def judged(self, folder: ValidationFolder, judge: Judge) -> tuple[Verdicts, ...]:
         """The judge's verdicts on the answers of the first arm against those of each other one, seed by seed."""
-        prompts = {row: prompt_text(prompt) for row, prompt in self._prompts().items()}
+        prompts = {row: prompt_text(prompt) for row, prompt in self._prompts.items()}
         first = self.prepared.sets[0].arm
         pairs = [
             Pair(row, first, other, seed, prompt, self._answered[first, seed][row], answers[row])
