@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
@@ -151,13 +152,11 @@ class _StopAfterEpoch(TrainerCallback):  # type: ignore[misc]  # transformers is
 
 def _collate(rows: TokenBatch, chosen: Sequence[int]) -> dict[str, torch.Tensor]:
     """input_ids, attention_mask, labels: int64 [B, T]. Only a sequence's target tokens are labels."""
-    shape = (len(chosen), int(rows.lengths[list(chosen)].max()))
-    ids, mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
-    labels = torch.full(shape, IGNORED_LABEL)
+    tokens = [torch.from_numpy(rows.ids(row)).long() for row in chosen]
+    ids = pad_sequence(tokens, batch_first=True)
+    mask = pad_sequence(list(map(torch.ones_like, tokens)), batch_first=True)
+    labels = torch.full_like(ids, IGNORED_LABEL)
     for i, row in enumerate(chosen):
-        tokens = torch.from_numpy(rows.ids(row))
-        ids[i, : len(tokens)] = tokens
-        mask[i, : len(tokens)] = 1
         for start, end in rows.bounds(row):
             labels[i, start:end] = ids[i, start:end]
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}

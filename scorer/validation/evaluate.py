@@ -24,8 +24,7 @@ from scorer.validation.target import Target
 def held_out_nll(files: ModelFiles, target: Target, encoder: Encoder, records: Sequence[Record]) -> pl.DataFrame:
     """row Int64 (the index in `records`), nll Float64 (sum over the response, in nats), tokens Int64.
 
-    files: a model made of `target`; encoder: that of its template. Raises EngineError where a response has no
-    finite NLL.
+    files: a model made of `target`; encoder: that of its template. Raises EngineError where an NLL is not finite.
     """
     name = "packed" if why_not_packed(files) is None else "reference"
     dtype = "auto" if target.config.device == "cuda" else "float32"  # differences of fine-tuned models are small

@@ -68,8 +68,7 @@ def samples(rows: Iterable[RawRecord], reading: Reading) -> Iterator[tuple[int, 
 def measure(data: Dataset, encoder: Encoder) -> pl.DataFrame:
     """record_id Int64, status String, tokens Int64, of all records.
 
-    tokens: of the response, as far as max_length leaves them. status: a RowStatus; the records of SCORED can be trained
-    on.
+    status: a RowStatus or NOT_CONVERTIBLE. tokens: of the response, as far as max_length leaves them.
     """
     tables = []
     found = samples(data.rows(), data.reading)

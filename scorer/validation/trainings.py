@@ -63,17 +63,14 @@ class Trainings:
             self.progress.say(f"arm {arm}: {records:,} records, {tokens:,} response tokens")
         tables = []
         for number, one in enumerate((BASE, *sets)):
-            place = self._folder(folder, one, identity)
-            nll = self._finished(place, one, f"{place.path.name} ({number} of {len(sets)})")
+            name = UNTRAINED if one is BASE else f"{one.arm}-{one.seed}"
+            fingerprint = digest({**identity, "records": one.ids, "seed": one.seed})
+            place = ArmFolder(folder.path / "arms" / name, fingerprint)
+            if place.replaced:
+                self.progress.say(f"{name}: its records are others than before, and it is trained again")
+            nll = self._finished(place, one, f"{name} ({number} of {len(sets)})")
             tables.append(nll.select(pl.lit(one.arm).alias("arm"), pl.lit(one.seed, pl.Int64).alias("seed"), pl.all()))
         return pl.concat(tables)
-
-    def _folder(self, folder: ValidationFolder, one: TrainingSet, identity: Mapping[str, Any]) -> ArmFolder:
-        name = UNTRAINED if one is BASE else f"{one.arm}-{one.seed}"
-        place = ArmFolder(folder.path / "arms" / name, digest({**identity, "records": one.ids, "seed": one.seed}))
-        if place.replaced:
-            self.progress.say(f"{name}: its records are others than before, and it is trained again")
-        return place
 
     def _finished(self, place: ArmFolder, one: TrainingSet, where: str) -> pl.DataFrame:
         """The NLLs by the model of one training set, which is trained if they or its answers are not there."""
