@@ -15,7 +15,7 @@ import polars as pl
 
 from scorer.files.kinds import first_line
 from scorer.files.reader import read_table
-from scorer.learning.learn import PROTOCOL, finish, is_done, learning_manifest, start_over
+from scorer.learning.learn import PROTOCOL, clear_or_check, finish, is_done, learning_manifest
 from scorer.runs.directory import Run
 from scorer.runs.manifest import Manifest, differences
 from scorer.runs.progress import Progress, shown
@@ -55,12 +55,11 @@ def join_runs(
     run = RunWriter(output)
     run.require_disk("joining")
     with shown(progress) as receiver, run.locked():
-        start_over(run, fresh=fresh)
+        clear_or_check(run, fresh=fresh)
         manifest = learning_manifest(base, {"tables": digests}, len(tables) - 1)
-        if is_done(run, manifest, receiver):
-            return run
-        run.write_manifest(manifest)
-        finish(run, manifest, tables, manifests)
+        if not is_done(run, manifest, receiver):
+            run.write_manifest(manifest)
+            finish(run, manifest, tables, manifests)
     return run
 
 

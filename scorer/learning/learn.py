@@ -77,7 +77,7 @@ def learn(
     run.require_disk("training")
     checkpoints = run.path / "checkpoints"
     with shown(progress) as receiver, run.locked():
-        start_over(run, fresh=fresh)
+        clear_or_check(run, fresh=fresh)
         before = Run(run.path / "epoch-0")
         quiet = Silent() if _is_complete(before) else receiver  # a complete one is only checked against the options
         runs = [score(data, before.path, strict=strict, progress=quiet, protocol=PROTOCOL, **given)]
@@ -180,8 +180,8 @@ def finish(run: RunWriter, manifest: Manifest, tables: list[pl.DataFrame], runs:
     )
 
 
-def start_over(run: RunWriter, *, fresh: bool) -> None:
-    """Remove an earlier run if `fresh`. Raises ScorerError where the directory holds a run that is not of LP."""
+def clear_or_check(run: RunWriter, *, fresh: bool) -> None:
+    """Remove an earlier run if `fresh`; else raise ScorerError where the directory holds one that is not of LP."""
     if fresh:
         run.clear()
         for path in (*run.path.glob("epoch-*"), run.path / "checkpoints"):

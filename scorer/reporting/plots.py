@@ -9,8 +9,8 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,13 +54,11 @@ STYLE: dict[str, Any] = {
 }
 
 
-@contextmanager
-def style() -> Iterator[None]:
+def style() -> AbstractContextManager[None]:
     """The settings of every picture."""
     from matplotlib import rc_context
 
-    with rc_context(STYLE):  # type: ignore[arg-type]
-        yield
+    return rc_context(STYLE)  # type: ignore[arg-type]
 
 
 def distributions(series: Mapping[str, Floats], name: str, *, log: bool, mark: float | None = None) -> Figure:
