@@ -74,7 +74,7 @@ class EpochTrainer:
         try:
             checkpoint, step = last_checkpoint(self.folder, max_step=last)
             if step < last:
-                if checkpoint is not None and (done := step % self.epoch_steps):
+                if done := step % self.epoch_steps:
                     self.progress.say(f"training goes on after step {step:,} of {last:,}")
                     self.advance(done * batch_size)
                 self._train(epoch, checkpoint)
