@@ -10,7 +10,6 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from fractions import Fraction
 from itertools import combinations
 from pathlib import Path
 from typing import Unpack
@@ -75,15 +74,13 @@ def compare(
 
     sources: run directories, or Parquet, CSV, JSON or JSON Lines files with `record_id` and the column; or else
     selected files, whose records are compared without the key `scorer`, each as often as it occurs. output: a JSON file
-    to write the result to. `Agreement.per_cluster` uses the clusters of the first
-    run, where it has them.
+    to write the result to. `Agreement.per_cluster` uses the clusters of the first run, where it has them.
 
     Raises ScorerError where the sources do not hold the same record ids, saying how many differ.
     """
     if isinstance(sources, str | Path) or len(sources) < 2:
         raise ScorerError("compare: name two or more runs, score tables or selected files")
     config = from_options(CompareConfig, options)
-    shares = config.shares
     paths = [to_path(source) for source in sources]
     scored = [is_folder(path) or _is_table(path) for path in paths]
     if any(scored) and not all(scored):
@@ -102,8 +99,7 @@ def compare(
         loaded = [_load(path, column, config.lowest) for path, column in zip(paths, columns, strict=True)]
         run = Run(paths[0])
         groups = clusters(run) if is_folder(paths[0]) and has_clusters(run) else None
-        bootstrap = Bootstrap(config.resamples, config.seed)
-        result = [_pair(a, b, shares, groups, bootstrap) for a, b in combinations(loaded, 2)]
+        result = [_pair(a, b, groups, config) for a, b in combinations(loaded, 2)]
     else:
         if config.by is not None:
             raise ScorerError(f"by: {paths[0]} has no record_id; without --by, selected files are compared by content")
@@ -162,15 +158,15 @@ def _column(path: Path, schema: pl.Schema, by: str | None) -> str:
     return by
 
 
-def _pair(a: Scores, b: Scores, shares: list[Fraction], groups: pl.DataFrame | None, bootstrap: Bootstrap) -> Pair:
+def _pair(a: Scores, b: Scores, groups: pl.DataFrame | None, config: CompareConfig) -> Pair:
     check_same_ids(a.name, a.values, b.name, b.values, ["record_id"])
     labels = None
     if groups is not None:
         found = a.values.select("record_id").join(groups, on="record_id", how="left", maintain_order="left")
         labels = found["group"].fill_null(-1).to_numpy()  # records without a cluster form one
     first, second = (scores.values["value"].fill_null(float("nan")).to_numpy() for scores in (a, b))
-    lowest = (a.lowest, b.lowest)
-    agreement = agree(first, second, shares, lowest=lowest, clusters=labels, bootstrap=bootstrap)
+    lowest, bootstrap = (a.lowest, b.lowest), Bootstrap(config.resamples, config.seed)
+    agreement = agree(first, second, config.shares, lowest=lowest, clusters=labels, bootstrap=bootstrap)
     return Pair(a.name, b.name, (a.by, b.by), lowest, agreement)
 
 

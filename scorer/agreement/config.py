@@ -17,8 +17,7 @@ class CompareConfig:
     """By which columns sources are compared, and how the intervals are drawn.
 
     by: a column, or one for each source; None is the run's own, or a table's only one. lowest: which end is better;
-    None is the run's own end for its own column, the lowest of LP, and the highest of all else. at: shares of the
-    records.
+    None is the run's own end for its own column, the lowest of LP, and the highest of all else.
     """
 
     by: str | Sequence[str] | None = option(

@@ -114,9 +114,8 @@ def agree(
         shares = zip(at, sizes, strict=True)
         per_cluster = tuple(_overlap_per_cluster(orders, labels, *share, bootstrap) for share in shares)
     spearman = with_interval(_spearman(ranks, once), rhos)
-    return Agreement(
-        len(x), len(first) - len(x), spearman, _kendall(ranks[0], ranks[1], bootstrap), tuple(whole), per_cluster
-    )
+    kendall = _kendall(ranks[0], ranks[1], bootstrap)
+    return Agreement(len(x), len(first) - len(x), spearman, kendall, tuple(whole), per_cluster)
 
 
 def tau_b(first: npt.ArrayLike, second: npt.ArrayLike) -> float:

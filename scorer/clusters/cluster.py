@@ -25,6 +25,7 @@ from scorer.models.load import choose_device
 from scorer.options import from_options, keywords
 from scorer.requirements import require
 from scorer.runs.directory import CLUSTERS, EMBEDDINGS, FLAGS, Run
+from scorer.runs.extras import embeddings
 from scorer.runs.progress import Progress, shown
 from scorer.runs.writer import RunWriter
 from scorer.types import ScorerError
@@ -104,18 +105,9 @@ def kmeans(
         raise ScorerError(f"{len(rows):,} records with text can't make {k:,} clusters: give fewer --clusters")
     if len(rows) > SAMPLE * k:
         rows = np.sort(np.random.default_rng(seed).choice(rows, SAMPLE * k, replace=False))
-    width = parts[0].shape[1]
-    sample = np.empty((len(rows), width), dtype=np.float32)
-    start = copied = 0
-    for part in parts:
-        indices = rows[(rows >= start) & (rows < start + len(part))] - start
-        sample[copied : copied + len(indices)] = part[indices]
-        start, copied = start + len(part), copied + len(indices)
-    model = faiss.Kmeans(
-        width, k, niter=iterations, seed=seed, min_points_per_centroid=1, max_points_per_centroid=SAMPLE
-    )
-    model.train(sample)
-    del sample
+    limits = {"min_points_per_centroid": 1, "max_points_per_centroid": SAMPLE}
+    model = faiss.Kmeans(parts[0].shape[1], k, niter=iterations, seed=seed, **limits)
+    model.train(embeddings(parts, pl.Series(rows)))
     found = [model.index.search(np.ascontiguousarray(part), 1) for part in parts]
     labels = np.concatenate([nearest[:, 0] for _, nearest in found])[filled]
     squares = np.concatenate([squares[:, 0] for squares, _ in found])[filled]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +18,7 @@ import torch
 from safetensors import safe_open
 
 from scorer.config import EmbedderConfig
+from scorer.engines.packing import padded_batches
 from scorer.models.find import ModelFiles
 from scorer.models.folders import embedder_modules, weight_files
 from scorer.models.load import choose_device
@@ -72,7 +73,8 @@ class Embedder:
         with quiet():
             lengths = self._lengths(texts)
         self.tokens += sum(lengths)
-        batches = list(_batches(lengths, self.batch_tokens))
+        filled = {i: length for i, length in enumerate(lengths) if length}
+        batches = list(padded_batches(filled, self.batch_tokens))
         threads = torch.get_num_threads()  # a thread's own setting, in part the process's
         pool = ThreadPoolExecutor(
             self.workers, "scorer-embed", initializer=torch.set_num_threads, initargs=(max(1, threads // self.workers),)
@@ -98,18 +100,6 @@ class Embedder:
             texts, batch_size=len(texts), show_progress_bar=False, normalize_embeddings=True
         )
         return rows
-
-
-def _batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Indices of texts, longest first, in batches of at most `budget` tokens with padding, or of one text."""
-    batch: list[int] = []
-    for i in sorted((i for i, length in enumerate(lengths) if length), key=lambda i: -lengths[i]):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > budget:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
 
 
 def _limit(first: Any, max_tokens: int) -> None:

@@ -16,7 +16,6 @@ import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,7 @@ from scorer.config import EmbedderConfig
 from scorer.data.dataset import Dataset
 from scorer.models.find import ModelFiles, find_model
 from scorer.runs.directory import EMBEDDINGS, MANIFEST, Run
-from scorer.runs.extras import DIGESTS, is_whole, read_digests, read_embeddings_manifest
+from scorer.runs.extras import DIGESTS, is_whole, read_embeddings_manifest
 from scorer.runs.manifest import Manifest, differences
 from scorer.runs.progress import Progress
 from scorer.storage.atomic import remove_temporaries, replacing
@@ -63,10 +62,12 @@ def embed(run: Run, data: Dataset, kind: str, config: EmbedderConfig, progress: 
     manifest = run.manifest
     folder = run.path / EMBEDDINGS
     identity = _identity(manifest, files, config)
-    _check_same_embeddings(folder, identity)
+    before = read_embeddings_manifest(folder)
+    if changes := differences(before or identity, identity):
+        raise ScorerError(f"{folder} holds other embeddings ({'; '.join(changes)}): use --fresh to discard them")
+    known: dict[str, str] = before.get(DIGESTS, {})
     parts = [folder / f"{kind}-{i:05d}.npy" for i in range(-(-manifest.records // PART_ROWS))]
     remove_temporaries(folder / f"{kind}-*.npy")
-    known = read_digests(folder)
     done = next((i for i, part in enumerate(parts) if not is_whole(part, known)), len(parts))
     if done < len(parts):
         what = "records" if kind == "part" else f"{kind}s"
@@ -82,7 +83,8 @@ def embed(run: Run, data: Dataset, kind: str, config: EmbedderConfig, progress: 
                 np.save(file, matrix)
                 file.seek(0)
                 known[part.name] = hashlib.file_digest(file, "sha256").hexdigest()
-            _write_manifest(folder, content | {DIGESTS: known})
+            with replacing(folder / MANIFEST) as temporary:
+                temporary.write_text(json.dumps(content | {DIGESTS: known}, indent=2) + "\n", encoding="utf-8")
             progress.advance(len(chunk), model.tokens - tokens)
     return [np.load(part, mmap_mode="r") for part in parts]
 
@@ -98,15 +100,3 @@ def _identity(manifest: Manifest, files: ModelFiles, config: EmbedderConfig) -> 
         "limit": manifest.config["limit"],
         "columns": manifest.config["columns"],
     }
-
-
-def _check_same_embeddings(folder: Path, identity: dict[str, Any]) -> None:
-    """Raise ScorerError where the folder's manifest records another identity."""
-    before = read_embeddings_manifest(folder) or identity
-    if changes := differences(before, identity):
-        raise ScorerError(f"{folder} holds other embeddings ({'; '.join(changes)}): use --fresh to discard them")
-
-
-def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    with replacing(folder / MANIFEST) as temporary:
-        temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")

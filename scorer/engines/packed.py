@@ -58,14 +58,7 @@ class PackedEngine:
         assert config.batch_tokens is not None
         check_packable(files)
         self.batch_tokens = config.batch_tokens
-        self.model = load_causal_lm(
-            files,
-            dtype=config.dtype,
-            device=config.device,
-            attn_implementation=ATTENTION,
-            trust_remote_code=config.trust_remote_code,
-            allow_pickle=config.allow_pickle,
-        )
+        self.model = load_causal_lm(files, config, ATTENTION)
         self.head = head_of(self.model)
         self.head_function = head_function
         self.vocab_size: int = self.model.get_input_embeddings().weight.shape[0]

@@ -1,7 +1,8 @@
-"""Packs sequences into padding-free batches under a token budget; knows nothing of models."""
+"""Puts sequences into batches under a token budget, packed without padding or padded; knows nothing of models."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -75,3 +76,15 @@ def pack(batch: TokenBatch, sequences: Array) -> PackedBatch:
         bounds_of(counts),
     )
     return PackedBatch(spans, lengths.tolist(), *map(torch.from_numpy, arrays))
+
+
+def padded_batches(lengths: Mapping[int, int], budget: int) -> Iterator[list[int]]:
+    """The keys of sequences by length, longest first, in batches of at most `budget` tokens with padding, or of one."""
+    batch: list[int] = []
+    for key in sorted(lengths, key=lambda key: -lengths[key]):
+        if batch and (len(batch) + 1) * lengths[batch[0]] > budget:
+            yield batch
+            batch = []
+        batch.append(key)
+    if batch:
+        yield batch

@@ -29,14 +29,7 @@ class ReferenceEngine:
     """The contract of `scorer.engines.Engine`, by the plainest code."""
 
     def __init__(self, config: ScoreConfig, files: ModelFiles):
-        self.model = load_causal_lm(
-            files,
-            dtype=config.dtype,
-            device=config.device,
-            attn_implementation="eager",
-            trust_remote_code=config.trust_remote_code,
-            allow_pickle=config.allow_pickle,
-        )
+        self.model = load_causal_lm(files, config, "eager")
 
     def score(self, batches: Iterable[TokenBatch | None]) -> Iterator[SpanScores]:
         """Yield the scores of each sequence, in order."""

@@ -15,7 +15,7 @@ import polars as pl
 
 from scorer.faults import first_line
 from scorer.files.reader import read_table
-from scorer.learning.learn import PROTOCOL, check_run_kind, discard, finish, is_done, learning_manifest
+from scorer.learning.learn import PROTOCOL, clear_or_check, finish, is_done, learning_manifest
 from scorer.runs.directory import Run
 from scorer.runs.manifest import Manifest, differences
 from scorer.runs.progress import Progress, shown
@@ -55,14 +55,11 @@ def join_runs(
     run = RunWriter(output)
     run.require_disk("joining")
     with shown(progress) as receiver, run.locked():
-        if fresh:
-            discard(run)
-        check_run_kind(run)
+        clear_or_check(run, fresh=fresh)
         manifest = learning_manifest(base, {"tables": digests}, len(tables) - 1)
-        if is_done(run, manifest, receiver):
-            return run
-        run.write_manifest(manifest)
-        finish(run, manifest, tables, manifests)
+        if not is_done(run, manifest, receiver):
+            run.write_manifest(manifest)
+            finish(run, manifest, tables, manifests)
     return run
 
 
@@ -99,7 +96,7 @@ def _read_table(path: Path) -> pl.DataFrame:
 
 def _digest(path: Path) -> str:
     if is_folder(path):
-        return str(Run(path).manifest.fingerprint)
+        return Run(path).manifest.fingerprint
     with local_copy(path) as copy, copy.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

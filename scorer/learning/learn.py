@@ -9,8 +9,6 @@ Knows runs; the formulas are in scorer.scores.measures, and scorer.learning.trai
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 import uuid
 from collections.abc import Mapping
@@ -24,27 +22,26 @@ import polars as pl
 from scorer.config import SERVERS, Part, ScoreConfig, Training
 from scorer.data.dataset import Dataset
 from scorer.keywords import LearnKeywords
-from scorer.models.find import ModelFiles, find_model
+from scorer.models.find import find_model
 from scorer.models.load import choose_device
 from scorer.options import from_options, keywords
 from scorer.requirements import require
 from scorer.runs.directory import Run
-from scorer.runs.manifest import Manifest
+from scorer.runs.manifest import Manifest, digest
 from scorer.runs.progress import Progress, Silent, shown
 from scorer.runs.run import check_same_run, say_removed, score
 from scorer.runs.shards import open_encoder
 from scorer.runs.writer import RunWriter
 from scorer.scores.measures import learning_table
-from scorer.tokens import TokenBatch, concatenate
+from scorer.tokens import concatenate
 from scorer.types import ScorerError
 
 if TYPE_CHECKING:
-    from scorer.learning.trainer import TrainingPlan
+    from scorer.learning.trainer import EpochTrainer
 
 PROTOCOL = "small2large"
 FORMAT = "learning 1"  # raised whenever the meaning of the table changes
 DEVICE_BATCH = {"cpu": 4, "cuda": 16}  # records
-NOT_IDENTITY = ("save_steps", "trust_remote_code", "allow_pickle")  # may change when a training is resumed
 
 
 @keywords(score, Part, ScoreConfig, without=("protocol", "cluster"))
@@ -68,33 +65,44 @@ def learn(
     require("lp")
     given: dict[str, Any] = {**options}
     strict = given.pop("strict", False)
-    plan = _plan(training, _resolve(given), given)
+    device = _resolve(given)
+    from scorer.learning.trainer import device_batch
+
+    training = replace(
+        training,
+        schedule_epochs=training.schedule_epochs or max(3, training.epochs),
+        device_batch=device_batch(training.device_batch or DEVICE_BATCH[device], training.batch_size),
+    )
     run = RunWriter(output)
     run.require_disk("training")
+    checkpoints = run.path / "checkpoints"
     with shown(progress) as receiver, run.locked():
-        if fresh:
-            discard(run)
-        check_run_kind(run)
+        clear_or_check(run, fresh=fresh)
         before = Run(run.path / "epoch-0")
         quiet = Silent() if _is_complete(before) else receiver  # a complete one is only checked against the options
         runs = [score(data, before.path, strict=strict, progress=quiet, protocol=PROTOCOL, **given)]
-        settings = {k: v for k, v in (asdict(plan) | {"epochs": training.epochs}).items() if k not in NOT_IDENTITY}
+        settings = asdict(training) | {"device": device}
+        del settings["save_steps"]  # it may change when a training is resumed
         manifest = learning_manifest(runs[0].manifest, {"learning": settings}, training.epochs)
+        config = from_options(ScoreConfig, manifest.config)
         with runs[0].data as records:
-            trainer = _Trainer(run.path / "checkpoints", records, manifest.config, plan, training.epochs)
             if not is_done(run, manifest, receiver):
                 run.write_manifest(manifest)
-                trainer.folder.mkdir(exist_ok=True)
+                checkpoints.mkdir(exist_ok=True)
+                trainer = None
                 for epoch in range(1, training.epochs + 1):
                     runs.append(Run(run.path / f"epoch-{epoch}"))
                     if not _is_complete(runs[-1]):
-                        model = trainer.train(epoch, receiver)
-                        again = asdict(trainer.config) | {"model": str(model), "revision": None}
+                        trainer = trainer or _open_trainer(checkpoints, records, config, training, receiver)
+                        model = trainer.train_to(epoch)
+                        again = asdict(config) | {"model": str(model), "revision": None}
                         runs[-1] = score(records, runs[-1].path, strict=strict, progress=receiver, **again)
                         if not keep_checkpoints:
                             shutil.rmtree(model)
                 finish(run, manifest, [r.scores() for r in runs], [r.manifest for r in runs])
-        _clean(trainer.folder, keep_checkpoints)
+        # An optimizer's state serves an unfinished training only.
+        for path in checkpoints.glob("checkpoint-*") if keep_checkpoints else [checkpoints]:
+            shutil.rmtree(path, ignore_errors=True)
     return run
 
 
@@ -116,58 +124,32 @@ def _is_complete(run: Run) -> bool:
     return run.begun and run.complete
 
 
-def _plan(training: Training, device: str, options: Mapping[str, Any]) -> TrainingPlan:
-    """The options of training with the defaults that depend on the device or on other options."""
-    from scorer.learning.trainer import TrainingPlan, device_batch
+def _open_trainer(
+    folder: Path, data: Dataset, config: ScoreConfig, training: Training, progress: Progress
+) -> EpochTrainer:
+    """The trainer of the model on the conditioned sequences of `data`, exactly as they are scored.
 
-    settings = asdict(training) | {
-        "schedule_epochs": training.schedule_epochs or max(3, training.epochs),
-        "device_batch": device_batch(training.device_batch or DEVICE_BATCH[device], training.batch_size),
-        "device": device,
-        "trust_remote_code": options.get("trust_remote_code", False),
-        "allow_pickle": options.get("allow_pickle", False),
-    }
-    del settings["epochs"]
-    return TrainingPlan(**settings)
+    Rejected responses are not trained on. Raises ScorerError where nothing would be learned.
+    """
+    from scorer.learning.trainer import EpochTrainer
 
-
-class _Trainer:
-    """Trains the model that `config` names, epoch by epoch, on the sequences of `data` that were scored."""
-
-    def __init__(self, folder: Path, data: Dataset, config: Mapping[str, Any], plan: TrainingPlan, epochs: int):
-        self.folder, self.data, self.plan, self.epochs = folder, data, plan, epochs
-        self.config = from_options(ScoreConfig, config)
-        self.rows: TokenBatch | None = None
-
-    def train(self, epoch: int, progress: Progress) -> Path:
-        """Train up to the end of `epoch`, and return the folder of the model."""
-        from scorer.learning.trainer import train_to
-
-        files = find_model(self.config.model, revision=self.config.revision, allow_pickle=self.config.allow_pickle)
-        if self.rows is None:
-            self.rows = self._read(files)
-        count = len(self.rows)
-        progress.say(f"training {files.name}, epoch {epoch}: {count:,} rows in batches of {self.plan.batch_size}")
-        progress.begin(count, 0)
-        return train_to(epoch, files, self.rows, self.folder, self.plan, progress)
-
-    def _read(self, files: ModelFiles) -> TokenBatch:
-        """The conditioned sequences, exactly as they are scored; those of rejected responses are not trained on."""
-        encoder = open_encoder(self.config, files)
-        records = (
-            replace(record, turns=tuple(turn for turn in record.turns if turn.branch != "rejected"))
-            for record in self.data.records()
+    files = find_model(config.model, revision=config.revision, allow_pickle=config.allow_pickle)
+    encoder = open_encoder(config, files)
+    records = (
+        replace(record, turns=tuple(turn for turn in record.turns if turn.branch != "rejected"))
+        for record in data.records()
+    )
+    chunks = iter(lambda: list(islice(records, config.shard_rows)), [])
+    rows = concatenate([encoder.encode(chunk)[1] for chunk in chunks])
+    if not len(rows):
+        raise ScorerError("no record has a response to train on: see the status column of epoch-0")
+    trainer = EpochTrainer(files, rows, folder, training, config, progress)
+    if training.epochs * trainer.epoch_steps == 1 and training.warmup_ratio > 0:
+        raise ScorerError(
+            f"{len(rows)} rows are one step of batch size {training.batch_size}, at the warm-up's learning rate "
+            "of 0: nothing would be learned; give a smaller --batch-size, or --warmup-ratio 0"
         )
-        chunks = iter(lambda: list(islice(records, self.config.shard_rows)), [])
-        rows = concatenate([encoder.encode(chunk)[1] for chunk in chunks])
-        if not len(rows):
-            raise ScorerError("no record has a response to train on: see the status column of epoch-0")
-        if self.epochs * -(-len(rows) // self.plan.batch_size) == 1 and self.plan.warmup_ratio > 0:
-            raise ScorerError(
-                f"{len(rows)} rows are one step of batch size {self.plan.batch_size}, at the warm-up's learning rate "
-                "of 0: nothing would be learned; give a smaller --batch-size, or --warmup-ratio 0"
-            )
-        return rows
+    return trainer
 
 
 def learning_manifest(base: Manifest, identity: Mapping[str, Any], epochs: int) -> Manifest:
@@ -179,7 +161,7 @@ def learning_manifest(base: Manifest, identity: Mapping[str, Any], epochs: int) 
         run_id=uuid.uuid4().hex,
         shards=(),
         identity=identity,
-        fingerprint=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
+        fingerprint=digest(identity),
         ranking={"by": "lp1" if epochs > 1 else "lp1_approx", "lowest": True},
     )
 
@@ -190,17 +172,21 @@ def finish(run: RunWriter, manifest: Manifest, tables: list[pl.DataFrame], runs:
     shard = table["record_id"].rle_id() // manifest.config["shard_rows"]
     for index, part in enumerate(table.with_columns(shard=shard).partition_by("shard", include_key=False)):
         run.write_shard(index, part)
-    known = {
-        "tokens": sum(r.tokens for r in runs),
-        "seconds": round(sum(r.seconds for r in runs), 3),
-        "environments": manifest.environments,
-    }
-    run.finish(manifest, **known)
+    run.finish(
+        manifest,
+        tokens=sum(r.tokens for r in runs),
+        seconds=round(sum(r.seconds for r in runs), 3),
+        environments=manifest.environments,
+    )
 
 
-def check_run_kind(run: Run) -> None:
-    """Raise ScorerError where the directory holds a run that is not of LP."""
-    if run.begun and run.manifest.identity.get("format") != FORMAT:
+def clear_or_check(run: RunWriter, *, fresh: bool) -> None:
+    """Remove an earlier run if `fresh`; else raise ScorerError where the directory holds one that is not of LP."""
+    if fresh:
+        run.clear()
+        for path in (*run.path.glob("epoch-*"), run.path / "checkpoints"):
+            shutil.rmtree(path, ignore_errors=True)
+    elif run.begun and run.manifest.identity.get("format") != FORMAT:
         raise ScorerError(f"{run.path} holds a run of another kind: use --fresh to discard it, or another -o")
 
 
@@ -213,18 +199,3 @@ def is_done(run: RunWriter, manifest: Manifest, progress: Progress) -> bool:
     if run.complete:
         progress.say(f"{run.path} is complete already; --fresh would start over")
     return run.complete
-
-
-def discard(run: RunWriter) -> None:
-    """Remove everything of an earlier run."""
-    run.clear()
-    for path in (*run.path.glob("epoch-*"), run.path / "checkpoints"):
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _clean(checkpoints: Path, keep: bool) -> None:
-    """Remove the optimizer states, which only an unfinished training needs, and unless `keep` the models."""
-    for path in checkpoints.glob("checkpoint-*"):
-        shutil.rmtree(path, ignore_errors=True)
-    if not keep:
-        shutil.rmtree(checkpoints, ignore_errors=True)

@@ -8,20 +8,22 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
-from transformers.utils import logging
 
+from scorer.config import ScoreConfig, Training
 from scorer.models.find import ModelFiles
 from scorer.models.folders import SMALL_FILES
 from scorer.models.load import load_causal_lm
+from scorer.models.quiet import quiet
 from scorer.runs.progress import Progress
 from scorer.storage.atomic import storage_error
 from scorer.tokens import TokenBatch
@@ -32,148 +34,129 @@ STATE = "trainer_state.json"  # Trainer writes it last: a checkpoint without it 
 WEIGHT_INDEX = "*.index.json"
 
 
-@dataclass(frozen=True, slots=True)
-class TrainingPlan:
-    """`scorer.config.Training` with its defaults resolved, the device, and what loading the model may do."""
-
-    schedule_epochs: int
-    learning_rate: float
-    scheduler: str
-    warmup_ratio: float
-    batch_size: int
-    device_batch: int
-    weight_decay: float
-    seed: int
-    save_steps: int
-    device: str
-    trust_remote_code: bool
-    allow_pickle: bool
-
-
 def device_batch(most: int, batch_size: int) -> int:
     """How many records a forward pass takes: at most `most`, so that whole passes make a step of `batch_size`."""
     return next(n for n in range(min(most, batch_size), 0, -1) if batch_size % n == 0)
 
 
-def train_to(
-    epoch: int, files: ModelFiles, rows: TokenBatch, folder: Path, plan: TrainingPlan, progress: Progress
-) -> Path:
-    """The model as it is after `epoch` epochs: FOLDER/epoch-N, in the layout of its source, which `find_model` takes.
+@dataclass(frozen=True, slots=True)
+class EpochTrainer:
+    """Fine-tunes the model `files` on the target tokens of `rows`, one epoch at a time, with checkpoints in `folder`.
 
-    Training resumes from the last complete checkpoint in `folder`. The loss is the mean over the target tokens of each
-    effective batch. Weights are float32; on CUDA autocast computes in bfloat16. Raises EngineError
-    where memory or the disk is full.
+    training: with `schedule_epochs` and `device_batch` set. config: the device, and what loading the model may do.
     """
-    model_folder = folder / f"epoch-{epoch}"
-    if model_folder.exists():
-        return model_folder
-    steps = math.ceil(len(rows) / plan.batch_size)
-    tokens = len(rows.token_ids)
 
-    def advance(done: int) -> None:
-        progress.advance(done, done * tokens // len(rows))
+    files: ModelFiles
+    rows: TokenBatch
+    folder: Path
+    training: Training
+    config: ScoreConfig
+    progress: Progress
 
-    try:
-        checkpoint, step = last_checkpoint(folder, max_step=epoch * steps)
-        if step < epoch * steps:
-            if checkpoint is not None and step % steps:
-                progress.say(f"training goes on after step {step:,} of {epoch * steps:,}")
-                advance(step % steps * plan.batch_size)
-            model = load_causal_lm(
-                files,
-                dtype="float32",
-                device=plan.device,
-                attn_implementation="sdpa",
-                trust_remote_code=plan.trust_remote_code,
-                allow_pickle=plan.allow_pickle,
-            )
-            _train(model, rows, folder, plan, _StopAfterEpoch(epoch, steps, len(rows), plan, advance), checkpoint)
-            checkpoint, step = last_checkpoint(folder, max_step=epoch * steps)
-        if checkpoint is None or step != epoch * steps:
-            raise EngineError(f"{folder}: training ended at step {step}, not {epoch * steps}")
-        return _as_model(checkpoint, files, model_folder)
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise EngineError("training does not fit in memory: give a smaller --device-batch or --max-length") from error
-    except OSError as error:
-        raise storage_error(folder, error) from error
+    @property
+    def epoch_steps(self) -> int:
+        """The steps of one epoch; the last one may have fewer rows."""
+        return math.ceil(len(self.rows) / self.training.batch_size)
+
+    def train_to(self, epoch: int) -> Path:
+        """The model as it is after `epoch` epochs: FOLDER/epoch-N, in the layout of its source.
+
+        Training resumes from the last complete checkpoint in `folder`. The loss is the mean over the target tokens of
+        each effective batch. Weights are float32; on CUDA autocast computes in bfloat16. Raises EngineError where
+        memory or the disk is full.
+        """
+        count, batch_size = len(self.rows), self.training.batch_size
+        self.progress.say(f"training {self.files.name}, epoch {epoch}: {count:,} rows in batches of {batch_size}")
+        self.progress.begin(count, 0)
+        model_folder, last = self.folder / f"epoch-{epoch}", epoch * self.epoch_steps
+        if model_folder.exists():
+            return model_folder
+        try:
+            checkpoint, step = last_checkpoint(self.folder, max_step=last)
+            if step < last:
+                if done := step % self.epoch_steps:
+                    self.progress.say(f"training goes on after step {step:,} of {last:,}")
+                    self.advance(done * batch_size)
+                self._train(epoch, checkpoint)
+                checkpoint, step = last_checkpoint(self.folder, max_step=last)
+            if checkpoint is None or step != last:
+                raise EngineError(f"{self.folder}: training ended at step {step}, not {last}")
+            return _as_model(checkpoint, self.files, model_folder)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise EngineError(
+                "training does not fit in memory: give a smaller --device-batch or --max-length"
+            ) from error
+        except OSError as error:
+            raise storage_error(self.folder, error) from error
+
+    def advance(self, rows: int) -> None:
+        """Report rows as trained on, each with the mean number of tokens."""
+        self.progress.advance(rows, rows * len(self.rows.token_ids) // len(self.rows))
+
+    def _train(self, epoch: int, checkpoint: Path | None) -> None:
+        training, cuda = self.training, self.config.device == "cuda"
+        assert training.schedule_epochs is not None
+        assert training.device_batch is not None
+        model = load_causal_lm(self.files, replace(self.config, dtype="float32"), "sdpa")
+        arguments = TrainingArguments(
+            output_dir=str(self.folder),
+            num_train_epochs=training.schedule_epochs,
+            learning_rate=training.learning_rate,
+            lr_scheduler_type=training.scheduler,
+            warmup_steps=training.warmup_ratio,  # below 1 it is a share of all steps
+            per_device_train_batch_size=training.device_batch,
+            gradient_accumulation_steps=training.batch_size // training.device_batch,
+            weight_decay=training.weight_decay,
+            seed=training.seed,
+            data_seed=training.seed,
+            bf16=cuda and torch.cuda.is_bf16_supported(including_emulation=False),
+            use_cpu=not cuda,
+            save_strategy="no",  # the callback saves
+            save_total_limit=1,
+            logging_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            dataloader_pin_memory=cuda,
+        )
+        arguments._n_gpu = min(arguments.n_gpu, 1)  # on several devices Trainer would multiply the batch
+        trainer = Trainer(
+            model=model.train().requires_grad_(True),
+            args=arguments,
+            train_dataset=range(len(self.rows)),
+            data_collator=partial(_collate, self.rows),
+            callbacks=[_StopAfterEpoch(self, epoch)],
+        )
+        trainer.remove_callback(PrinterCallback)
+        with quiet():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
 
 class _StopAfterEpoch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
     """Saves a checkpoint every `save_steps` and at the end of each epoch, and stops the training after `epoch`."""
 
-    def __init__(self, epoch: int, steps: int, rows: int, plan: TrainingPlan, advance: Callable[[int], None]):
-        self.epoch, self.steps, self.rows, self.plan, self.advance = epoch, steps, rows, plan, advance
+    def __init__(self, owner: EpochTrainer, epoch: int):
+        self.owner, self.steps, self.epoch = owner, owner.epoch_steps, epoch
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        at_end = state.global_step % self.steps == 0
-        self.advance(self.rows - (self.steps - 1) * self.plan.batch_size if at_end else self.plan.batch_size)
+        training, at_end = self.owner.training, state.global_step % self.steps == 0
+        before = (self.steps - 1) * training.batch_size  # the rows of all steps but the last
+        self.owner.advance(len(self.owner.rows) - before if at_end else training.batch_size)
         # Only on_epoch_end saves the last step of an epoch: a kill while a checkpoint is overwritten would lose it.
-        control.should_save = not at_end and state.global_step % self.plan.save_steps == 0
+        control.should_save = not at_end and state.global_step % training.save_steps == 0
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         control.should_save = True
         control.should_training_stop = state.global_step >= self.epoch * self.steps
 
 
-def _train(
-    model: Any,
-    rows: TokenBatch,
-    folder: Path,
-    plan: TrainingPlan,
-    callback: _StopAfterEpoch,
-    checkpoint: Path | None,
-) -> None:
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        num_train_epochs=plan.schedule_epochs,
-        learning_rate=plan.learning_rate,
-        lr_scheduler_type=plan.scheduler,
-        warmup_steps=plan.warmup_ratio,  # below 1 it is a share of all steps
-        per_device_train_batch_size=plan.device_batch,
-        gradient_accumulation_steps=plan.batch_size // plan.device_batch,
-        weight_decay=plan.weight_decay,
-        seed=plan.seed,
-        data_seed=plan.seed,
-        bf16=plan.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False),
-        use_cpu=plan.device == "cpu",
-        save_strategy="no",  # the callback saves
-        save_total_limit=1,
-        logging_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=plan.device == "cuda",
-    )
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # on several devices Trainer would multiply the batch
-    model.train().requires_grad_(True)
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=range(len(rows)),
-        data_collator=partial(_collate, rows),
-        callbacks=[callback],
-    )
-    trainer.remove_callback(PrinterCallback)
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
 def _collate(rows: TokenBatch, chosen: Sequence[int]) -> dict[str, torch.Tensor]:
     """input_ids, attention_mask, labels: int64 [B, T]. Only a sequence's target tokens are labels."""
-    shape = (len(chosen), int(rows.lengths[list(chosen)].max()))
-    ids, mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
-    labels = torch.full(shape, IGNORED_LABEL)
+    tokens = [torch.from_numpy(rows.ids(row)).long() for row in chosen]
+    ids = pad_sequence(tokens, batch_first=True)
+    mask = pad_sequence(list(map(torch.ones_like, tokens)), batch_first=True)
+    labels = torch.full_like(ids, IGNORED_LABEL)
     for i, row in enumerate(chosen):
-        tokens = torch.from_numpy(rows.ids(row))
-        ids[i, : len(tokens)] = tokens
-        mask[i, : len(tokens)] = 1
         for start, end in rows.bounds(row):
             labels[i, start:end] = ids[i, start:end]
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from scorer.config import DEVICES, DTYPES
+from scorer.config import DEVICES, DTYPES, ScoreConfig
 from scorer.models.find import ModelFiles, model_settings
 from scorer.models.folders import check_config, check_tokenizer, weight_files
 from scorer.models.quiet import loading
@@ -58,39 +58,31 @@ def load_tokenizer(files: ModelFiles, *, trust_remote_code: bool = False) -> Any
         return AutoTokenizer.from_pretrained(files.path, trust_remote_code=trust_remote_code, local_files_only=True)
 
 
-def load_causal_lm(
-    files: ModelFiles,
-    *,
-    dtype: str,
-    device: str,
-    attn_implementation: str,
-    trust_remote_code: bool = False,
-    allow_pickle: bool = False,
-) -> Any:
-    """The transformers model in `dtype` on `device`, in eval mode and without gradients.
+def load_causal_lm(files: ModelFiles, config: ScoreConfig, attention: str) -> Any:
+    """The transformers model in the dtype and on the device of `config`, neither auto; in eval mode, without gradients.
 
     Raises ScorerError if it does not load, or if its tensors are not those of its configuration.
     """
     check_config(files.path)
     check_causal(files)
-    weights = weight_files(files.path, allow_pickle)
+    weights = weight_files(files.path, config.allow_pickle)
     with loading(files.path):
         import torch
         from transformers import AutoModelForCausalLM
 
-        _check_size(files, weights, trust_remote_code=trust_remote_code)
+        _check_size(files, weights, trust_remote_code=config.trust_remote_code)
         model, info = AutoModelForCausalLM.from_pretrained(
             files.path,
-            dtype=getattr(torch, dtype),
-            attn_implementation=attn_implementation,
-            trust_remote_code=trust_remote_code,
+            dtype=getattr(torch, config.dtype),
+            attn_implementation=attention,
+            trust_remote_code=config.trust_remote_code,
             local_files_only=True,
             use_safetensors=weights[0].suffix == ".safetensors",
             ignore_mismatched_sizes=True,  # they are refused below
             output_loading_info=True,
         )
         _check_tensors(files, type(model).__name__, info)
-        return model.to(device).eval().requires_grad_(False)
+        return model.to(config.device).eval().requires_grad_(False)
 
 
 def check_causal(files: ModelFiles) -> None:

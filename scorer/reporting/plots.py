@@ -9,8 +9,8 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Floats = npt.NDArray[np.float64]
+Interval = tuple[float | None, float | None, float | None]  # value, low and high; None where there is none
 
 INK = "#23272f"  # becomes the page's own text colour
 COLOURS = ("#3d85c6", "#e07b27", "#2fa070", "#a06cd5", "#d1495b", "#8a8f98")  # readable on white and on black
@@ -41,6 +42,7 @@ STYLE: dict[str, Any] = {
     "figure.constrained_layout.use": True,
     "figure.figsize": (5.6, 3.5),
     "font.size": 9.5,
+    "legend.fontsize": 8.5,
     "legend.frameon": False,
     "savefig.dpi": 150,
     "svg.fonttype": "none",
@@ -52,22 +54,20 @@ STYLE: dict[str, Any] = {
 }
 
 
-@contextmanager
-def style() -> Iterator[None]:
+def style() -> AbstractContextManager[None]:
     """The settings of every picture."""
     from matplotlib import rc_context
 
-    with rc_context(STYLE):  # type: ignore[arg-type]
-        yield
+    return rc_context(STYLE)  # type: ignore[arg-type]
 
 
 def distributions(series: Mapping[str, Floats], name: str, *, log: bool, mark: float | None = None) -> Figure:
     """Histograms of [n] values each, by label, as shares of each series; `mark` draws a line at a value."""
     figure, axes = _axes(name, "share of records")
-    ends = np.quantile(np.concatenate(list(series.values())), DRAWN_QUANTILES)
-    edges = _edges(ends, log, min(MAX_BINS, 2 * math.ceil(math.sqrt(max(map(len, series.values()))))))
+    bins = min(MAX_BINS, 2 * math.ceil(math.sqrt(max(map(len, series.values())))))
+    edges = _edges(np.concatenate([*series.values()]), log, bins)
     for i, (label, values) in enumerate(series.items()):
-        share = np.histogram(values, edges)[0] / max(len(values), 1)
+        share = np.histogram(values, edges)[0] / len(values)
         colour = COLOURS[i % len(COLOURS)]
         axes.stairs(share, edges, fill=True, color=colour, alpha=0.45 if len(series) == 1 else 0.16)
         axes.stairs(share, edges, color=colour, linewidth=1.4, label=label)
@@ -76,7 +76,8 @@ def distributions(series: Mapping[str, Floats], name: str, *, log: bool, mark: f
     if log:
         _log(axes, "x")
     axes.set_ylim(bottom=0)
-    _legend(axes, len(series))
+    if len(series) > 1:
+        axes.legend()
     return figure
 
 
@@ -85,9 +86,7 @@ def cloud(
 ) -> Figure:
     """Two values of [n] records against each other. medians: draw those of y along x; equal: draw y = x."""
     figure, axes = _axes(*names)
-    edges = [
-        _edges(np.asarray(np.quantile(v, DRAWN_QUANTILES), np.float64), of) for v, of in zip((x, y), log, strict=True)
-    ]
+    edges = [_edges(values, is_log) for values, is_log in zip((x, y), log, strict=True)]
     if len(x) <= MAX_POINTS:
         alpha = 0.75 if len(x) < 300 else 0.35
         axes.scatter(x, y, s=9, color=COLOURS[0], alpha=alpha, linewidths=0, rasterized=True)
@@ -110,7 +109,7 @@ def cloud(
         middle = _medians(x, y, edges[0])
         if len(middle[0]) > 1:
             axes.plot(*middle, color=COLOURS[1], linewidth=1.8, label="median")
-            _legend(axes, 2)
+            axes.legend()
     if equal:
         low, high = max(edges[0][0], edges[1][0]), min(edges[0][-1], edges[1][-1])
         if low < high:
@@ -118,10 +117,8 @@ def cloud(
     return figure
 
 
-def curves(
-    x: Sequence[float], series: Mapping[str, Sequence[tuple[float, float, float]]], names: tuple[str, str]
-) -> Figure:
-    """Lines through (value, low, high) at each x, in percent, by label; NaN where there is no interval."""
+def curves(x: Sequence[float], series: Mapping[str, Sequence[Interval]], names: tuple[str, str]) -> Figure:
+    """Lines through the values at each x, in percent, by label; their intervals are shaded."""
     figure, axes = _axes(*names)
     for i, (label, rows) in enumerate(series.items()):
         value, low, high = np.array(rows, dtype=np.float64).T
@@ -132,12 +129,12 @@ def curves(
     axes.plot(x, [at / 100 for at in x], color=INK, linewidth=0.8, linestyle=":", label="overlap by chance")
     axes.set_ylim(0, 1)
     axes.set_xlim(0, None)
-    _legend(axes, len(series) + 1)
+    axes.legend()
     return figure
 
 
-def intervals(rows: Mapping[str, tuple[float, float, float]], name: str) -> Figure:
-    """(value, low, high) by label, the first on top, and a line at 0; NaN where there is no interval."""
+def intervals(rows: Mapping[str, Interval], name: str) -> Figure:
+    """Values with their intervals by label, the first on top, and a line at 0."""
     figure, axes = _axes(name, "")
     figure.set_figheight(1 + 0.4 * len(rows))
     values, lows, highs = np.array([*rows.values()], dtype=np.float64).T
@@ -162,7 +159,7 @@ def group_sizes(sizes: Floats, taken: Mapping[str, Floats]) -> Figure:
     axes.set_yscale("symlog", linthresh=1)
     _plain(axes, "y")
     axes.set_ylim(-0.2, None)
-    _legend(axes, 2)
+    axes.legend()
     return figure
 
 
@@ -194,11 +191,6 @@ def _axes(x: str, y: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _legend(axes: Axes, entries: int) -> None:
-    if entries > 1:
-        axes.legend(fontsize=8.5)
-
-
 def _log(axes: Axes, axis: str) -> None:
     """A log scale labelled with plain numbers, more densely where it spans less."""
     from matplotlib.ticker import LogLocator, NullFormatter
@@ -218,8 +210,8 @@ def _plain(axes: Axes, axis: str) -> None:
     getattr(axes, f"{axis}axis").set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
 
 
-def _edges(ends: Floats, log: bool, bins: int = MAX_BINS) -> Floats:
-    low, high = float(ends[0]), float(ends[1])
+def _edges(values: Floats, log: bool, bins: int = MAX_BINS) -> Floats:
+    low, high = map(float, np.quantile(values, DRAWN_QUANTILES))
     if low == high:
         low, high = (low / 2, high * 2) if log else (low - 0.5, high + 0.5)
     return np.geomspace(low, high, bins + 1) if log else np.linspace(low, high, bins + 1)

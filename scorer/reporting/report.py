@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -233,7 +233,7 @@ def _length(first: LoadedRun, by: str, draw: Draw) -> Iterator[Figure]:
 
 
 def _agreement(loaded: Sequence[LoadedRun], pairs: Sequence[Pair], draw: Draw) -> Iterator[Figure]:
-    curves: dict[str, list[tuple[float, float, float]]] = {}
+    curves: dict[str, list[plots.Interval]] = {}
     percents: list[float] = []
     for number, (other, pair) in enumerate(zip(loaded[1:], pairs, strict=True), 2):
         found = pair.agreement
@@ -254,8 +254,7 @@ def _agreement(loaded: Sequence[LoadedRun], pairs: Sequence[Pair], draw: Draw) -
         shares = [share for share in found.whole if share.records]
         percents = [float(share.share * 100) for share in shares]
         for name, statistics in (("overlap", [s.overlap for s in shares]), ("IoU", [s.iou for s in shares])):
-            rows = [(_or_nan(s.value), _or_nan(s.low), _or_nan(s.high)) for s in statistics]
-            curves[f"{name} with {other.label}"] = rows
+            curves[f"{name} with {other.label}"] = [astuple(s) for s in statistics]
     if percents:
         picture = plots.curves(percents, curves, ("records selected, %", "overlap, IoU"))
         shaded = any(share.iou.low is not None for pair in pairs for share in pair.agreement.whole)
@@ -268,7 +267,7 @@ def _validation(found: Validation | None, draw: Draw) -> dict[str, Any]:
     """What was validated, and the picture of the arms against the baseline where there are several."""
     if found is None or not found.differences:
         return {"validation": found, "difference": None}
-    rows = {arm: (_or_nan(of.value), _or_nan(of.low), _or_nan(of.high)) for arm, of in found.differences.items()}
+    rows = {arm: astuple(difference) for arm, difference in found.differences.items()}
     picture = plots.intervals(rows, "difference of the mean of rows, nats")
     title = f"NLL a token of held-out records, against {found.baseline}"
     note = "Below 0 the arm is better. Lines: 95% bootstrap intervals."
@@ -313,7 +312,3 @@ def _finite(frame: pl.DataFrame, *names: str) -> list[Floats]:
 def _is_log(name: str, *values: Floats) -> bool:
     """Whether a measure is drawn on a log scale: ratios and exponentials are."""
     return name not in LEARNING and all(bool((v > 0).all()) for v in values)
-
-
-def _or_nan(value: float | None) -> float:
-    return float("nan") if value is None else value

@@ -45,7 +45,7 @@ def embedding_parts(run: Run) -> list[Any]:
     """
     run.require_disk("choosing by embeddings")
     folder, parts = run.path / EMBEDDINGS, list[Any]()
-    digests = read_digests(folder)
+    digests = read_embeddings_manifest(folder).get(DIGESTS, {})
     while (path := folder / f"part-{len(parts):05d}.npy").exists():
         if not is_whole(path, digests):
             raise ScorerError(f"{path} is not what was written: run `scorer cluster {run.path}` again")
@@ -71,12 +71,6 @@ def read_embeddings_manifest(folder: Path) -> dict[str, Any]:
         raise ScorerError(f"{path} can't be read ({first_line(error)}): use `scorer cluster --fresh`") from error
 
 
-def read_digests(folder: Path) -> dict[str, str]:
-    """The SHA-256 of each part of the embeddings, by the name of its file."""
-    found: dict[str, str] = read_embeddings_manifest(folder).get(DIGESTS, {})
-    return found
-
-
 def is_whole(part: Path, digests: Mapping[str, str]) -> bool:
     """Whether a part of the embeddings is there as it was written."""
     if part.name not in digests or not part.is_file():
@@ -90,10 +84,10 @@ def embeddings(parts: Sequence[Any], ids: pl.Series) -> npt.NDArray[np.float32]:
     ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
     wanted = ids.to_numpy()
     bounds = np.searchsorted(wanted, np.concatenate([[0], ends]))
-    rows = [
-        part[wanted[a:b] - (end - len(part))] for part, a, b, end in zip(parts, bounds, bounds[1:], ends, strict=False)
-    ]
-    return np.ascontiguousarray(np.concatenate(rows), dtype=np.float32)
+    rows = np.empty((len(wanted), parts[0].shape[1]), dtype=np.float32)
+    for part, a, b, end in zip(parts, bounds, bounds[1:], ends, strict=False):
+        rows[a:b] = part[wanted[a:b] - (end - len(part))]
+    return rows
 
 
 def read_extra(run: Run, name: str, columns: list[str], option: str = "") -> pl.DataFrame:

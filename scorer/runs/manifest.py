@@ -78,7 +78,7 @@ class Manifest:
     def to_json(self) -> str:
         """The file's content, with a checksum."""
         values = self.to_dict()
-        return json.dumps(values | {CHECKSUM: _checksum(values)}, indent=2) + "\n"
+        return json.dumps(values | {CHECKSUM: digest(values)}, indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -91,15 +91,15 @@ class Manifest:
             raise ValueError("it is not the manifest of a run")
         if (found := content.get("version", 1)) != VERSION:
             raise ValueError(f"it is of version {found}, and this scorer reads {VERSION}")
-        if content.pop(CHECKSUM, None) != _checksum(content):
+        if content.pop(CHECKSUM, None) != digest(content):
             raise ValueError("it is not what scorer wrote: its checksum differs")
         inputs = tuple(InputFile(**entry) for entry in content.pop("inputs"))
         return cls(**content | {"inputs": inputs, "input_records": tuple(content["input_records"])})
 
 
-def _checksum(values: Mapping[str, Any]) -> str:
-    """SHA-256 of the values, however the file is laid out."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+def digest(value: Any) -> str:
+    """The SHA-256 of a JSON value, as hexadecimal digits; the order of keys does not matter."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], ignoring: Collection[str] = ()) -> list[str]:

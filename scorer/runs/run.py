@@ -5,8 +5,6 @@ Formulas, file formats and model architectures are not known here.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
@@ -36,7 +34,7 @@ from scorer.requirements import require
 from scorer.runs.directory import Run, describe_faults
 from scorer.runs.environment import changes, environment
 from scorer.runs.local import score_locally
-from scorer.runs.manifest import Manifest, differences
+from scorer.runs.manifest import Manifest, differences, digest
 from scorer.runs.progress import Progress, shown
 from scorer.runs.shards import Executor, Job, check_scored, open_encoder, statuses
 from scorer.runs.sources import RUNS, open_dataset
@@ -202,7 +200,7 @@ def _identity(model: Resolved, data: Dataset) -> dict[str, Any]:
 def _fingerprint(identity: Mapping[str, Any]) -> str:
     free = set(RESUMABLE_FIELDS) - {"limit"}
     bound = {**identity, "config": {k: v for k, v in identity["config"].items() if k not in free}}
-    return hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()
+    return digest(bound)
 
 
 def resume(run: RunWriter, data: Dataset, identity: dict[str, Any], progress: Progress) -> Manifest | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from typing import Any
 
@@ -18,6 +18,7 @@ from scorer.config import ScoreConfig
 from scorer.encoding.chat import ChatTemplate, Conversation, stand_in_for
 from scorer.engines import vllm as engine
 from scorer.engines.choose import context_length
+from scorer.engines.packing import padded_batches
 from scorer.engines.spans import BatchOutOfMemoryError, convert_errors
 from scorer.models.find import ModelFiles, model_settings
 from scorer.models.load import choose_device, choose_dtype, load_causal_lm, load_tokenizer
@@ -36,25 +37,22 @@ TokenIds = list[int]
 class AnswerOptions:
     """How answers are generated.
 
-    max_tokens: of one answer. by: auto, vllm or transformers. dtype: auto is bfloat16 where the device has it.
+    config: the dtype (auto is bfloat16 where the device has it), the device, and what loading the model may do.
+    max_tokens: of one answer. by: auto, vllm or transformers.
     """
 
+    config: ScoreConfig
     max_tokens: int = 512
     by: str = "auto"
-    device: str = "auto"
-    dtype: str = "auto"
-    trust_remote_code: bool = False
-    allow_pickle: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """What is resolved of AnswerOptions, the model, and the tokens that end an answer."""
+    """The model, its configuration with device and dtype resolved, and the tokens that end an answer."""
 
     files: ModelFiles
+    config: ScoreConfig
     options: AnswerOptions
-    device: str
-    dtype: str
     stop_ids: TokenIds
 
 
@@ -68,7 +66,7 @@ def answer(
     model or vLLM fails.
     """
     one_of("by", options.by, ("auto", *GENERATORS))
-    tokenizer = load_tokenizer(files, trust_remote_code=options.trust_remote_code)
+    tokenizer = load_tokenizer(files, trust_remote_code=options.config.trust_remote_code)
     if not tokenizer.chat_template:
         raise ScorerError(f"{files.name} has no chat template to answer with: use a model that is tuned to chat")
     template = ChatTemplate(tokenizer)
@@ -76,9 +74,9 @@ def answer(
     context = context_length(files)
     most = None if context is None else context - options.max_tokens
     fitting = {i: ids for i, ids in enumerate(encoded) if ids and (most is None or len(ids) <= most)}
-    device = choose_device(options.device)
-    stop_ids = _stop_ids(files, tokenizer, template)
-    plan = _Plan(files, options, device, choose_dtype(options.dtype, device), stop_ids)
+    device = choose_device(options.config.device)
+    config = replace(options.config, device=device, dtype=choose_dtype(options.config.dtype, device))
+    plan = _Plan(files, config, options, _stop_ids(files, tokenizer, template))
     answers: list[str | None] = [None] * len(prompts)
     if not fitting:
         return answers
@@ -120,7 +118,7 @@ def _stop_ids(files: ModelFiles, tokenizer: Any, template: ChatTemplate) -> Toke
 
 def _choose(plan: _Plan, prompts: int) -> str:
     """vLLM where it is installed, but for a few prompts on a CPU."""
-    few = plan.device == "cpu" and prompts < CPU_PROMPTS
+    few = plan.config.device == "cpu" and prompts < CPU_PROMPTS
     return "transformers" if few or engine.vllm_version() is None else "vllm"
 
 
@@ -130,14 +128,7 @@ def _by_transformers(
     """The answers in padded batches of prompts of about one length, the longest first; halved where memory is full."""
     from transformers import GenerationConfig
 
-    model = load_causal_lm(
-        plan.files,
-        dtype=plan.dtype,
-        device=plan.device,
-        attn_implementation="sdpa",
-        trust_remote_code=plan.options.trust_remote_code,
-        allow_pickle=plan.options.allow_pickle,
-    )
+    model = load_causal_lm(plan.files, plan.config, "sdpa")
     # In place of the model's own, which may ask for sampling or for penalties.
     model.generation_config = GenerationConfig(
         do_sample=False,
@@ -145,7 +136,8 @@ def _by_transformers(
         eos_token_id=plan.stop_ids,
         pad_token_id=plan.stop_ids[0] if plan.stop_ids else 0,
     )
-    batches = list(_batches(prompts, plan))[::-1]
+    lengths = {i: len(ids) + plan.options.max_tokens for i, ids in prompts.items()}
+    batches = list(padded_batches(lengths, BATCH_TOKENS[plan.config.device]))[::-1]
     while batches:
         batch = batches.pop()
         try:
@@ -156,30 +148,18 @@ def _by_transformers(
             if len(batch) == 1:
                 raise EngineError(f"answering does not fit in memory: {len(prompts[batch[0]]):,} tokens of a prompt")
             batches += [batch[len(batch) // 2 :], batch[: len(batch) // 2]]
-            if plan.device == "cuda":
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()
             continue
         progress.advance(len(batch), sum(map(len, found)))
         yield from zip(batch, found, strict=True)
-
-
-def _batches(prompts: Mapping[int, TokenIds], plan: _Plan) -> Iterator[list[int]]:
-    batch: list[int] = []
-    for i in sorted(prompts, key=lambda i: -len(prompts[i])):
-        longest = len(prompts[batch[0] if batch else i]) + plan.options.max_tokens
-        if batch and (len(batch) + 1) * longest > BATCH_TOKENS[plan.device]:
-            yield batch
-            batch = []
-        batch.append(i)
-    yield batch
 
 
 def _generate(model: Any, prompts: Sequence[TokenIds], plan: _Plan) -> list[TokenIds]:
     """The tokens of the answers, without the one that ends each. Raises BatchOutOfMemoryError, EngineError."""
     width = max(map(len, prompts))
     with convert_errors(), torch.inference_mode(), quiet():
-        ids = torch.tensor([[0] * (width - len(own)) + own for own in prompts], device=plan.device)
-        mask = torch.tensor([[0] * (width - len(own)) + [1] * len(own) for own in prompts], device=plan.device)
+        ids = torch.tensor([[0] * (width - len(own)) + own for own in prompts], device=plan.config.device)
+        mask = torch.tensor([[0] * (width - len(own)) + [1] * len(own) for own in prompts], device=plan.config.device)
         rows = model.generate(input_ids=ids, attention_mask=mask)[:, width:].tolist()
     stops = set(plan.stop_ids)
     return [row[: next((at for at, token in enumerate(row) if token in stops), len(row))] for row in rows]
@@ -190,7 +170,6 @@ def _by_vllm(plan: _Plan, prompts: Mapping[int, TokenIds], progress: Progress) -
 
     Where `auto` chose vLLM and it does not start, those by transformers.
     """
-
     with tempfile.TemporaryFile("w+b") as log, engine.make_socket_folder() as sockets:
         try:
             with engine.sockets_in(sockets):
@@ -223,20 +202,19 @@ def _by_vllm(plan: _Plan, prompts: Mapping[int, TokenIds], progress: Progress) -
 
 def _start_vllm(plan: _Plan, length: int, log: Any) -> Any:
     """A vllm.LLM for sequences of up to `length` tokens. Raises ScorerError, EngineError where there can be none."""
-
     engine.check_vllm()
     engine.set_environment(ScoreConfig())
     arguments: dict[str, Any] = {
         "model": str(plan.files.path),
         "skip_tokenizer_init": True,  # prompts and answers are token ids
-        "dtype": plan.dtype,
-        "trust_remote_code": plan.options.trust_remote_code,
-        "load_format": engine.load_format(plan.files, plan.options.allow_pickle),
+        "dtype": plan.config.dtype,
+        "trust_remote_code": plan.config.trust_remote_code,
+        "load_format": engine.load_format(plan.files, plan.config.allow_pickle),
         "max_model_len": length,
         "generation_config": "vllm",  # not the model's, which may ask for sampling or for penalties
         "disable_log_stats": True,
     }
-    if plan.device == "cpu":
+    if plan.config.device == "cpu":
         # vLLM would reserve nearly all memory, and compile for a minute.
         arguments |= {"kv_cache_memory_bytes": engine.CPU_CACHE_BYTES, "enforce_eager": True}
     else:

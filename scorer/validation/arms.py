@@ -5,6 +5,7 @@ Knows record ids and tokens; neither texts nor models.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +23,7 @@ from scorer.validation.config import BASELINES, SELECTED
 from scorer.validation.recipes import SUFFIX, read_toml
 
 TOLERANCE = 0.01  # by which the tokens of two arms may differ that are to have equally many
-NAME = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")  # it is part of a folder's name
-MAX_NAME = 60
+NAME = re.compile(r"[A-Za-z0-9._-]{1,60}")  # it is part of a folder's name
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ def read_arms(names: Sequence[str], options: Mapping[str, Any]) -> list[Arm]:
 def _read_arm(file: str, name: str, table: Any, options: Mapping[str, Any]) -> Arm:
     if not isinstance(table, dict):
         raise ScorerError(f"{file}: {name} is no table; write [{name}], and options of the selection below it")
-    if not name or len(name) > MAX_NAME or not set(name) <= NAME:
+    if not NAME.fullmatch(name):
         raise ScorerError(f"{file}: an arm's name has letters, digits, '.', '_' and '-' only, not '{name}'")
     if name == UNTRAINED:
         raise ScorerError(f"{file}: {name} is the target before training; give the arm another name")

@@ -14,7 +14,6 @@ Knows files; neither models nor statistics.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -37,11 +36,6 @@ VALIDATION = "validation.json"
 VERSION = 1
 LOCK = ".lock"
 Json = Mapping[str, Any]
-
-
-def digest(value: Any) -> str:
-    """The SHA-256 of a JSON value, as hexadecimal digits."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 class ValidationFolder:
@@ -96,10 +90,6 @@ class ValidationFolder:
     def _write(self, content: Json) -> None:
         with replacing(self.path / VALIDATION) as temporary:
             temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-    def arm(self, name: str, fingerprint: str) -> ArmFolder:
-        """The folder of an arm with a seed."""
-        return ArmFolder(self.path / "arms" / name, fingerprint)
 
 
 class ArmFolder:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
 
-from scorer.config import ScoreConfig
 from scorer.encoding.encoder import Encoder
 from scorer.engines.architecture import why_not_packed
 from scorer.engines.choose import open_engine, resolve_config
@@ -21,28 +21,14 @@ from scorer.types import EngineError, Record, RowStatus
 from scorer.validation.target import Target
 
 
-def evaluation_config(files: ModelFiles, target: Target, max_length: int) -> ScoreConfig:
-    """How a model made of `target` is evaluated. Raises ScorerError where max_length is beyond its context."""
-    config = ScoreConfig(
-        model=files.name,
-        engine="packed" if why_not_packed(files) is None else "reference",
-        protocol="chat",
-        device=target.device,
-        dtype="auto" if target.device == "cuda" else "float32",  # differences of fine-tuned models are small
-        max_length=max_length,
-        trust_remote_code=target.trust_remote_code,
-        allow_pickle=target.allow_pickle,
-    )
-    return resolve_config(config, files)
-
-
 def held_out_nll(files: ModelFiles, target: Target, encoder: Encoder, records: Sequence[Record]) -> pl.DataFrame:
     """row Int64 (the index in `records`), nll Float64 (sum over the response, in nats), tokens Int64.
 
-    files: a model made of `target`; encoder: that of its template. Raises EngineError where a response has no
-    finite NLL.
+    files: a model made of `target`; encoder: that of its template. Raises EngineError where an NLL is not finite.
     """
-    config = evaluation_config(files, target, encoder.max_length)
+    name = "packed" if why_not_packed(files) is None else "reference"
+    dtype = "auto" if target.config.device == "cuda" else "float32"  # differences of fine-tuned models are small
+    config = resolve_config(replace(target.config, model=files.name, engine=name, dtype=dtype), files)
     turns, batch = encoder.encode(records)
     nll, statuses = np.full(len(batch.rows), np.nan), np.zeros(len(batch.rows), np.uint8)
     with closing(open_engine(config, files)) as engine:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from random import Random
 
 import polars as pl
@@ -66,20 +66,9 @@ class Texts:
         """The key of the text most like another, if their similarity is at least ALIKE."""
         found = self._own(_shingles(text))
         shared = Counter(key for shingle in found for key in self._holders.get(shingle, ()))
-        best = max(shared, key=lambda key: self._similarity(shared[key], key, len(found)), default=None)
-        if best is None or self._similarity(shared[best], best, len(found)) < ALIKE:
-            return None
-        return best
-
-    def _similarity(self, shared: int, key: int, size: int) -> float:
-        return shared / (self._sizes[key] + size - shared)
-
-
-def overlaps(texts: Texts, others: Iterable[tuple[int, str]]) -> Iterator[tuple[int, int]]:
-    """The pairs (id of one of `others`, key of the text that it is nearly the same as)."""
-    for record_id, text in others:
-        if (key := texts.like(text)) is not None:
-            yield record_id, key
+        similarities = {key: count / (self._sizes[key] + len(found) - count) for key, count in shared.items()}
+        best = max(similarities, key=similarities.__getitem__, default=None)
+        return best if best is not None and similarities[best] >= ALIKE else None
 
 
 def _shingles(text: str) -> frozenset[int]:

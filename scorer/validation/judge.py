@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from threading import Event
-from typing import Any
 
 import orjson
 
@@ -145,11 +143,6 @@ def _calls(message: ChatMessage) -> str:
     return orjson.dumps(message["tool_calls"]).decode() if message.get("tool_calls") else ""
 
 
-def check_judge(judge: Judge) -> None:
-    """Ask for one short reply. Raises ScorerError where the server can't be reached, or does not give it."""
-    JudgeClient(judge).check()
-
-
 class JudgeClient:
     """Asks a judge. Raises ScorerError for what is no URL, and for a key that can't be one.
 
@@ -162,7 +155,7 @@ class JudgeClient:
         self.stopped = Event()  # once set, nothing more is asked
 
     def check(self) -> None:
-        """As `check_judge`."""
+        """Ask for one short reply. Raises ScorerError where the server can't be reached, or does not give it."""
         url, model = self.judge.url, self.judge.model
         try:
             answer = self._ask("Say yes.", 16, self.judge.pauses[:1])
@@ -237,9 +230,8 @@ class JudgeClient:
 
 def read_content(body: bytes) -> str:
     """The text of a chat completion, "" where it has none. Raises ValueError for any other body."""
-    parsed: Mapping[str, Any] = json_object(body, MOST_BYTES)
     try:
-        content = parsed["choices"][0]["message"]["content"]
+        content = json_object(body, MOST_BYTES)["choices"][0]["message"]["content"]
     except (KeyError, IndexError, TypeError) as error:
         raise ValueError("it has no choices[0].message.content") from error
     if not isinstance(content, str | None):

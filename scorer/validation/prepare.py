@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import polars as pl
@@ -25,7 +26,7 @@ from scorer.selection.inputs import column_groups
 from scorer.types import ScorerError
 from scorer.validation.arms import Arm, Plan, TrainingSet, training_sets
 from scorer.validation.config import HOLDOUT, ValidateConfig
-from scorer.validation.holdout import Texts, draw, overlaps
+from scorer.validation.holdout import Texts, draw
 from scorer.validation.samples import Sample, chosen, measure, trainable
 
 LEAST_HELD_OUT = 10  # fewer say nothing
@@ -77,7 +78,7 @@ def prepare(source: Source, encoder: Encoder, asked: Asked, progress: Progress) 
     if config.eval_file is None:
         candidates = facts.filter(pl.col("scored"))
         ids = draw(candidates, config.holdout or min(HOLDOUT, candidates.height // 4), config.seed)
-        held_out = [sample for _, sample in chosen(source.data, ids)]
+        held_out = list(chosen(source.data, ids))
         rows = pl.DataFrame({"record_id": ids}).join(facts, on="record_id", how="left", maintain_order="left")
         pool = pool.filter(~pl.col("record_id").is_in(ids))
     else:
@@ -85,8 +86,8 @@ def prepare(source: Source, encoder: Encoder, asked: Asked, progress: Progress) 
     if len(held_out) < LEAST_HELD_OUT:
         raise ScorerError(f"holdout: {len(held_out)} records say nothing; hold out {LEAST_HELD_OUT} or more")
     texts = Texts({i: sample.text for i, sample in enumerate(held_out)})
-    remaining = chosen(source.data, pool["record_id"].to_list())
-    alike = dict(overlaps(texts, ((i, sample.text) for i, sample in remaining)))
+    found = {s.record.record_id: texts.like(s.text) for s in chosen(source.data, pool["record_id"].to_list())}
+    alike = {record_id: i for record_id, i in found.items() if i is not None}
     if config.eval_file is None and alike:
         pool = pool.filter(~pl.col("record_id").is_in(list(alike)))
         progress.say(f"left out of every arm: {len(alike):,} records that are nearly the same as a held-out one")
@@ -130,30 +131,19 @@ def _read_eval(path: object, data: Dataset, encoder: Encoder, progress: Progress
         usable = trainable(table)
         if left_out := _left_out(f"records of {path}", table):
             progress.say(left_out)
-        held_out = [sample for _, sample in chosen(file, usable["record_id"].to_list())]
+        held_out = list(chosen(file, usable["record_id"].to_list()))
     return held_out, usable.select("record_id", "tokens")
 
 
 def _choose(arm: Arm, source: Source, among: pl.Series) -> list[int]:
     """The ids of the records that an arm selects."""
     assert arm.config is not None
-    if arm.run is None:
-        selection = choose(source.scores, source.run, source.data, _ranked(arm, source.run), among)
-    else:
-        other = Run(arm.run)
-        if _data_of(other) != _data_of(source.run):
-            raise ScorerError(
-                f"arm {arm.name}: {arm.run} is a run of other data than {source.run.path}; score the same"
-            )
-        with other.snapshot(finished=True) as scores:
-            selection = choose(scores, other, source.data, _ranked(arm, other), among)
-    ids: list[int] = selection.kept["record_id"].to_list()
-    return ids
-
-
-def _ranked(arm: Arm, run: Run) -> SelectConfig:
-    assert arm.config is not None
-    return ranked_as(arm.config, run.manifest.ranking)
+    run = source.run if arm.run is None else Run(arm.run)
+    if _data_of(run) != _data_of(source.run):
+        raise ScorerError(f"arm {arm.name}: {arm.run} is a run of other data than {source.run.path}; score the same")
+    config = ranked_as(arm.config, run.manifest.ranking)
+    with nullcontext(source.scores) if arm.run is None else run.snapshot(finished=True) as scores:
+        return choose(scores, run, source.data, config, among).kept["record_id"].to_list()
 
 
 def _data_of(run: Run) -> tuple[object, int]:
@@ -163,7 +153,7 @@ def _data_of(run: Run) -> tuple[object, int]:
 def _check_apart(sets: Sequence[TrainingSet], alike: Mapping[int, int], held_out: Sequence[Sample]) -> None:
     for one in sets:
         if shared := [i for i in one.ids if i in alike]:
-            other = held_out[alike[shared[0]]].source
+            other = held_out[alike[shared[0]]].record.source
             raise ScorerError(
                 f"--eval: {other} is nearly the same as record {shared[0]}, which arm {one.arm} trains on "
                 f"({len(shared):,} such records): leave such records out of the file, or compare on --holdout"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +60,6 @@ class Recipe:
     def least_records(self) -> int:
         """How many records make a training: a whole batch, and not one step at the warm-up's learning rate of 0."""
         return self.batch_size + (self.epochs == 1 and self.warmup_ratio > 0)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return asdict(self)
 
 
 # The papers train all weights of a LLaMA for three epochs: Superfiltering by FastChat with Vicuna's prompts,

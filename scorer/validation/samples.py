@@ -24,7 +24,7 @@ from scorer.encoding.tokenizer import BulkTokenizer
 from scorer.files.raw import RawRecord
 from scorer.protocols import PROTOCOLS
 from scorer.selection.convert import converted
-from scorer.tokens import STATUSES, TokenBatch, TurnTable
+from scorer.tokens import STATUSES
 from scorer.types import SCORED, Record
 from scorer.validation.target import Target
 
@@ -39,7 +39,6 @@ CONDITIONED = replace(PROTOCOLS["chat"], name="validation", alone=None)
 class Sample:
     """A record in FORM, `value`; `record` is the same for the encoder: the completion is its only scored turn."""
 
-    source: str
     value: dict[str, Any]
     record: Record
 
@@ -63,39 +62,25 @@ def samples(rows: Iterable[RawRecord], reading: Reading) -> Iterator[tuple[int, 
             yield raw.record_id, None
         else:
             record = to_record(RawRecord(raw.record_id, raw.source, value), Reading())
-            yield raw.record_id, Sample(raw.source, value, record)
+            yield raw.record_id, Sample(value, record)
 
 
 def measure(data: Dataset, encoder: Encoder) -> pl.DataFrame:
     """record_id Int64, status String, tokens Int64, of all records.
 
-    tokens: of the response, as far as max_length leaves them. status: a RowStatus; the records of SCORED can be trained
-    on.
+    status: a RowStatus or NOT_CONVERTIBLE. tokens: of the response, as far as max_length leaves them.
     """
     tables = []
     found = samples(data.rows(), data.reading)
     while chunk := list(islice(found, CHUNK)):
-        readable = [sample.record for _, sample in chunk if sample is not None]
-        turns, batch = encoder.encode(readable) if readable else (None, None)
-        table = pl.DataFrame({"record_id": [i for i, _ in chunk]}, schema={"record_id": pl.Int64})
-        if turns is not None and batch is not None:
-            table = table.join(_measured(turns, batch), on="record_id", how="left", maintain_order="left")
-        else:
-            table = table.with_columns(status=pl.lit(None, pl.String), tokens=pl.lit(None, pl.Int64))
-        tables.append(table)
+        turns, batch = encoder.encode([sample.record for _, sample in chunk if sample is not None])
+        tokens = np.zeros(len(turns), np.int64)
+        tokens[batch.rows] = batch.ends - batch.starts
+        statuses = pl.Series(STATUSES, dtype=pl.String).gather(turns.statuses)
+        measured = pl.DataFrame({"record_id": turns.record_ids, "status": statuses, "tokens": tokens})
+        ids = pl.DataFrame({"record_id": [i for i, _ in chunk]}, schema={"record_id": pl.Int64})
+        tables.append(ids.join(measured, on="record_id", how="left", maintain_order="left"))
     return pl.concat(tables).with_columns(pl.col("status").fill_null(NOT_CONVERTIBLE), pl.col("tokens").fill_null(0))
-
-
-def _measured(turns: TurnTable, batch: TokenBatch) -> pl.DataFrame:
-    tokens = np.zeros(len(turns), np.int64)
-    tokens[batch.rows] = batch.ends - batch.starts
-    return pl.DataFrame(
-        {
-            "record_id": turns.record_ids,
-            "status": [STATUSES[code].value for code in turns.statuses.tolist()],
-            "tokens": tokens,
-        }
-    )
 
 
 def trainable(table: pl.DataFrame) -> pl.DataFrame:
@@ -116,8 +101,8 @@ def training_row(sample: Sample, encoder: Encoder) -> dict[str, Any]:
     return {"prompt": said[:-1], "completion": said[-1:], **tools}
 
 
-def chosen(data: Dataset, ids: Sequence[int]) -> Iterator[tuple[int, Sample]]:
-    """The samples of some trainable records, by record id."""
+def chosen(data: Dataset, ids: Sequence[int]) -> Iterator[Sample]:
+    """The samples of some trainable records, in the order of their ids."""
     wanted = frozenset(ids)
     rows = (raw for raw in data.rows() if raw.record_id in wanted)
-    return ((i, sample) for i, sample in samples(rows, data.reading) if sample is not None)
+    return (sample for _, sample in samples(rows, data.reading) if sample is not None)

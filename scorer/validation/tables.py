@@ -28,13 +28,16 @@ def tables(found: Comparison, *, full: bool) -> list[TextTable]:
 
     full: with all figures and intervals, and by cluster and group.
     """
-    parts = {kind: _parts(found, kind, full) for kind in found.sizes if full or kind == "length"}
-    result = [_arms(found, full), *(table for kind, table in parts.items() if kind == "length")]
+    result = [_arms(found, full)]
+    if "length" in found.sizes:
+        result.append(_parts(found, "length", full))
     if found.pairs:
         result.append(_against(found, full))
     if found.verdicts:
         result.append(_judged(found.verdicts))
-    return [*result, *(table for kind, table in parts.items() if kind != "length")]
+    if full:
+        result += [_parts(found, kind, full) for kind in found.sizes if kind != "length"]
+    return result
 
 
 def sentences(found: Comparison) -> Iterator[str]:
@@ -65,15 +68,12 @@ def _arms(found: Comparison, full: bool) -> TextTable:
 
 
 def _against(found: Comparison, full: bool) -> TextTable:
-    header = ["arm", "NLL a token", "mean of rows", "win rate"]
-    rows = [
-        [pair.arm, *(_text(figure, "+.4f") for figure in (pair.nll_per_token, pair.mean_of_rows)), _rate(pair.win_rate)]
-        for pair in found.against_baseline
-    ]
-    if full:
-        header += ["hardest third", "win rate in it"]
-        for row, pair in zip(rows, found.against_baseline, strict=True):
-            row += [_text(pair.hardest_third, "+.4f"), _rate(pair.win_rate_hardest)]
+    header = ["arm", "NLL a token", "mean of rows", "win rate", *(["hardest third", "win rate in it"] if full else [])]
+    rows = []
+    for pair in found.against_baseline:
+        row = [pair.arm, _text(pair.nll_per_token, "+.4f"), _text(pair.mean_of_rows, "+.4f"), _rate(pair.win_rate)]
+        hardest = [_text(pair.hardest_third, "+.4f"), _rate(pair.win_rate_hardest)]
+        rows.append(row + hardest if full else row)
     return TextTable(f"against {found.baseline}: below 0, or more than half the wins, is better", header, rows)
 
 

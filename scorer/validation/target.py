@@ -28,19 +28,28 @@ MARK = re.compile(r"<\|[^|<>\s]+\|>")  # how the tokens of a chat template look
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A model, its tokenizer with the chat template that it is trained by, and how it may be loaded."""
+    """A model, its tokenizer with the chat template that it is trained by, and how it is loaded and evaluated.
+
+    config: the device, the length of the recipe, and what loading may do.
+    """
 
     files: ModelFiles
     tokenizer: Any
-    device: str
-    trust_remote_code: bool
-    allow_pickle: bool
+    config: ScoreConfig
 
 
 def open_target(config: ValidateConfig, recipe: Recipe, progress: Progress) -> Target:
     """Find the target, and give its tokenizer the recipe's template. Raises ScorerError where they don't fit."""
     assert config.target is not None
-    device = choose_device(config.device)
+    scoring = ScoreConfig(
+        model=config.target,
+        engine="reference",
+        protocol="chat",
+        device=choose_device(config.device),
+        max_length=recipe.max_length,
+        trust_remote_code=config.trust_remote_code,
+        allow_pickle=config.allow_pickle,
+    )
     files = find_model(config.target, revision=config.revision, allow_pickle=config.allow_pickle, report=progress.say)
     check_causal(files)
     tokenizer = load_tokenizer(files, trust_remote_code=config.trust_remote_code)
@@ -50,9 +59,8 @@ def open_target(config: ValidateConfig, recipe: Recipe, progress: Progress) -> T
     if template != OWN:
         tokenizer.chat_template = _read_template(template)
     _check_tokens(tokenizer, files.name, template)
-    length = ScoreConfig(model=config.target, engine="reference", device=device, max_length=recipe.max_length)
-    resolve_config(length, files)  # refuses more tokens than the model's context has
-    return Target(files, tokenizer, device, config.trust_remote_code, config.allow_pickle)
+    resolve_config(scoring, files)  # refuses more tokens than the model's context has
+    return Target(files, tokenizer, scoring)
 
 
 def _read_template(name: str) -> str:

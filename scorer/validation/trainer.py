@@ -11,7 +11,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,16 +82,10 @@ def fine_tune(target: Target, training: Training, checkpoints: Path, model: Path
 
 
 def _trainer(target: Target, training: Training, folder: Path, progress: Progress) -> Any:
-    recipe, cuda = training.recipe, target.device == "cuda"
-    model = load_causal_lm(
-        target.files,
-        dtype="bfloat16" if cuda and recipe.lora else "float32",
-        device=target.device,
-        attn_implementation="sdpa",
-        trust_remote_code=target.trust_remote_code,
-        allow_pickle=target.allow_pickle,
-    )
-    records = device_batch(recipe.device_batch or DEVICE_BATCH[target.device], recipe.batch_size)
+    recipe, cuda = training.recipe, target.config.device == "cuda"
+    dtype = "bfloat16" if cuda and recipe.lora else "float32"
+    model = load_causal_lm(target.files, replace(target.config, dtype=dtype), "sdpa")
+    records = device_batch(recipe.device_batch or DEVICE_BATCH[target.config.device], recipe.batch_size)
     arguments = SFTConfig(
         output_dir=str(folder),
         num_train_epochs=recipe.epochs,
@@ -162,7 +156,7 @@ class _Report(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
     """Tells progress of each step's records."""
 
     def __init__(self, progress: Progress, rows: int, recipe: Recipe):
-        self.progress, self.rows, self.recipe, self.tokens = progress, rows, recipe, 0
+        self.progress, self.rows, self.recipe = progress, rows, recipe
 
     def _done(self, step: int) -> int:
         steps = -(-self.rows // self.recipe.batch_size)

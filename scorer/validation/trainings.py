@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from random import Random
 from typing import Any
 
@@ -17,12 +18,13 @@ from scorer.data.dataset import Dataset
 from scorer.encoding.chat import Conversation
 from scorer.encoding.encoder import Encoder
 from scorer.models.find import ModelFiles, find_model
+from scorer.runs.manifest import digest
 from scorer.runs.progress import Progress
 from scorer.validation.answers import AnswerOptions, answer
 from scorer.validation.arms import TrainingSet
 from scorer.validation.comparison import UNTRAINED, Verdicts
 from scorer.validation.config import ValidateConfig
-from scorer.validation.directory import ArmFolder, ValidationFolder, digest, write_rows
+from scorer.validation.directory import ArmFolder, ValidationFolder, write_rows
 from scorer.validation.evaluate import held_out_nll
 from scorer.validation.judge import Judge, Pair, prompt_text
 from scorer.validation.prepare import Prepared
@@ -36,7 +38,7 @@ NLL, ANSWERS = "nll.parquet", "answers.parquet"
 BASE = TrainingSet(UNTRAINED, 0, (), 0)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Trainings:
     """All trainings, with what they need."""
 
@@ -61,26 +63,24 @@ class Trainings:
             self.progress.say(f"arm {arm}: {records:,} records, {tokens:,} response tokens")
         tables = []
         for number, one in enumerate((BASE, *sets)):
-            place = self._folder(folder, one, identity)
-            nll = self._finished(place, one, f"{place.path.name} ({number} of {len(sets)})")
+            name = UNTRAINED if one is BASE else f"{one.arm}-{one.seed}"
+            fingerprint = digest({**identity, "records": one.ids, "seed": one.seed})
+            place = ArmFolder(folder.path / "arms" / name, fingerprint)
+            if place.replaced:
+                self.progress.say(f"{name}: its records are others than before, and it is trained again")
+            nll = self._finished(place, one, f"{name} ({number} of {len(sets)})")
             tables.append(nll.select(pl.lit(one.arm).alias("arm"), pl.lit(one.seed, pl.Int64).alias("seed"), pl.all()))
         return pl.concat(tables)
 
-    def _folder(self, folder: ValidationFolder, one: TrainingSet, identity: Mapping[str, Any]) -> ArmFolder:
-        name = UNTRAINED if one is BASE else f"{one.arm}-{one.seed}"
-        place = folder.arm(name, digest({**identity, "records": one.ids, "seed": one.seed}))
-        if place.replaced:
-            self.progress.say(f"{name}: its records are others than before, and it is trained again")
-        return place
-
     def _finished(self, place: ArmFolder, one: TrainingSet, where: str) -> pl.DataFrame:
         """The NLLs by the model of one training set, which is trained if they or its answers are not there."""
-        nll, answers = place.read(NLL), self._read_answers(place)
-        to_answer = self.config.judge is not None and one is not BASE
+        nll, asked = place.read(NLL), self.config.judge is not None and one is not BASE
+        answers = self._read_answers(place) if asked else None
+        to_answer = asked and answers is None
         earlier = nll is not None and place.model.exists()  # kept by another command
-        if nll is not None and to_answer and answers is None and not earlier:
+        if nll is not None and to_answer and not earlier:
             self.progress.say(f"{where}: its model was not kept, as --keep-models would; it is trained again to answer")
-        if nll is None or (to_answer and answers is None):
+        if nll is None or to_answer:
             files = self._model(place, one, where)
             if nll is None:
                 began = time.monotonic()
@@ -88,22 +88,17 @@ class Trainings:
                 records = [sample.record for sample in self.prepared.held_out]
                 nll = held_out_nll(files, self.target, self.encoder, records)
                 place.write(NLL, nll, time.monotonic() - began)
-            if to_answer and answers is None:
+            if to_answer:
                 answers = self._answer(place, files)
-        if to_answer and answers is not None:
+        if answers is not None:
             self._answered[one.arm, one.seed] = answers
         if not self.config.keep_models and not earlier:
             place.remove_model()
         return nll
 
     def _answer(self, place: ArmFolder, files: ModelFiles) -> dict[int, str | None]:
-        prompts, most, began = self._prompts(), self.config.answer_tokens, time.monotonic()
-        options = AnswerOptions(
-            max_tokens=most,
-            device=self.target.device,
-            trust_remote_code=self.target.trust_remote_code,
-            allow_pickle=self.target.allow_pickle,
-        )
+        prompts, most, began = self._prompts, self.config.answer_tokens, time.monotonic()
+        options = AnswerOptions(self.target.config, max_tokens=most)
         answers = dict(zip(prompts, answer(files, list(prompts.values()), options, self.progress), strict=True))
         texts = pl.Series(answers.values(), dtype=pl.String)
         table = pl.DataFrame({"row": list(answers), "answer": texts}).with_columns(max_tokens=most)
@@ -113,7 +108,7 @@ class Trainings:
     def _read_answers(self, place: ArmFolder) -> dict[int, str | None] | None:
         """The answers that were written; None where there are none, or to other prompts, or of another length."""
         table = place.read(ANSWERS)
-        if table is None or table["row"].to_list() != list(self._prompts()):
+        if table is None or table["row"].to_list() != list(self._prompts):
             return None
         same = table["max_tokens"].unique().to_list() == [self.config.answer_tokens]
         return dict(table.select("row", "answer").iter_rows()) if same else None
@@ -122,7 +117,7 @@ class Trainings:
         if one is BASE:
             return self.target.files
         if not place.model.exists():
-            rows = [training_row(sample, self.encoder) for _, sample in chosen(self.data, one.ids)]
+            rows = [training_row(sample, self.encoder) for sample in chosen(self.data, one.ids)]
             self.data.check_unchanged()
             write_rows(place.path / "train.jsonl", rows)
             self.progress.say(f"training {where}: {len(rows):,} records in batches of {self.recipe.batch_size}")
@@ -130,18 +125,18 @@ class Trainings:
             fine_tune(self.target, training, place.checkpoints, place.model, self.progress)
         return find_model(str(place.model), allow_pickle=self.config.allow_pickle)
 
+    @cached_property
     def _prompts(self) -> dict[int, Conversation]:
         """The prompts that are answered, by the index of the held-out record: drawn by the first seed."""
-        count = len(self.prepared.held_out)
-        rows = sorted(Random(self.config.seed).sample(range(count), min(count, self.config.judge_prompts)))
-        values = [training_row(self.prepared.held_out[row], self.encoder) for row in rows]
-        return {
-            row: Conversation(value["prompt"], value.get("tools", ())) for row, value in zip(rows, values, strict=True)
-        }
+        held_out = self.prepared.held_out
+        count = min(len(held_out), self.config.judge_prompts)
+        rows = sorted(Random(self.config.seed).sample(range(len(held_out)), count))
+        values = {row: training_row(held_out[row], self.encoder) for row in rows}
+        return {row: Conversation(value["prompt"], value.get("tools", ())) for row, value in values.items()}
 
     def judged(self, folder: ValidationFolder, judge: Judge) -> tuple[Verdicts, ...]:
         """The judge's verdicts on the answers of the first arm against those of each other one, seed by seed."""
-        prompts = {row: prompt_text(prompt) for row, prompt in self._prompts().items()}
+        prompts = {row: prompt_text(prompt) for row, prompt in self._prompts.items()}
         first = self.prepared.sets[0].arm
         pairs = [
             Pair(row, first, other, seed, prompt, self._answered[first, seed][row], answers[row])

@@ -7,7 +7,7 @@ folder, see scorer.validation.directory, and not done again.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -18,6 +18,7 @@ from scorer.keywords import ValidateKeywords
 from scorer.options import from_options, keywords
 from scorer.requirements import require
 from scorer.runs.directory import Run
+from scorer.runs.manifest import digest
 from scorer.runs.progress import Progress, shown
 from scorer.selection.config import CHOICES, SelectConfig
 from scorer.selection.export import named_files
@@ -25,7 +26,7 @@ from scorer.types import ScorerError
 from scorer.validation.arms import read_arms
 from scorer.validation.comparison import Comparison
 from scorer.validation.config import ValidateConfig
-from scorer.validation.directory import ValidationFolder, digest, write_rows
+from scorer.validation.directory import ValidationFolder, write_rows
 from scorer.validation.recipes import read_recipe
 from scorer.validation.statistics import compare_arms
 
@@ -59,7 +60,7 @@ def validate(
     run = run if isinstance(run, Run) else Run(run)
     run.check_finished()
     folder = ValidationFolder(output)
-    from scorer.validation.judge import Judge, check_judge
+    from scorer.validation.judge import Judge, JudgeClient
     from scorer.validation.prepare import Asked, Source, prepare
     from scorer.validation.samples import open_encoder
     from scorer.validation.target import open_target
@@ -70,7 +71,7 @@ def validate(
         if len(arms) < 2:
             raise ScorerError("judge: it compares the answers of two arms; name another with --arms")
         judge = Judge(config.judge, config.judge_model)
-        check_judge(judge)
+        JudgeClient(judge).check()
     with shown(progress) as receiver, folder.locked(), run.data_at(files) as records:
         target = open_target(config, recipe, receiver)
         records.check_unchanged()
@@ -82,7 +83,7 @@ def validate(
             "config": {
                 "target": target.files.name,
                 "revision": target.files.revision,
-                **recipe.to_dict(),
+                **asdict(recipe),
                 **{name: str(getattr(chosen, name)) for name in CHOICES},
                 **{name: getattr(config, name) for name in ("seed", "equal")},
             },

@@ -51,7 +51,7 @@ SCHEMA = pl.Schema(PAIR | VERDICT)
 def judge_pairs(judge: Judge, pairs: Sequence[Pair], folder: Path, progress: Progress) -> pl.DataFrame:
     """The verdict on each pair, a table of SCHEMA in the order of `pairs`; asks the judge for those that are missing.
 
-    No other process may write in `folder`. Raises ScorerError as `check_judge`, where there is something to ask;
+    No other process may write in `folder`. Raises ScorerError as `JudgeClient.check`, where there is something to ask;
     EngineError where the disk is full. A fault of the judge on a pair is the status of that pair.
     """
     keys = [pair.key(judge) for pair in pairs]

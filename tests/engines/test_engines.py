@@ -77,7 +77,7 @@ def assert_equal(ours: dict[Key, SpanNLL], oracle: dict[Key, SpanNLL], relative:
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_reference_gives_the_models_own_loss(tiny: Tiny, family: str) -> None:
     files = tiny(family)
-    model = load_causal_lm(files, dtype="float32", device="cpu", attn_implementation="eager")
+    model = load_causal_lm(files, ScoreConfig(dtype="float32", device="cpu"), "eager")
     ids = torch.arange(40)[None] * 5 % 257
     labels = ids.clone()
     labels[0, :13] = -100

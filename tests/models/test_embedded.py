@@ -18,6 +18,7 @@ import pytest
 import torch
 from gguf import GGUFWriter
 
+from scorer.config import ScoreConfig
 from scorer.models.digests import cache_dir
 from scorer.models.embedded import EMBEDDED, EmbeddedModel, fetch_embedded, on_disk
 from scorer.models.find import ModelFiles, find_model, model_table
@@ -35,7 +36,7 @@ EXPECTED_IDS = {  # by SmolLM2's vocabulary
 
 
 def load(files: ModelFiles) -> Any:
-    return load_causal_lm(files, dtype="float32", device="cpu", attn_implementation="sdpa")
+    return load_causal_lm(files, ScoreConfig(dtype="float32", device="cpu"), "sdpa")
 
 
 # The model as stored

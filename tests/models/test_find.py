@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from scorer.config import ScoreConfig
 from scorer.engines.vllm import load_format
 from scorer.models.find import ModelFiles, find_model, model_settings
 from scorer.models.load import choose_device, choose_dtype, load_causal_lm, load_tokenizer
@@ -27,7 +28,7 @@ SMALL = {"vocab_size": 32, "bos_token_id": 0, "eos_token_id": 0}
 
 
 def load(files: ModelFiles, **options: Any) -> Any:
-    return load_causal_lm(files, dtype="float32", device="cpu", attn_implementation="sdpa", **options)
+    return load_causal_lm(files, ScoreConfig(dtype="float32", device="cpu", **options), "sdpa")
 
 
 def load_all(folder: Path) -> None:
@@ -103,7 +104,7 @@ def test_a_llama_in_shards_loads_and_lacks_one_when_one_is_gone(tmp_path: Path) 
     made.save_pretrained(tmp_path, max_shard_size="4KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
     assert torch.equal(logits(load(find_model(str(tmp_path)))), logits(made))
-    half = load_causal_lm(find_model(str(tmp_path)), dtype="float16", device="cpu", attn_implementation="eager")
+    half = load_causal_lm(find_model(str(tmp_path)), ScoreConfig(dtype="float16", device="cpu"), "eager")
     assert half.dtype == torch.float16
     next(tmp_path.glob("model-*.safetensors")).unlink()
     with pytest.raises(ScorerError, match=r"1 weight files are missing, model-0000"):

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from bench.lib.families import VOCABULARY
+from scorer.config import ScoreConfig
 from scorer.encoding.chat import Conversation
 from scorer.models.find import ModelFiles, find_model
 from scorer.models.load import load_tokenizer
@@ -28,7 +29,7 @@ TEMPLATE = (
     "{% if m.role == 'system' %}{{ raise_exception('no system message') }}{% endif %}"
     "<{{ m.role }}>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-OPTIONS = AnswerOptions(max_tokens=24, by="transformers", device="cpu", dtype="float32")
+OPTIONS = AnswerOptions(ScoreConfig(device="cpu", dtype="float32"), max_tokens=24, by="transformers")
 QUESTIONS = ("Why?", "Count from one to ten, and then back again. " * 3, "a", "Name two rivers in Europe.", "z" * 500)
 
 

@@ -18,7 +18,7 @@ from scorer.encoding.chat import Conversation
 from scorer.runs.progress import Silent
 from scorer.types import ScorerError
 from scorer.validation.comparison import Verdicts
-from scorer.validation.judge import Judge, Pair, check_judge, prompt_text, read_reply
+from scorer.validation.judge import Judge, JudgeClient, Pair, prompt_text, read_reply
 from scorer.validation.verdicts import CONCURRENT_PAIRS, LOST_PAIRS, count_verdicts, judge_pairs
 from tests.lib.command import wait
 from tests.lib.web import Sent, WebServer, http, silent
@@ -208,10 +208,13 @@ def test_a_judge_that_is_none_is_one_error_at_the_beginning(
     server: WebServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: bytes, words: str
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    check_judge(judge_of(server))
+    JudgeClient(judge_of(server)).check()
     assert server.headers[b"Authorization"] == f"Bearer {KEY}".encode()
     server.answer = lambda _: answer
-    for ask in (check_judge, lambda judge: judge_pairs(judge, many(3), tmp_path, Silent())):
+    for ask in (
+        lambda judge: JudgeClient(judge).check(),
+        lambda judge: judge_pairs(judge, many(3), tmp_path, Silent()),
+    ):
         with pytest.raises(ScorerError, match=words) as raised:
             ask(judge_of(server))
         assert KEY not in str(raised.value)
@@ -221,15 +224,15 @@ def test_a_judge_that_is_none_is_one_error_at_the_beginning(
 
 def test_what_is_no_server_or_no_key(server: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ScorerError, match="not http://HOST:PORT"):
-        check_judge(Judge("http://me:secret@host/v1", "m"))
+        JudgeClient(Judge("http://me:secret@host/v1", "m"))
     monkeypatch.setenv("SCORER_JUDGE_API_KEY", "a\nb")
     with pytest.raises(ScorerError, match="SCORER_JUDGE_API_KEY: an HTTP header can't hold"):
-        check_judge(judge_of(server))
+        JudgeClient(judge_of(server)).check()
     monkeypatch.delenv("SCORER_JUDGE_API_KEY")
     with socket.create_server(("127.0.0.1", 0)) as closed:
         server.url = f"http://127.0.0.1:{closed.getsockname()[1]}"
     with pytest.raises(ScorerError, match=r"does not answer \(Connection refused\)"):
-        check_judge(judge_of(server))
+        JudgeClient(judge_of(server)).check()
 
 
 def test_a_killed_process_has_kept_its_verdicts(server: WebServer, tmp_path: Path) -> None:
