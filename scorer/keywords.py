@@ -112,7 +112,7 @@ class ClusterKeywords(TypedDict, total=False):
 
 
 class CompareKeywords(TypedDict, total=False):
-    """Options of `scorer.compare`: the fields of scorer.agreement.compare.CompareConfig."""
+    """Options of `scorer.compare`: the fields of scorer.agreement.config.CompareConfig."""
 
     by: str | Sequence[str] | None
     lowest: bool | None

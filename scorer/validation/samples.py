@@ -49,9 +49,11 @@ class Sample:
         return "\n".join(str(message.get("content") or "") for message in messages)
 
 
-def open_encoder(target: Target, max_length: int) -> Encoder:
+def open_encoder(target: Target) -> Encoder:
     """The encoder of the target's tokenizer. Raises ScorerError where it can't write conversations."""
-    return Encoder(BulkTokenizer(target.tokenizer), CONDITIONED, max_length, target.files.document_token_id)
+    assert target.config.max_length is not None
+    tokenizer = BulkTokenizer(target.tokenizer)
+    return Encoder(tokenizer, CONDITIONED, target.config.max_length, target.files.document_token_id)
 
 
 def samples(rows: Iterable[RawRecord], reading: Reading) -> Iterator[tuple[int, Sample | None]]:

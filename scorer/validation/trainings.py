@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from random import Random
 from typing import Any
@@ -20,6 +20,7 @@ from scorer.encoding.encoder import Encoder
 from scorer.models.find import ModelFiles, find_model
 from scorer.runs.manifest import digest
 from scorer.runs.progress import Progress
+from scorer.selection.config import CHOICES, SelectConfig
 from scorer.validation.answers import AnswerOptions, answer
 from scorer.validation.arms import TrainingSet
 from scorer.validation.comparison import UNTRAINED, Verdicts
@@ -50,6 +51,21 @@ class Trainings:
     prepared: Prepared
     progress: Progress
     _answered: dict[tuple[str, int], dict[int, str | None]] = field(default_factory=dict)  # by arm and seed
+
+    def identity(self, selection: SelectConfig) -> dict[str, Any]:
+        """What all trainings depend on, as JSON values. selection: the options of the arm `selected`."""
+        return {
+            "config": {
+                "target": self.target.files.name,
+                "revision": self.target.files.revision,
+                **asdict(self.recipe),
+                **{name: str(getattr(selection, name)) for name in CHOICES},
+                **{name: getattr(self.config, name) for name in ("seed", "equal")},
+            },
+            "template": digest(str(self.target.tokenizer.chat_template)),
+            "data": [entry.identity for entry in self.data.inputs],
+            "held-out records": digest([sample.value for sample in self.prepared.held_out]),
+        }
 
     def run(self, folder: ValidationFolder, identity: Mapping[str, Any]) -> pl.DataFrame:
         """The NLLs by all models: arm String, seed Int64, row Int64, nll Float64 (nats), tokens Int64.

@@ -7,7 +7,7 @@ folder, see scorer.validation.directory, and not done again.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -18,7 +18,6 @@ from scorer.keywords import ValidateKeywords
 from scorer.options import from_options, keywords
 from scorer.requirements import require
 from scorer.runs.directory import Run
-from scorer.runs.manifest import digest
 from scorer.runs.progress import Progress, shown
 from scorer.selection.config import CHOICES, SelectConfig
 from scorer.selection.export import named_files
@@ -76,26 +75,14 @@ def validate(
         target = open_target(config, recipe, receiver)
         records.check_unchanged()
         with run.snapshot(finished=True) as scores:
-            source = Source(run, records, scores)
-            encoder = open_encoder(target, recipe.max_length)
-            prepared = prepare(source, encoder, Asked(config, chosen, arms, recipe.least_records), receiver)
-        identity = {
-            "config": {
-                "target": target.files.name,
-                "revision": target.files.revision,
-                **asdict(recipe),
-                **{name: str(getattr(chosen, name)) for name in CHOICES},
-                **{name: getattr(config, name) for name in ("seed", "equal")},
-            },
-            "template": digest(str(target.tokenizer.chat_template)),
-            "data": [entry.identity for entry in records.inputs],
-            "held-out records": digest([sample.value for sample in prepared.held_out]),
-        }
+            encoder, asked = open_encoder(target), Asked(config, chosen, arms, recipe.least_records)
+            prepared = prepare(Source(run, records, scores), encoder, asked, receiver)
+        trainings = Trainings(config, recipe, target, encoder, records, prepared, receiver)
+        identity = trainings.identity(chosen)
         if fresh:
             folder.clear()
         folder.begin(identity)
         write_rows(folder.path / "holdout.jsonl", [sample.value for sample in prepared.held_out])
-        trainings = Trainings(config, recipe, target, encoder, source.data, prepared, receiver)
         results = trainings.run(folder, identity)
         sizes = [(one.arm, len(one.ids), one.tokens) for one in prepared.sets]
         trained = pl.DataFrame(sizes, ["arm", "records", "tokens"], orient="row")

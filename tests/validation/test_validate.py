@@ -245,7 +245,7 @@ def test_what_is_evaluated_is_what_trl_trains_on(template: str, tmp_path: Path) 
         Path(name).write_text(KEYS)
     target = open_target(ValidateConfig(target="smollm2-135m"), Recipe(template=name), Silent())
     run = make_run(tmp_path / "run", ROWS, ifd=[0.5] * len(ROWS))
-    encoder = open_encoder(target, 1024)
+    encoder = open_encoder(target)
     with run.data as data:
         found = [sample for _, sample in samples(data.rows(), data.reading) if sample is not None]
     turns, batch = encoder.encode([sample.record for sample in found])
