@@ -81,8 +81,8 @@ def read_recipe(name: str, *, full: bool = False) -> Recipe:
 
 def _read_file(path: Path) -> Recipe:
     values = read_toml(path)
-    lora = values.pop("lora", None)
-    if lora not in (None, True, False) and not isinstance(lora, dict):
+    lora = values.pop("lora", False)
+    if not isinstance(lora, bool | dict):
         raise ScorerError(f"{path}: lora is true, false or a table such as [lora] with rank = 16")
     try:
         adapter = from_options(Lora, lora) if isinstance(lora, dict) else Lora() if lora else None

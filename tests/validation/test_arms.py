@@ -201,6 +201,7 @@ def test_recipes(tmp_path: Path) -> None:
         ("learning_rate = 2", "learning_rate"),
         ('batch_size = "8"', "batch_size"),
         ("lora = 3", "lora is true, false or a table"),
+        ("lora = 1", "lora is true, false or a table"),
         ("[lora]\nrank = 0", "rank: 0"),
         ("[lora]\nr = 8", "unknown option r"),
     ],
