@@ -63,8 +63,6 @@ class VllmEngine:
     def __init__(self, config: ScoreConfig, files: ModelFiles):
         check_vllm()
         set_environment(config)
-        self.engine: Any = None
-        self.processes: list[int] = []  # sentinels, which become ready when a process ends
         self.log = tempfile.TemporaryFile("w+b")  # noqa: SIM115  # lives as long as vLLM's processes write to it
         self.sockets = make_socket_folder()
         with (
@@ -76,7 +74,7 @@ class VllmEngine:
             from vllm.v1.engine.llm_engine import LLMEngine
 
             arguments = EngineArgs(**engine_arguments(config, files))
-            self.engine = LLMEngine.from_engine_args(arguments)
+            self.engine: Any = LLMEngine.from_engine_args(arguments)
             self.processes = watched_processes(self.engine)
             self.vocab_size = self.engine.model_config.get_vocab_size()
         self.requests = 0
@@ -122,9 +120,8 @@ class VllmEngine:
 
     def close(self) -> None:
         """End vLLM's processes."""
-        if self.engine is not None:
-            shut_down(self.engine)
-            self.engine = None
+        shut_down(self.engine)
+        del self.engine
         self.sockets.cleanup()
         self.log.close()
 
