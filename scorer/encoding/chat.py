@@ -51,13 +51,11 @@ class ChatTemplate:
         """A message for the template; its reasoning and tool calls as `text`, if the template does not write them."""
         if fields is None:
             return {"role": role, "content": text}
-        if "reasoning_content" in fields and not self.reads("reasoning_content"):
-            form = None
-        else:
-            form = self._calls if "tool_calls" in fields else dict
-        return (
-            form(fields) if form else {k: v for k, v in fields.items() if k not in SPECIAL_FIELDS} | {"content": text}
-        )
+        unread = "reasoning_content" in fields and not self.reads("reasoning_content")
+        form = None if unread else self._calls if "tool_calls" in fields else dict
+        if form is not None:
+            return form(fields)
+        return {k: v for k, v in fields.items() if k not in SPECIAL_FIELDS} | {"content": text}
 
     @cached_property
     def _calls(self) -> Callable[[ChatMessage], ChatMessage] | None:
