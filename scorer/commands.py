@@ -131,11 +131,14 @@ def output_option(metavar: str, help: str) -> Decorator:
 
 
 def options_of(config: type[Any], *only: str, without: Collection[str] = (), **defaults: Any) -> Decorator:
-    """The options that are fields of a dataclass, or some of them, in order. `defaults` replace those of the fields."""
+    """The options that are fields of a dataclass, or some of them, in order. `defaults` replace those of the fields.
+
+    without: names of fields, and headings whose fields are left out.
+    """
 
     def decorate(command: Decorated) -> Decorated:
         for field, kind, info in reversed([*describe(config)]):
-            if field.name not in without and (not only or field.name in only):
+            if not {field.name, info.group} & {*without} and (not only or field.name in only):
                 command = _field_option(field.name, kind, info, defaults.get(field.name, field.default))(command)
         return command
 
@@ -164,11 +167,6 @@ def _field_option(name: str, kind: Any, info: OptionInfo, default: Any) -> Decor
         multiple=info.multiple,
         callback=parse if info.parse else None,
     )
-
-
-def names_of(config: type[Any], group: str) -> list[str]:
-    """The names of a dataclass's options under one heading."""
-    return [field.name for field, _, info in describe(config) if info.group == group]
 
 
 data_argument = click.argument("data", nargs=-1, required=True)
@@ -379,7 +377,7 @@ def validate(run: str, output: str, data: tuple[str, ...], fresh: bool, **option
 
 
 @cli.command()
-@options_of(ScoreConfig, without=("engine", "shard_rows", *names_of(ScoreConfig, DATA)))
+@options_of(ScoreConfig, without=("engine", "shard_rows", DATA))
 @command_option("Options", "--host", default="127.0.0.1", help="Address to listen on.")
 @command_option("Options", "--port", type=click.IntRange(1, 65535), default=8000, help="Port to listen on.")
 def serve(host: str, port: int, **options: Any) -> None:

@@ -145,17 +145,11 @@ def stand_in_for(conversation: Conversation) -> str:
 
 
 def _call_form(message: ChatMessage, *, content: str | None, as_json: bool) -> ChatMessage:
-    calls = [
-        {
-            **call,
-            "function": {
-                **f,
-                "arguments": json.dumps(f["arguments"], ensure_ascii=False) if as_json else f["arguments"],
-            },
-        }
-        for call in message["tool_calls"]
-        for f in [call["function"]]
-    ]
+    calls = []
+    for call in message["tool_calls"]:
+        arguments = call["function"]["arguments"]
+        written = json.dumps(arguments, ensure_ascii=False) if as_json else arguments
+        calls.append({**call, "function": {**call["function"], "arguments": written}})
     return {**message, "content": message["content"] or content, "tool_calls": calls}
 
 
