@@ -241,8 +241,8 @@ def _entries(path: Path) -> dict[str, Any]:
         return {}
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(entries, dict):
+            return entries
+        raise ValueError("it holds no JSON object")
     except (OSError, ValueError, RecursionError) as error:
         raise ScorerError(f"{path}: can't be updated ({error}); mend it") from error
-    if not isinstance(entries, dict):
-        raise ScorerError(f"{path}: can't be updated (it holds no JSON object); mend it")
-    return entries
