@@ -56,8 +56,8 @@ class VllmEngine:
     """The contract of `scorer.engines.Engine`, by vLLM in processes of its own.
 
     Both views of a sample are enqueued side by side, and at most CONCURRENT_REQUESTS at once, of more than one
-    TokenBatch where one ends: vLLM composes its steps by itself. Raises ScorerError where
-    vLLM is not installed or can't run the model, EngineError where it fails or one of its processes dies.
+    TokenBatch where one ends: vLLM composes its steps by itself. Raises ScorerError where vLLM is not installed or
+    can't run the model, EngineError where it fails or one of its processes dies.
     """
 
     def __init__(self, config: ScoreConfig, files: ModelFiles):

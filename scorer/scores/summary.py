@@ -30,7 +30,7 @@ def summarise(scores: pl.DataFrame) -> Summary:
     pairs = scored.drop_nulls("ifd")
     bias = pairs.select(pl.corr("ifd", "response_tokens", method="spearman")).item() if pairs.height > 2 else None
     return Summary(
-        dict(scores["status"].value_counts(sort=True).iter_rows()),
+        _counted(scores["status"]),
         {name: [float(scored[name].quantile(q, "linear") or 0.0) for q in QUANTILES] for name in columns},
         None if bias is None or bias != bias else bias,
     )

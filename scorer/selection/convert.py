@@ -178,12 +178,12 @@ class ConvertedRows:
 
     def unconvertible(self) -> list[int]:
         """The ids of the rows that the form can't hold."""
-        return [raw.record_id for raw in self._rows.raw() if self._converted(raw) is None]
+        return [raw.record_id for raw in self._rows.raw() if converted(raw, self._rows.reading, self.form) is None]
 
     def records(self) -> Iterator[RawRecord]:
         """The rows, each with what it became as its value. None may be `unconvertible`."""
         for raw in self._rows.raw():
-            value = self._converted(raw)
+            value = converted(raw, self._rows.reading, self.form)
             if value is None:
                 raise ScorerError(f"{raw.source}: can't be converted")
             self.keys |= dict.fromkeys(value)
@@ -192,9 +192,6 @@ class ConvertedRows:
     def table(self, where: str, *, wrapped: bool = False) -> pa.Table:
         """The same as a table. See Subset.table."""
         return framed(where, [raw.value for raw in self.records()])
-
-    def _converted(self, raw: RawRecord) -> Converted | None:
-        return converted(raw, self._rows.reading, self.form)
 
 
 def converted(raw: RawRecord, reading: Reading, form: str) -> Converted | None:
