@@ -95,7 +95,6 @@ class Command(click.Command):
     """A command whose `--help` has the options under the headings of their groups."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the options, a section per group."""
         sections: dict[str, list[tuple[str, str]]] = {heading: [] for heading in GROUPS}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx) if isinstance(parameter, click.Option) else None
@@ -126,7 +125,6 @@ def flag(group: str, name: str, help: str) -> Decorator:
 
 
 def output_option(metavar: str, help: str) -> Decorator:
-    """The option -o."""
     return command_option(OUTPUT, "-o", "--output", help=help, metavar=metavar, required=True)
 
 

@@ -56,7 +56,6 @@ class ReferenceEngine:
                 yield scores
 
     def close(self) -> None:
-        """Free the model."""
         del self.model
 
 

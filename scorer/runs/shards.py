@@ -138,7 +138,6 @@ class ShardScorer:
             raise EngineError(f"the engine gave no score for spans of {len(unfinished)} shards")
 
     def close(self) -> None:
-        """Free the model."""
         self.engine.close()
         gc.unfreeze()
 

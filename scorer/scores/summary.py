@@ -24,7 +24,6 @@ class Summary:
 
 
 def summarise(scores: pl.DataFrame) -> Summary:
-    """Summarise a score table."""
     scored = scores.filter(pl.any_horizontal(pl.col("response_tokens", "ppl_conditioned").is_not_null()))
     columns = [name for name in COLUMNS if name in scored.columns and scored[name].count()]
     pairs = scored.drop_nulls("ifd")

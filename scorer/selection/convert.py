@@ -129,18 +129,12 @@ def _alpaca(record: Record) -> Converted | None:
     return row
 
 
+ROLE_TAGS = {"user_tag": "user", "assistant_tag": "assistant", "observation_tag": "tool", "system_tag": "system"}
 FORMS: Mapping[str, Form] = {
     "messages": Form(
         _messages,
         columns={"messages": "messages"},
-        tags={
-            "role_tag": "role",
-            "content_tag": "content",
-            "user_tag": "user",
-            "assistant_tag": "assistant",
-            "observation_tag": "tool",
-            "system_tag": "system",
-        },
+        tags={"role_tag": "role", "content_tag": "content", **ROLE_TAGS},
     ),
     "alpaca": Form(
         _alpaca,
@@ -157,14 +151,7 @@ FORMS: Mapping[str, Form] = {
     "sharegpt": Form(
         _sharegpt,
         columns={"messages": "conversations", "tools": "tools"},
-        tags={
-            "role_tag": "from",
-            "content_tag": "value",
-            "user_tag": "human",
-            "assistant_tag": "gpt",
-            "observation_tag": "observation",
-            "system_tag": "system",
-        },
+        tags={"role_tag": "from", "content_tag": "value"} | {t: SHAREGPT_ROLES[role] for t, role in ROLE_TAGS.items()},
     ),
 }
 
