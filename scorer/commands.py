@@ -128,14 +128,16 @@ def output_option(metavar: str, help: str) -> Decorator:
     return command_option(OUTPUT, "-o", "--output", help=help, metavar=metavar, required=True)
 
 
-def options_of(config: type[Any], *only: str, without: Collection[str] = (), **defaults: Any) -> Decorator:
-    """The options that are fields of a dataclass, or some of them, in order. `defaults` replace those of the fields.
+def options_of(
+    *configs: type[Any], only: Collection[str] = (), without: Collection[str] = (), **defaults: Any
+) -> Decorator:
+    """The options that are fields of dataclasses, or some of them, in order. `defaults` replace those of the fields.
 
     without: names of fields, and headings whose fields are left out.
     """
 
     def decorate(command: Decorated) -> Decorated:
-        for field, kind, info in reversed([*describe(config)]):
+        for field, kind, info in reversed([found for config in configs for found in describe(config)]):
             if not {field.name, info.group} & {*without} and (not only or field.name in only):
                 command = _field_option(field.name, kind, info, defaults.get(field.name, field.default))(command)
         return command
@@ -195,8 +197,7 @@ def cli() -> None:
 
 @cli.command()
 @data_argument
-@options_of(Part)
-@options_of(ScoreConfig)
+@options_of(Part, ScoreConfig)
 @strict_option
 @options_of(Cluster, address=None)
 @run_option
@@ -230,8 +231,7 @@ def select(run: str, output: str, data: tuple[str, ...], **options: Any) -> None
 
 @cli.command(name="filter")
 @data_argument
-@options_of(Part)
-@options_of(ScoreConfig)
+@options_of(Part, ScoreConfig)
 @strict_option
 @options_of(Cluster, address=None)
 @options_of(SelectConfig)
@@ -261,8 +261,7 @@ def filter_(data: tuple[str, ...], output: str, run: str | None, **options: Any)
 @data_argument
 @flag(DATA, "--runs", "DATA are scores: before training, and after each epoch.")
 @options_of(Training)
-@options_of(Part)
-@options_of(ScoreConfig, without=("protocol",))
+@options_of(Part, ScoreConfig, without=("protocol",))
 @strict_option
 @run_option
 @fresh_option
@@ -325,7 +324,7 @@ def compare(runs: tuple[str, ...], **options: Any) -> None:
 
 @cli.command()
 @click.argument("runs", nargs=-1, required=True, metavar="RUN [RUN]...")
-@options_of(SelectConfig, "by", "keep", keep="10%")
+@options_of(SelectConfig, only=("by", "keep"), keep="10%")
 @command_option(
     EVALUATION,
     "--validation",
@@ -357,7 +356,7 @@ def report(runs: tuple[str, ...], output: str, pictures: str | None, **options: 
 @click.argument("run")
 @data_option
 @options_of(ValidateConfig)
-@options_of(SelectConfig, *CHOICES)
+@options_of(SelectConfig, only=CHOICES)
 @no_limit_option
 @output_option("FOLDER", "The folder of the validation.")
 @flag(OUTPUT, "--fresh", "Discard what an earlier validation left in FOLDER.")
@@ -409,7 +408,7 @@ def models(context: click.Context) -> None:
 
 @models.command()
 @click.argument("name")
-@options_of(ScoreConfig, "revision", "allow_pickle")
+@options_of(ScoreConfig, only=("revision", "allow_pickle"))
 def fetch(name: str, **options: Any) -> None:
     """Fetch the model NAME, so that a later run needs no network."""
     from scorer.models.find import find_model

@@ -16,6 +16,7 @@ from scorer.types import ScorerError
 SPECIAL_FIELDS = ("tool_calls", "reasoning_content")  # a template that does not read them leaves them out
 
 ENDLESS = 3  # so many renderings without an end are not the fault of one record
+HIDDEN = ChatTemplateError("the text of the template does not show where the response begins")
 ChatMessage = Mapping[str, Any]
 
 
@@ -25,10 +26,6 @@ class Conversation:
 
     messages: Sequence[ChatMessage]
     tools: Sequence[Any] = ()
-
-
-class HiddenResponseError(ChatTemplateError):
-    """The text of a template does not show where the response begins."""
 
 
 class ChatTemplate:
@@ -96,18 +93,18 @@ class ChatTemplate:
         start = len(before) if whole.startswith(before) else _shared(whole, before)
         *history, message = conversation.messages
         if not found or stand_in in after:
-            return HiddenResponseError()
+            return HIDDEN
         if start < len(before):
             (earlier,) = self.render([replace(conversation, messages=history)])
             if isinstance(earlier, ChatTemplateError):
                 return earlier
             if not whole[:start].startswith(earlier):
-                return HiddenResponseError()  # the template writes another history for this message
+                return HIDDEN  # the template writes another history for this message
         if whole.endswith(after) and len(whole) - len(after) >= start:
             return whole[:start], whole[start : len(whole) - len(after)]
         if message.get("tool_calls"):  # some end a turn otherwise when a tool is to answer
             return whole[:start], whole[start:]
-        return HiddenResponseError()
+        return HIDDEN
 
     def render(
         self, conversations: Sequence[Conversation], *, to_answer: bool = False
