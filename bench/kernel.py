@@ -263,7 +263,7 @@ def tune(milliseconds: int, names: Sequence[str] = (), tiny: bool = False) -> di
         device, shapes, candidates = "cpu", [TINY], [Config(16, 32, 16, warps=4, stages=2)]
     measured = []
     for shape in shapes:
-        current = config_for(capability, 2, shape.hidden_size, shape.vocab_size)
+        current = config_for(capability, 2, shape.hidden_size)
         configs = {str(config): config for config in (current, *candidates)}
         launches: dict[str, HeadFunction] = {
             name: partial(linear_nll, config=config) for name, config in configs.items()

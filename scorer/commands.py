@@ -95,7 +95,6 @@ class Command(click.Command):
     """A command whose `--help` has the options under the headings of their groups."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the options, a section per group."""
         sections: dict[str, list[tuple[str, str]]] = {heading: [] for heading in GROUPS}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx) if isinstance(parameter, click.Option) else None
@@ -126,16 +125,20 @@ def flag(group: str, name: str, help: str) -> Decorator:
 
 
 def output_option(metavar: str, help: str) -> Decorator:
-    """The option -o."""
     return command_option(OUTPUT, "-o", "--output", help=help, metavar=metavar, required=True)
 
 
-def options_of(config: type[Any], *only: str, without: Collection[str] = (), **defaults: Any) -> Decorator:
-    """The options that are fields of a dataclass, or some of them, in order. `defaults` replace those of the fields."""
+def options_of(
+    *configs: type[Any], only: Collection[str] = (), without: Collection[str] = (), **defaults: Any
+) -> Decorator:
+    """The options that are fields of dataclasses, or some of them, in order. `defaults` replace those of the fields.
+
+    without: names of fields, and headings whose fields are left out.
+    """
 
     def decorate(command: Decorated) -> Decorated:
-        for field, kind, info in reversed([*describe(config)]):
-            if field.name not in without and (not only or field.name in only):
+        for field, kind, info in reversed([found for config in configs for found in describe(config)]):
+            if not {field.name, info.group} & {*without} and (not only or field.name in only):
                 command = _field_option(field.name, kind, info, defaults.get(field.name, field.default))(command)
         return command
 
@@ -166,11 +169,6 @@ def _field_option(name: str, kind: Any, info: OptionInfo, default: Any) -> Decor
     )
 
 
-def names_of(config: type[Any], group: str) -> list[str]:
-    """The names of a dataclass's options under one heading."""
-    return [field.name for field, _, info in describe(config) if info.group == group]
-
-
 data_argument = click.argument("data", nargs=-1, required=True)
 data_option = command_option(
     DATA,
@@ -199,8 +197,7 @@ def cli() -> None:
 
 @cli.command()
 @data_argument
-@options_of(Part)
-@options_of(ScoreConfig)
+@options_of(Part, ScoreConfig)
 @strict_option
 @options_of(Cluster, address=None)
 @run_option
@@ -234,8 +231,7 @@ def select(run: str, output: str, data: tuple[str, ...], **options: Any) -> None
 
 @cli.command(name="filter")
 @data_argument
-@options_of(Part)
-@options_of(ScoreConfig)
+@options_of(Part, ScoreConfig)
 @strict_option
 @options_of(Cluster, address=None)
 @options_of(SelectConfig)
@@ -265,8 +261,7 @@ def filter_(data: tuple[str, ...], output: str, run: str | None, **options: Any)
 @data_argument
 @flag(DATA, "--runs", "DATA are scores: before training, and after each epoch.")
 @options_of(Training)
-@options_of(Part)
-@options_of(ScoreConfig, without=("protocol",))
+@options_of(Part, ScoreConfig, without=("protocol",))
 @strict_option
 @run_option
 @fresh_option
@@ -329,7 +324,7 @@ def compare(runs: tuple[str, ...], **options: Any) -> None:
 
 @cli.command()
 @click.argument("runs", nargs=-1, required=True, metavar="RUN [RUN]...")
-@options_of(SelectConfig, "by", "keep", keep="10%")
+@options_of(SelectConfig, only=("by", "keep"), keep="10%")
 @command_option(
     EVALUATION,
     "--validation",
@@ -361,7 +356,7 @@ def report(runs: tuple[str, ...], output: str, pictures: str | None, **options: 
 @click.argument("run")
 @data_option
 @options_of(ValidateConfig)
-@options_of(SelectConfig, *CHOICES)
+@options_of(SelectConfig, only=CHOICES)
 @no_limit_option
 @output_option("FOLDER", "The folder of the validation.")
 @flag(OUTPUT, "--fresh", "Discard what an earlier validation left in FOLDER.")
@@ -379,7 +374,7 @@ def validate(run: str, output: str, data: tuple[str, ...], fresh: bool, **option
 
 
 @cli.command()
-@options_of(ScoreConfig, without=("engine", "shard_rows", *names_of(ScoreConfig, DATA)))
+@options_of(ScoreConfig, without=("engine", "shard_rows", DATA))
 @command_option("Options", "--host", default="127.0.0.1", help="Address to listen on.")
 @command_option("Options", "--port", type=click.IntRange(1, 65535), default=8000, help="Port to listen on.")
 def serve(host: str, port: int, **options: Any) -> None:
@@ -413,7 +408,7 @@ def models(context: click.Context) -> None:
 
 @models.command()
 @click.argument("name")
-@options_of(ScoreConfig, "revision", "allow_pickle")
+@options_of(ScoreConfig, only=("revision", "allow_pickle"))
 def fetch(name: str, **options: Any) -> None:
     """Fetch the model NAME, so that a later run needs no network."""
     from scorer.models.find import find_model

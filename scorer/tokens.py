@@ -103,9 +103,10 @@ class TokenBatch:
         """The tokens of one sequence: int32 [length]."""
         return self.token_ids[self.offsets[sequence] : self.offsets[sequence + 1]]
 
-    def spans(self, sequence: int) -> Array:
-        """The indices of the spans of one sequence: int64 [spans]."""
-        return np.arange(self.span_offsets[sequence], self.span_offsets[sequence + 1])
+    def spans(self, sequences: Array) -> tuple[Array, Array]:
+        """The indices of the spans of some sequences, end to end, and how many each sequence has: int64."""
+        counts = np.diff(self.span_offsets)[sequences]
+        return ranges(self.span_offsets[sequences], counts), counts
 
     def bounds(self, sequence: int) -> Array:
         """The [start, end] of each span of one sequence: int64 [spans, 2]."""

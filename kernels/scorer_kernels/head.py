@@ -14,9 +14,12 @@ import torch
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def debugging() -> bool:
-    """Whether SCORER_KERNELS_DEBUG is set to anything but 0."""
-    return os.environ.get("SCORER_KERNELS_DEBUG", "0") not in ("", "0")
+def check_range(name: str, values: torch.Tensor, end: int, where: str) -> None:
+    """In debug mode, raise IndexError unless all `values` are in `where`, 0 to `end` (exclusive)."""
+    if os.environ.get("SCORER_KERNELS_DEBUG", "0") not in ("", "0") and values.numel():
+        low, high = (int(bound) for bound in torch.aminmax(values))
+        if low < 0 or high >= end:
+            raise IndexError(f"{name} reach from {low} to {high}, outside {where}")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,10 +79,7 @@ class Head:
     def check_whole(self, targets: torch.Tensor) -> None:
         """Assert that this is no slice; in debug mode, raise IndexError for a target outside the vocabulary."""
         assert self.vocab_start == 0, f"vocab_start is 0, not {self.vocab_start}: a slice gives partials only"
-        if debugging() and targets.numel():
-            low, high = (int(bound) for bound in torch.aminmax(targets))
-            if low < 0 or high >= self.size:
-                raise IndexError(f"targets reach from {low} to {high}, outside the vocabulary's 0 to {self.size - 1}")
+        check_range("targets", targets, self.size, f"the vocabulary's 0 to {self.size - 1}")
 
 
 # Computes NLLs, float32 [N], from hidden states [N, D], a head and targets [N].

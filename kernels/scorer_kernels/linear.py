@@ -65,7 +65,7 @@ def _launch(
     if rows == 0:
         return out
     capability, processors = _chip(hidden.device)
-    config = config or config_for(capability, itemsize, hidden_size, head.size)
+    config = config or config_for(capability, itemsize, hidden_size)
     grid = plan_grid(rows, hidden_size, head.size, itemsize, config, processors)
     partials = torch.empty(grid.splits, 2, rows, dtype=torch.float32, device=hidden.device)
     # None is a constant to Triton, which then compiles the step out.

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .head import debugging
+from .head import check_range
 from .linear import on_device
 
 OPTIONS: dict[str, Any] = {"BLOCK": 128, "num_warps": 1, "enable_fp_fusion": True}
@@ -73,7 +73,4 @@ def _check(nll: torch.Tensor, bounds: torch.Tensor) -> None:
     assert bounds.device == nll.device, f"offsets are on {nll.device}, as nll is, not {bounds.device}"
     assert nll.is_contiguous(), "nll is contiguous"
     assert bounds.is_contiguous(), "offsets are contiguous"
-    if debugging() and bounds.numel():
-        low, high = (int(bound) for bound in torch.aminmax(bounds))
-        if low < 0 or high > len(nll):
-            raise IndexError(f"offsets reach from {low} to {high}, outside the {len(nll)} tokens")
+    check_range("offsets", bounds, len(nll) + 1, f"the {len(nll)} tokens")

@@ -23,18 +23,14 @@ class Config:
     tma: bool = False
 
 
-ANY = 1 << 31
-
-
 @dataclass(frozen=True, slots=True)
 class Row:
-    """`config` is for this compute capability, inputs of `itemsize` bytes, and sizes up to these."""
+    """`config` is for this compute capability, inputs of `itemsize` bytes, and hidden sizes up to this."""
 
     capability: tuple[int, int]
     itemsize: int
     config: Config
-    max_hidden_size: int = ANY
-    max_vocab_size: int = ANY
+    max_hidden_size: int = 1 << 31
 
 
 # The first row that fits is taken. Measured on an H200, 2026-11-27, with a prototype of this kernel: both rows of sm_90
@@ -76,7 +72,7 @@ FALLBACK = {2: Config(64, 128, 32, warps=4, stages=3), 4: Config(64, 64, 16, war
 L2_BYTES = 16 << 20
 
 
-def config_for(capability: tuple[int, int], itemsize: int, hidden_size: int, vocab_size: int) -> Config:
+def config_for(capability: tuple[int, int], itemsize: int, hidden_size: int) -> Config:
     """The table's configuration, or the fallback for unknown chips and for hidden sizes that 16 does not divide.
 
     The loads of such rows are not vectorised, and large tiles would spill registers.
@@ -84,8 +80,7 @@ def config_for(capability: tuple[int, int], itemsize: int, hidden_size: int, voc
     if hidden_size % 16:
         return FALLBACK[itemsize]
     for row in TABLE:
-        fits = hidden_size <= row.max_hidden_size and vocab_size <= row.max_vocab_size
-        if fits and row.capability == capability and row.itemsize == itemsize:
+        if (row.capability, row.itemsize) == (capability, itemsize) and hidden_size <= row.max_hidden_size:
             return row.config
     return FALLBACK[itemsize]
 

@@ -16,6 +16,7 @@ from scorer.types import ScorerError
 SPECIAL_FIELDS = ("tool_calls", "reasoning_content")  # a template that does not read them leaves them out
 
 ENDLESS = 3  # so many renderings without an end are not the fault of one record
+HIDDEN = ChatTemplateError("the text of the template does not show where the response begins")
 ChatMessage = Mapping[str, Any]
 
 
@@ -25,10 +26,6 @@ class Conversation:
 
     messages: Sequence[ChatMessage]
     tools: Sequence[Any] = ()
-
-
-class HiddenResponseError(ChatTemplateError):
-    """The text of a template does not show where the response begins."""
 
 
 class ChatTemplate:
@@ -51,13 +48,11 @@ class ChatTemplate:
         """A message for the template; its reasoning and tool calls as `text`, if the template does not write them."""
         if fields is None:
             return {"role": role, "content": text}
-        if "reasoning_content" in fields and not self.reads("reasoning_content"):
-            form = None
-        else:
-            form = self._calls if "tool_calls" in fields else dict
-        return (
-            form(fields) if form else {k: v for k, v in fields.items() if k not in SPECIAL_FIELDS} | {"content": text}
-        )
+        unread = "reasoning_content" in fields and not self.reads("reasoning_content")
+        form = None if unread else self._calls if "tool_calls" in fields else dict
+        if form is not None:
+            return form(fields)
+        return {k: v for k, v in fields.items() if k not in SPECIAL_FIELDS} | {"content": text}
 
     @cached_property
     def _calls(self) -> Callable[[ChatMessage], ChatMessage] | None:
@@ -98,18 +93,18 @@ class ChatTemplate:
         start = len(before) if whole.startswith(before) else _shared(whole, before)
         *history, message = conversation.messages
         if not found or stand_in in after:
-            return HiddenResponseError()
+            return HIDDEN
         if start < len(before):
             (earlier,) = self.render([replace(conversation, messages=history)])
             if isinstance(earlier, ChatTemplateError):
                 return earlier
             if not whole[:start].startswith(earlier):
-                return HiddenResponseError()  # the template writes another history for this message
+                return HIDDEN  # the template writes another history for this message
         if whole.endswith(after) and len(whole) - len(after) >= start:
             return whole[:start], whole[start : len(whole) - len(after)]
         if message.get("tool_calls"):  # some end a turn otherwise when a tool is to answer
             return whole[:start], whole[start:]
-        return HiddenResponseError()
+        return HIDDEN
 
     def render(
         self, conversations: Sequence[Conversation], *, to_answer: bool = False
@@ -147,17 +142,11 @@ def stand_in_for(conversation: Conversation) -> str:
 
 
 def _call_form(message: ChatMessage, *, content: str | None, as_json: bool) -> ChatMessage:
-    calls = [
-        {
-            **call,
-            "function": {
-                **f,
-                "arguments": json.dumps(f["arguments"], ensure_ascii=False) if as_json else f["arguments"],
-            },
-        }
-        for call in message["tool_calls"]
-        for f in [call["function"]]
-    ]
+    calls = []
+    for call in message["tool_calls"]:
+        arguments = call["function"]["arguments"]
+        written = json.dumps(arguments, ensure_ascii=False) if as_json else arguments
+        calls.append({**call, "function": {**call["function"], "arguments": written}})
     return {**message, "content": message["content"] or content, "tool_calls": calls}
 
 

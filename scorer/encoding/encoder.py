@@ -13,7 +13,7 @@ from scorer.data.records import texts_of
 from scorer.encoding.chat import ChatTemplate
 from scorer.encoding.sequences import Layout, Pieces, token_batch
 from scorer.encoding.special_tokens import SpecialTokens
-from scorer.encoding.texts import ChatWriter, TemplateWriter, Texts, Writer, branches
+from scorer.encoding.texts import ChatWriter, TemplateWriter, Texts, branches
 from scorer.encoding.tokenizer import BulkTokenizer
 from scorer.protocols import Join, Protocol
 from scorer.tokens import TokenBatch, TurnTable, ranges
@@ -39,7 +39,7 @@ class Encoder:
     ):
         self.bulk, self.protocol, self.max_length = bulk, protocol, max_length
         self.tokenizer = tokenizer = bulk.tokenizer
-        self.writer: Writer
+        self.writer: TemplateWriter | ChatWriter
         with bulk.checked():
             self.special = SpecialTokens(bulk, as_text=split_special_tokens)
             if protocol.score_eos and tokenizer.eos_token is None:
@@ -117,7 +117,7 @@ class Encoder:
         if self.special.as_text:
             record = self._hidden(record)
         first = texts.add_record(record, special_tokens=special_tokens)
-        if record.tools and not self.writer.reads_tools():
+        if record.tools and not self.writer.reads_tools:
             texts.leave_out("tools")
         for entries in branches(record, first):
             self.writer.write(record, entries, texts)

@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, takewhile
-from typing import Protocol as Interface
 
 from scorer.data.messages import split_reasoning
 from scorer.data.records import REASONING
@@ -88,19 +87,6 @@ class Texts:
             self.texts += (prompt, prompt + response, self.protocol.alone.prefix + response)
 
 
-class Writer(Interface):
-    """Writes the texts of a conversation."""
-
-    def reads_tools(self) -> bool:
-        """Whether the tools of a record are in its prompts."""
-
-    def write(self, record: Record, entries: list[Entry], texts: Texts) -> None:
-        """Add the sequences of some turns of the last record, each with its row or NO_ROW; the turns are READABLE."""
-
-    def finish(self, texts: Texts) -> None:
-        """Add the sequences that are still to come, after the last `write`."""
-
-
 def branches(record: Record, first: int) -> Iterator[list[Entry]]:
     """The turns of each branch of a record as far as they can be read, with their rows; those with a row to score."""
     if len(record.turns) == 1 and not record.turns[0].history:  # most records
@@ -119,21 +105,19 @@ def branches(record: Record, first: int) -> Iterator[list[Entry]]:
 class TemplateWriter:
     """Writes the template of a protocol, one sequence for all turns."""
 
+    reads_tools = False  # whether the tools of a record are in its prompts
+
     def __init__(self, protocol: Protocol, response_end: str):
         self.protocol, self.response_end = protocol, response_end
 
-    def reads_tools(self) -> bool:
-        """No template of a protocol has them."""
-        return False
-
     def write(self, record: Record, entries: list[Entry], texts: Texts) -> None:
-        """See Writer."""
+        """Add the sequences of some turns of the last record, each with its row or NO_ROW; the turns are READABLE."""
         texts.add_sequence()
         for number, (row, turn) in enumerate(entries):
             texts.add_piece(row, self._prompt(turn, first=not number), turn.response + self.response_end)
 
     def finish(self, texts: Texts) -> None:
-        """See Writer."""
+        """Add the sequences that `write` has not added: none."""
 
     def _prompt(self, turn: Turn, *, first: bool) -> str:
         template = self.protocol.template
@@ -164,15 +148,11 @@ class ChatWriter:
     """Writes a model's chat template: one sequence, and a new one wherever the template rewrites what it wrote."""
 
     def __init__(self, chat: ChatTemplate):
-        self.chat = chat
+        self.chat, self.reads_tools = chat, chat.reads("tools")
         self._responses: list[_Response] = []  # all are rendered at once
 
-    def reads_tools(self) -> bool:
-        """Whether the template reads tools."""
-        return self.chat.reads("tools")
-
     def write(self, record: Record, entries: list[Entry], texts: Texts) -> None:
-        """See Writer."""
+        """As TemplateWriter's, but for the sequences, which `finish` adds."""
         messages: list[ChatMessage] = []
         first = True
         for parts in _messages(entries):
@@ -189,7 +169,7 @@ class ChatWriter:
                 first = False
 
     def finish(self, texts: Texts) -> None:
-        """See Writer. Turns that the template refuses get the status for it."""
+        """Add the sequences of all that was written. Turns that the template refuses get the status for it."""
         responses, self._responses = self._responses, []
         written: str | None = None  # of the branch, in the last sequence
         for response, split in zip(responses, self.chat.split([r.conversation for r in responses]), strict=True):

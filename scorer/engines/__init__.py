@@ -26,8 +26,6 @@ class Engine(Protocol):
         Sums are added in float64; those of `TokenBatch.by_token()` are the NLLs of single tokens. Raises EngineError
         where the engine itself fails.
         """
-        ...
 
     def close(self) -> None:
         """Free the model."""
-        ...

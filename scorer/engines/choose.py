@@ -87,13 +87,6 @@ def engine_versions(engine: str) -> dict[str, str]:
     return dict([found]) if found else {}
 
 
-def served_model(url: str, files: ModelFiles) -> dict[str, Any]:
-    """A server's description of its model. Raises ScorerError where it does not score or serves another model."""
-    from scorer.engines.vllm_client import Server
-
-    return Server(url, files).model
-
-
 def open_engine(config: ScoreConfig, files: ModelFiles) -> Engine:
     """Open the engine of a resolved configuration. Raises ScorerError where the model changed while it was loaded."""
     engine = _open_engine(config, files)

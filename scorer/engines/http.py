@@ -81,14 +81,14 @@ class Address:
         done, late = Event(), Event()
         stream: socket.socket | None = None  # `connection` forgets it where the answer ends with the connection
 
-        def give_up() -> None:
+        def cancel() -> None:
             late.set()
             with suppress(OSError, AttributeError):  # not connected, or just closed
                 (stream or connection.sock).shutdown(socket.SHUT_RDWR)
 
         def watch() -> None:
             quiet, note = waiting
-            for seconds, act in ((quiet, note), (request.seconds - quiet, give_up)):
+            for seconds, act in ((quiet, note), (request.seconds - quiet, cancel)):
                 if done.wait(max(seconds, 0)):
                     return
                 act()

@@ -138,7 +138,7 @@ class PackedEngine:
                 continue
             except BatchOutOfMemoryError:
                 pass  # recurse outside this block: the error holds the memory of the failed batch
-            scores += self._score_halves(batch, part) if half else [oom_scores(batch, int(part[0]))]
+            scores += self._score_halves(batch, part) if half else [oom_scores(batch, part)]
         return scores
 
     @torch.inference_mode()

@@ -63,9 +63,7 @@ def pack(batch: TokenBatch, sequences: Array) -> PackedBatch:
     lengths = forward_tokens(batch)[sequences]
     order = np.argsort(-lengths, kind="stable")
     sequences, lengths = sequences[order], lengths[order]
-    first_span = batch.span_offsets
-    span_counts = np.diff(first_span)[sequences]
-    spans = ranges(first_span[sequences], span_counts)
+    spans, span_counts = batch.spans(sequences)
     starts, counts = batch.starts[spans], batch.ends[spans] - batch.starts[spans]
     packed = bounds_of(lengths)[:-1]  # where each sequence begins
     arrays = (

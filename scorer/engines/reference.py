@@ -40,15 +40,15 @@ class ReferenceEngine:
             if not len(batch):
                 yield no_scores(batch)
             for sequence in range(len(batch)):
+                one = np.array([sequence])
                 try:
                     with convert_errors():
-                        scores = with_sums(batch, batch.spans(sequence), span_sums(self.model, batch, sequence))
+                        scores = with_sums(batch, batch.spans(one)[0], span_sums(self.model, batch, sequence))
                 except BatchOutOfMemoryError:
-                    scores = oom_scores(batch, sequence)
+                    scores = oom_scores(batch, one)
                 yield scores
 
     def close(self) -> None:
-        """Free the model."""
         del self.model
 
 

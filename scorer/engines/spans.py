@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from scorer.faults import one_line
-from scorer.tokens import CODES, Array, SpanScores, TokenBatch, ranges
+from scorer.tokens import CODES, Array, SpanScores, TokenBatch
 from scorer.types import EngineError, RowStatus, ScorerError
 
 OK, NON_FINITE, OOM = (CODES[status] for status in (RowStatus.OK, RowStatus.NON_FINITE, RowStatus.OOM))
@@ -53,8 +53,7 @@ def with_counted_sums(batch: TokenBatch, sequences: Array, sums: Sequence[Array]
 
     Raises EngineError where a count differs from the span's length: other tokens were scored than asked for.
     """
-    counts = np.diff(batch.span_offsets)[sequences]
-    spans = ranges(batch.span_offsets[sequences], counts)
+    spans, counts = batch.spans(sequences)
     found = np.concatenate([rows[:count] for rows, count in zip(sums, counts.tolist(), strict=True)])
     expected = batch.ends[spans] - batch.starts[spans]
     if not np.array_equal(found[:, 1], expected):
@@ -62,12 +61,12 @@ def with_counted_sums(batch: TokenBatch, sequences: Array, sums: Sequence[Array]
     return with_sums(batch, spans, found[:, 0])
 
 
-def oom_scores(batch: TokenBatch, sequence: int) -> SpanScores:
-    """The spans of a sequence that does not fit in memory even by itself."""
-    spans = batch.spans(sequence)
+def oom_scores(batch: TokenBatch, sequence: Array) -> SpanScores:
+    """The scores of a sequence, int64 [1], that does not fit in memory even by itself."""
+    spans, _ = batch.spans(sequence)
     return SpanScores(batch, spans, np.full(len(spans), np.nan), np.full(len(spans), OOM, np.uint8))
 
 
 def no_scores(batch: TokenBatch) -> SpanScores:
     """The scores of a TokenBatch without spans."""
-    return SpanScores(batch, np.empty(0, np.int64), np.empty(0), np.empty(0, np.uint8))
+    return with_sums(batch, np.empty(0, np.int64), np.empty(0))

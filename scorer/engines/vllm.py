@@ -56,15 +56,13 @@ class VllmEngine:
     """The contract of `scorer.engines.Engine`, by vLLM in processes of its own.
 
     Both views of a sample are enqueued side by side, and at most CONCURRENT_REQUESTS at once, of more than one
-    TokenBatch where one ends: vLLM composes its steps by itself. Raises ScorerError where
-    vLLM is not installed or can't run the model, EngineError where it fails or one of its processes dies.
+    TokenBatch where one ends: vLLM composes its steps by itself. Raises ScorerError where vLLM is not installed or
+    can't run the model, EngineError where it fails or one of its processes dies.
     """
 
     def __init__(self, config: ScoreConfig, files: ModelFiles):
         check_vllm()
         set_environment(config)
-        self.engine: Any = None
-        self.processes: list[int] = []  # sentinels, which become ready when a process ends
         self.log = tempfile.TemporaryFile("w+b")  # noqa: SIM115  # lives as long as vLLM's processes write to it
         self.sockets = make_socket_folder()
         with (
@@ -76,7 +74,7 @@ class VllmEngine:
             from vllm.v1.engine.llm_engine import LLMEngine
 
             arguments = EngineArgs(**engine_arguments(config, files))
-            self.engine = LLMEngine.from_engine_args(arguments)
+            self.engine: Any = LLMEngine.from_engine_args(arguments)
             self.processes = watched_processes(self.engine)
             self.vocab_size = self.engine.model_config.get_vocab_size()
         self.requests = 0
@@ -122,9 +120,8 @@ class VllmEngine:
 
     def close(self) -> None:
         """End vLLM's processes."""
-        if self.engine is not None:
-            shut_down(self.engine)
-            self.engine = None
+        shut_down(self.engine)
+        del self.engine
         self.sockets.cleanup()
         self.log.close()
 

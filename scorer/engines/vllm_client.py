@@ -33,7 +33,7 @@ from scorer.engines.http import (
 )
 from scorer.engines.spans import check_token_ids, no_scores, with_sums
 from scorer.models.find import ModelFiles, model_settings, weight_bytes
-from scorer.tokens import Array, SpanScores, TokenBatch, ranges
+from scorer.tokens import Array, SpanScores, TokenBatch
 from scorer.types import EngineError, ScorerError
 
 API_KEY = "VLLM_API_KEY"  # environment variable, of the client as of the server
@@ -114,8 +114,7 @@ class Server:
 
     def score(self, batch: TokenBatch, sequences: Array) -> SpanScores:
         """The scores of some sequences. Raises EngineError where the server stays unreachable or its model changed."""
-        counts = np.diff(batch.span_offsets)[sequences]
-        spans = ranges(batch.span_offsets[sequences], counts)
+        spans, counts = batch.spans(sequences)
         asked = [{"token_ids": batch.ids(i), "spans": batch.bounds(i)} for i in sequences.tolist()]
         body = orjson.dumps({"sequences": asked}, option=orjson.OPT_SERIALIZE_NUMPY)
         most = DESCRIPTION_BYTES + SPAN_BYTES * len(spans)

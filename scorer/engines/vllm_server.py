@@ -105,7 +105,6 @@ class ScoringEndpoint:
     required_tasks = ("plugin",)
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add the routes."""
         app.include_router(router)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:

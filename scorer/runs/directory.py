@@ -18,7 +18,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from scorer.config import Reading
 from scorer.data.dataset import Dataset, inspect_input
 from scorer.data.moved import count_rows, moved
 from scorer.faults import first_line
+from scorer.options import take
 from scorer.runs.manifest import Manifest
 from scorer.runs.shard_file import ShardInfo, read_info
 from scorer.scores.summary import COLUMNS, QUANTILES, Summary, summarise
@@ -119,7 +119,7 @@ class Run:
                 f"{self.path} was joined from tables and has no data: name it with `scorer select --data`, or join run "
                 "directories instead"
             )
-        reading = Reading(**{f.name: known.config[f.name] for f in fields(Reading) if f.name in known.config})
+        reading = Reading(**take(Reading, dict(known.config)))
         limit = known.config["limit"]
         return Dataset([e.path for e in inputs], reading=reading, limit=limit, inputs=inputs, counts=counts)
 

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
@@ -41,14 +41,9 @@ class Progress(Protocol):
 class Silent:
     """Reports nothing."""
 
-    def say(self, message: str) -> None:
-        pass
-
-    def begin(self, records: int, done: int) -> None:
-        pass
-
-    def advance(self, records: int, tokens: int) -> None:
-        pass
+    def say(self, message: str) -> None: ...
+    def begin(self, records: int, done: int) -> None: ...
+    def advance(self, records: int, tokens: int) -> None: ...
 
 
 def shown(progress: Progress | bool | None) -> AbstractContextManager[Progress]:
@@ -76,9 +71,6 @@ class ConsoleProgress(AbstractContextManager["ConsoleProgress"]):
             disable=not console.is_terminal,
             transient=True,
         )
-        self.task: TaskID | None = None
-        self.records = self.done = self.tokens = self.scored = 0
-        self.began = self.printed = time.monotonic()
 
     def __exit__(self, *_: object) -> None:
         self.bar.stop()
@@ -94,8 +86,8 @@ class ConsoleProgress(AbstractContextManager["ConsoleProgress"]):
         self.records, self.done = records, done
         self.tokens = self.scored = 0
         self.began = self.printed = time.monotonic()
-        if self.task is not None:  # of the work before
-            self.bar.remove_task(self.task)
+        for task in self.bar.task_ids:  # of the work before
+            self.bar.remove_task(task)
         self.task = self.bar.add_task("", total=records, completed=done, rates="")
         self.bar.start()
 
@@ -109,8 +101,7 @@ class ConsoleProgress(AbstractContextManager["ConsoleProgress"]):
         rates = f"{self.scored / seconds:,.1f} records/s"
         if self.tokens:
             rates += f"  {self.tokens / seconds:,.0f} tokens/s"
-        if self.task is not None:
-            self.bar.update(self.task, completed=self.done, rates=rates)
+        self.bar.update(self.task, completed=self.done, rates=rates)
         if not console.is_terminal and now - self.printed >= PLAIN_SECONDS:
             self.printed = now
             left = (self.records - self.done) * seconds / max(self.scored, 1)

@@ -72,7 +72,6 @@ class Worker:
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
         (index,), (payload,) = batch["index"], batch["records"]
         records = pickle.loads(payload)  # written by Reader
-        tokens, error = 0, None
         try:
             if isinstance(records, ScorerError):
                 raise records
@@ -81,15 +80,9 @@ class Worker:
                 scored = self._submit(shard)
             seconds, table = scored.result()
             self.run.write_shard(shard.index, table, Work(shard.tokens, seconds, self.name, self.environment))
-            tokens = shard.tokens
-        except ScorerError as fault:
-            error = fault
-        return {
-            "records": [len(records) if error is None else 0],
-            "tokens": [tokens],
-            "error": [str(error) if error else ""],
-            "exit_code": [error.exit_code if error else 0],
-        }
+        except ScorerError as error:
+            return {"records": [0], "tokens": [0], "error": [str(error)], "exit_code": [error.exit_code]}
+        return {"records": [shard.count], "tokens": [shard.tokens], "error": [""], "exit_code": [0]}
 
     def _submit(self, shard: Shard) -> Future[tuple[float, pl.DataFrame]]:
         """Give a shard to the engine; the result is the seconds that it took, and its score table."""

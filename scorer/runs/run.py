@@ -22,7 +22,6 @@ from scorer.engines.choose import (
     choose_compile,
     choose_engine,
     resolve_config,
-    served_model,
 )
 from scorer.keywords import ScoreKeywords
 from scorer.models.embedded import EMBEDDED
@@ -173,7 +172,9 @@ def resolve(config: ScoreConfig, records: int, *, elsewhere: bool, progress: Pro
     )
     files = find(weights=False)
     if remote:
-        served = served_model(config.engine, files)
+        from scorer.engines.vllm_client import Server
+
+        served = Server(config.engine, files).model
         chosen = resolve_config(config, files, served)
         return Resolved(chosen, files, open_encoder(chosen, files), served, f"http; {chosen.dtype}")
     engine, _ = choose_engine(config, files)
@@ -213,8 +214,6 @@ def resume(run: RunWriter, data: Dataset, identity: dict[str, Any], progress: Pr
         raise ScorerError(f"{run.path} has scores and no manifest.json, which says of what: restore it, or use --fresh")
     if not shards:  # a run without scores binds nobody
         run.clear()
-        if not data.counts:
-            data.inspect()
         return None
     check_same_run(run, identity)
     known = run.manifest

@@ -127,17 +127,17 @@ class ShardScorer:
 
         for scores in self.engine.score(batches()):
             if unfinished[scores.batch].add(scores):
-                done = unfinished.pop(scores.batch)
-                table = done.table(two_views=self.encoder.layout.has_alone)
+                done, two_views = unfinished.pop(scores.batch), self.encoder.layout.has_alone
+                shard = done.shard
+                table = score_table(shard.turns, shard.batch, done.nll_sums, done.statuses, two_views=two_views)
                 if self.strict:
-                    check_scored(done.shard.records, statuses(table))
-                yield done.shard, table
+                    check_scored(shard.records, statuses(table))
+                yield shard, table
         shards.raise_error()
         if unfinished:
             raise EngineError(f"the engine gave no score for spans of {len(unfinished)} shards")
 
     def close(self) -> None:
-        """Free the model."""
         self.engine.close()
         gc.unfreeze()
 
@@ -165,10 +165,6 @@ class _Unfinished:
         self.waiting[records] = False
         self.progress.advance(len(records), int(self.tokens[records].sum()))
         return self.left == 0
-
-    def table(self, *, two_views: bool) -> pl.DataFrame:
-        """The score table of the shard."""
-        return score_table(self.shard.turns, self.shard.batch, self.nll_sums, self.statuses, two_views=two_views)
 
 
 def statuses(table: pl.DataFrame) -> Iterator[tuple[int, RowStatus]]:

@@ -65,14 +65,12 @@ class RunWriter(Run):
         super().__init__(path)
         self._check: Callable[[], None] = lambda: None
 
-    def remove_partial_shard(self) -> bool:
-        """Remove the last shard if it has fewer records than the others, so that more can be added. Whether it had."""
+    def remove_partial_shard(self) -> None:
+        """Remove the last shard if it has fewer records than the others, so that more can be added."""
         index, records = divmod(self.manifest.records, self.manifest.config["shard_rows"])
-        partial = bool(records) and index not in self.missing()
-        if partial:
+        if records and index not in self.missing():
             self._check()
             remove([self.shard(index)])
-        return partial
 
     def remove_faulty_shards(self, manifest: Manifest) -> dict[str, str]:
         """Remove the shards that are not `manifest`'s, as they were written. What was wrong with each, by name."""

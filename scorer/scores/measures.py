@@ -118,10 +118,9 @@ def learning_table(epochs: Sequence[pl.DataFrame]) -> pl.DataFrame:
     last = len(epochs) - 1
     table = epochs[0].with_columns(ppl_0="ppl_conditioned")
     for i, epoch in enumerate(epochs[1:], 1):
-        values = epoch.select("record_id", "turn", pl.col("status").alias(f"status_{i}"), ppl="ppl_conditioned")
-        table = table.join(
-            values.rename({"ppl": f"ppl_{i}"}), on=("record_id", "turn"), how="left", maintain_order="left"
-        )
+        ppl, status = pl.col("ppl_conditioned").alias(f"ppl_{i}"), pl.col("status").alias(f"status_{i}")
+        values = epoch.select("record_id", "turn", status, ppl)
+        table = table.join(values, on=("record_id", "turn"), how="left", maintain_order="left")
     statuses = [pl.col("status"), *(pl.col(f"status_{i}") for i in range(1, last + 1))]
     first, second, end = pl.col("ppl_0"), pl.col("ppl_1"), pl.col(f"ppl_{last}")
     table = table.with_columns(
@@ -132,11 +131,9 @@ def learning_table(epochs: Sequence[pl.DataFrame]) -> pl.DataFrame:
         not_learned=pl.when(pl.lit(last > 1)).then(first <= end),
     )
     infinite = ~(pl.col("lp1_approx").is_finite() & pl.col("lp1").is_finite().fill_null(True))
-    table = table.with_columns(
-        fault=pl.coalesce("fault", pl.when(infinite).then(pl.lit(RowStatus.NON_FINITE.value))),
-        truncated=pl.any_horizontal(status == RowStatus.TRUNCATED.value for status in statuses),
-    )
-    scored = pl.when("truncated").then(pl.lit(RowStatus.TRUNCATED.value)).otherwise(pl.lit(RowStatus.OK.value))
+    table = table.with_columns(fault=pl.coalesce("fault", pl.when(infinite).then(pl.lit(RowStatus.NON_FINITE.value))))
+    truncated = pl.any_horizontal(status == RowStatus.TRUNCATED.value for status in statuses)
+    scored = pl.when(truncated).then(pl.lit(RowStatus.TRUNCATED.value)).otherwise(pl.lit(RowStatus.OK.value))
     ppls = [f"ppl_{i}" for i in range(last + 1)]
     kept = [name for name in SCHEMA if name not in ("record_id", "turn", "status", "prompt_tokens", *LABELS)]
     return table.select(

@@ -24,13 +24,12 @@ class Summary:
 
 
 def summarise(scores: pl.DataFrame) -> Summary:
-    """Summarise a score table."""
     scored = scores.filter(pl.any_horizontal(pl.col("response_tokens", "ppl_conditioned").is_not_null()))
     columns = [name for name in COLUMNS if name in scored.columns and scored[name].count()]
     pairs = scored.drop_nulls("ifd")
     bias = pairs.select(pl.corr("ifd", "response_tokens", method="spearman")).item() if pairs.height > 2 else None
     return Summary(
-        dict(scores["status"].value_counts(sort=True).iter_rows()),
+        _counted(scores["status"]),
         {name: [float(scored[name].quantile(q, "linear") or 0.0) for q in QUANTILES] for name in columns},
         None if bias is None or bias != bias else bias,
     )

@@ -129,18 +129,12 @@ def _alpaca(record: Record) -> Converted | None:
     return row
 
 
+ROLE_TAGS = {"user_tag": "user", "assistant_tag": "assistant", "observation_tag": "tool", "system_tag": "system"}
 FORMS: Mapping[str, Form] = {
     "messages": Form(
         _messages,
         columns={"messages": "messages"},
-        tags={
-            "role_tag": "role",
-            "content_tag": "content",
-            "user_tag": "user",
-            "assistant_tag": "assistant",
-            "observation_tag": "tool",
-            "system_tag": "system",
-        },
+        tags={"role_tag": "role", "content_tag": "content", **ROLE_TAGS},
     ),
     "alpaca": Form(
         _alpaca,
@@ -157,14 +151,7 @@ FORMS: Mapping[str, Form] = {
     "sharegpt": Form(
         _sharegpt,
         columns={"messages": "conversations", "tools": "tools"},
-        tags={
-            "role_tag": "from",
-            "content_tag": "value",
-            "user_tag": "human",
-            "assistant_tag": "gpt",
-            "observation_tag": "observation",
-            "system_tag": "system",
-        },
+        tags={"role_tag": "from", "content_tag": "value"} | {t: SHAREGPT_ROLES[role] for t, role in ROLE_TAGS.items()},
     ),
 }
 
@@ -178,12 +165,12 @@ class ConvertedRows:
 
     def unconvertible(self) -> list[int]:
         """The ids of the rows that the form can't hold."""
-        return [raw.record_id for raw in self._rows.raw() if self._converted(raw) is None]
+        return [raw.record_id for raw in self._rows.raw() if converted(raw, self._rows.reading, self.form) is None]
 
     def records(self) -> Iterator[RawRecord]:
         """The rows, each with what it became as its value. None may be `unconvertible`."""
         for raw in self._rows.raw():
-            value = self._converted(raw)
+            value = converted(raw, self._rows.reading, self.form)
             if value is None:
                 raise ScorerError(f"{raw.source}: can't be converted")
             self.keys |= dict.fromkeys(value)
@@ -192,9 +179,6 @@ class ConvertedRows:
     def table(self, where: str, *, wrapped: bool = False) -> pa.Table:
         """The same as a table. See Subset.table."""
         return framed(where, [raw.value for raw in self.records()])
-
-    def _converted(self, raw: RawRecord) -> Converted | None:
-        return converted(raw, self._rows.reading, self.form)
 
 
 def converted(raw: RawRecord, reading: Reading, form: str) -> Converted | None:
@@ -241,8 +225,8 @@ def _entries(path: Path) -> dict[str, Any]:
         return {}
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(entries, dict):
+            return entries
+        raise ValueError("it holds no JSON object")
     except (OSError, ValueError, RecursionError) as error:
         raise ScorerError(f"{path}: can't be updated ({error}); mend it") from error
-    if not isinstance(entries, dict):
-        raise ScorerError(f"{path}: can't be updated (it holds no JSON object); mend it")
-    return entries

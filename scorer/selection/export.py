@@ -77,9 +77,8 @@ def select(
     with run.snapshot(finished=True) as scores, opened as records:
         chosen = choose(scores, run, records, config)
         kept = _with_scores(chosen.kept.select("record_id", "rank"), scores, config)
-        selection = replace(chosen, kept=kept, _open=partial(run.data_at, data))
-        if records is not None and data:
-            selection = replace(selection, unchecked=unchecked(manifest.inputs, records.inputs))
+        not_known = unchecked(manifest.inputs, records.inputs) if records is not None and data else ()
+        selection = replace(chosen, kept=kept, unchecked=not_known, _open=partial(run.data_at, data))
         if records is not None and writes:
             records.check_unchanged()
             if config.form is not None:

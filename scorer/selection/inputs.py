@@ -12,7 +12,7 @@ from scorer.data.dataset import Dataset
 from scorer.data.messages import is_unicode
 from scorer.runs.directory import FLAGS, Run
 from scorer.runs.extras import read_extra
-from scorer.selection.flags import SCORE_FLAGS, TEXT_FLAGS, score_flags, text_flags
+from scorer.selection.flags import SCORE_FLAGS, STORED, TEXT_FLAGS, score_flags, text_flags
 from scorer.types import ScorerError
 
 
@@ -56,7 +56,7 @@ def flags(run: Run, data: Dataset | None, scores: pl.DataFrame, names: Sequence[
     """
     of_scores = [name for name in names if name in SCORE_FLAGS]
     of_text = [name for name in names if name in TEXT_FLAGS]
-    stored = [name for name in names if name not in SCORE_FLAGS and name not in TEXT_FLAGS]
+    stored = [name for name in names if name in STORED]
     table = scores.select("record_id").unique().sort("record_id")
     found = []
     if of_scores:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,26 +48,24 @@ class Selection:
         Of a table, dates, times and decimals are text here, and columns that Python can't hold are absent; `to_polars`
         and `to_dataset` keep every type.
         """
-        with self._data() as data:
-            yield from (raw.value for raw in self._subset(data).raw())
+        with self._kept_rows() as rows:
+            yield from (raw.value for raw in rows.raw())
 
     def to_polars(self) -> pl.DataFrame:
         """The kept records as they came, a row each. Raises ScorerError for records that no table holds."""
-        with self._data() as data:
-            return as_frame(self._subset(data).table(TABLE))
+        with self._kept_rows() as rows:
+            return as_frame(rows.table(TABLE))
 
     def to_dataset(self) -> Any:
         """The same as a `datasets.Dataset`. Raises ScorerError where `datasets` is not installed."""
         require(DATASET)
-        with self._data() as data:
-            return as_dataset(self._subset(data).table(TABLE))
+        with self._kept_rows() as rows:
+            return as_dataset(rows.table(TABLE))
 
-    def _data(self) -> Dataset:
+    @contextmanager
+    def _kept_rows(self) -> Iterator[Subset]:
         if self._open is None:
             raise ScorerError("this selection was made of scores alone: scorer.select has the records too")
-        data = self._open()
-        data.check_unchanged()
-        return data
-
-    def _subset(self, data: Dataset) -> Subset:
-        return Subset(data, self.kept["record_id"].to_list())
+        with self._open() as data:
+            data.check_unchanged()
+            yield Subset(data, self.kept["record_id"].to_list())

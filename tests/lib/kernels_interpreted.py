@@ -134,7 +134,7 @@ def test_a_plan_has_no_empty_split(rows: int, hidden_size: int, vocab_size: int,
 
 
 def test_plans_fill_an_h100() -> None:
-    config = table.config_for((9, 0), 2, 768, 50257)
+    config = table.config_for((9, 0), 2, 768)
     one_row = table.plan_grid(1, 768, 50257, 2, config, 132)
     assert (one_row.splits, one_row.tiles_per_split) == (99, 2)  # 197 tiles: no way to end after one
     many = table.plan_grid(65536, 768, 50257, 2, config, 132)
