@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -138,9 +139,9 @@ def test_filter_is_score_and_select(options: dict[str, Any], tmp_path: Path) -> 
     run = Run(tmp_path / "best.jsonl.run")
     assert scorer.select(run, keep=2, max_ifd=None).kept.equals(found.kept)
     assert all(row in ROWS for row in read_jsonl(tmp_path / "best.jsonl"))
-    for call in (scorer.score, scorer.filter):
+    for call, data in product((scorer.score, scorer.filter), (ROWS, run.data)):
         with pytest.raises(scorer.ScorerError, match="data in memory has no parts"):
-            call(ROWS, tmp_path / "part.jsonl", split="train", **options)
+            call(data, tmp_path / "part.jsonl", split="train", **options)
     with pytest.raises(scorer.ScorerError, match=r"no record of .* has a value of 'topic'"):
         scorer.filter(ROWS, tmp_path / "best.jsonl", keep=2, per="topic", **options)
 

@@ -69,7 +69,7 @@ def _value(row: Mapping[str, Any], keys: Sequence[str]) -> Any:
     return None
 
 
-def _is_read(value: Any, turns: tuple[Turn, ...] | RowStatus) -> bool:
+def _is_read(value: Any, turns: Sequence[Turn] | RowStatus) -> bool:
     """Whether a column that a format does not read repeats what a turn has, as some data do."""
     if isinstance(turns, RowStatus) or not isinstance(value, str):
         return False
@@ -135,6 +135,9 @@ def _turns(
         branches = [(name, [m for m in said if (m.role, m.content) != ("system", system)]) for name, said in branches]
         before = [Spoken("system", system), *(m for m in before if (m.role, m.content) != ("system", system))]
     turns = [turn for name, said in branches for turn in _branch_turns(before, said, name, reading, left_out)]
+    extra = _value(row, [format.input])
+    if extra is not None and not _is_read(extra, turns):  # beside a prompt of messages
+        left_out.append(format.input)
     return tuple(turns) or RowStatus.NO_ASSISTANT_TURN
 
 

@@ -31,6 +31,8 @@ def open_dataset(data: Any, output: str | Path | None, config: ScoreConfig, part
 
     Raises ScorerError where a file can't be found or read, and where a copy can't be kept.
     """
+    if memory.is_in_memory(data) and part != Part():
+        raise ScorerError("split, subset: data in memory has no parts; choose one before")
     if isinstance(data, Dataset):
         if (data.reading, data.limit) != (config.reading, config.limit):
             raise ScorerError(
@@ -38,8 +40,6 @@ def open_dataset(data: Any, output: str | Path | None, config: ScoreConfig, part
             )
         return data
     if memory.is_in_memory(data):
-        if part != Part():
-            raise ScorerError("split, subset: data in memory has no parts; choose one before")
         paths = [_keep_rows(data, output, fresh)]
     else:
         paths = spool(files_of(data, part), output, fresh=fresh)

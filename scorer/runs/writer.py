@@ -99,6 +99,7 @@ class RunWriter(Run):
         """Write a table of all records beside the scores, such as clusters."""
         known = self.manifest
         info = ShardInfo(run_id=known.run_id, index=0, records=known.records, rows=table.height)
+        self._check()
         write_shard_file(self.path / name, table, info)
 
     def finish(self, manifest: Manifest, **values: Any) -> None:

@@ -401,6 +401,12 @@ SHAPES |= {
         TALKED[:1],
         (),
     ),
+    "an input beside an instruction of messages": (
+        {"instruction": said(TALK[0]), "input": "i", "output": "a1"},
+        "alpaca",
+        TALKED[:1],
+        ("input",),
+    ),
     "a response beside messages that lack it": (
         {"messages": said(*TALK[:3]), "response": "a2"},
         "messages",
@@ -541,7 +547,7 @@ def test_shapes_are_scored_as_their_plain_form_and_come_back_as_they_were(
                 compared += 1
     assert compared > 20
     manifest = run.manifest
-    left_out = {"images": 1, "instruction": 1, "tools": 2, "article": 1, "response": 1}
+    left_out = {"images": 1, "instruction": 1, "tools": 2, "article": 1, "input": 1, "response": 1}
     assert manifest.left_out == left_out
     assert manifest.formats["preference"] == 11
     assert sum(manifest.formats.values()) == len(rows) + len(plain)
