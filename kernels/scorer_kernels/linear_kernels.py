@@ -1,4 +1,4 @@
-# ruff: noqa: N803
+# ruff: noqa: N803, N806
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, import-untyped, import-not-found"
 """The head's Triton kernels; linear.py launches them.
 
@@ -48,31 +48,15 @@ def _transform(x, bias, scale, softcap):
 
 
 @triton.jit
-def _add_tile(
-    highest,
-    total,
-    hidden,
-    weight,
-    bias,
-    first_row,
-    start,
-    vocab_size,
-    weight_stride,
-    scale,
-    softcap,
-    HIDDEN_SIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    TMA: tl.constexpr,
-    WIDEN: tl.constexpr,
-    TAIL: tl.constexpr,
-):
+def _add_tile(highest, total, start, operands, head, options: tl.constexpr, TAIL: tl.constexpr):
     """(max, sum of exp2(x - max)) with the token ids from `start` on added; in TAIL, the tile runs past the end.
 
     Both are of logits times log2(e), where those below -2e38 become -inf. `hidden` is a descriptor, or pointers to the
     rows of the block.
     """
+    hidden, weight, bias, first_row = operands
+    vocab_size, weight_stride, scale, softcap = head
+    HIDDEN_SIZE, BLOCK_M, BLOCK_N, BLOCK_K, TMA, WIDEN = options
     offs_n = tl.arange(0, BLOCK_N)
     if TAIL:  # ids past the end read the last row, and are masked below
         offs_n = tl.minimum(offs_n, vocab_size - 1 - start)
@@ -144,49 +128,14 @@ def head_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     first = split * tiles_per_split
     last = tl.minimum(first + tiles_per_split, tl.cdiv(vocab_size, BLOCK_N))
+    operands = (hidden, weight, bias, first_row)
+    head = (vocab_size, weight_stride, scale, softcap)
+    options: tl.constexpr = (HIDDEN_SIZE, BLOCK_M, BLOCK_N, BLOCK_K, TMA, WIDEN)
     # Flattened: the loads of the next tile are in flight while this one's exponentials are summed.
     for tile in tl.range(first, tl.minimum(last, vocab_size // BLOCK_N), flatten=True):
-        highest, total = _add_tile(
-            highest,
-            total,
-            hidden,
-            weight,
-            bias,
-            first_row,
-            tile * BLOCK_N,
-            vocab_size,
-            weight_stride,
-            scale,
-            softcap,
-            HIDDEN_SIZE,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K,
-            TMA,
-            WIDEN,
-            TAIL=False,
-        )
+        highest, total = _add_tile(highest, total, tile * BLOCK_N, operands, head, options, TAIL=False)
     if last * BLOCK_N > vocab_size:
-        highest, total = _add_tile(
-            highest,
-            total,
-            hidden,
-            weight,
-            bias,
-            first_row,
-            (last - 1) * BLOCK_N,
-            vocab_size,
-            weight_stride,
-            scale,
-            softcap,
-            HIDDEN_SIZE,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K,
-            TMA,
-            WIDEN,
-            TAIL=True,
-        )
+        highest, total = _add_tile(highest, total, (last - 1) * BLOCK_N, operands, head, options, TAIL=True)
     out = partials + split.to(tl.int64) * 2 * rows + row
     tl.store(out, tl.div_rn(highest, LOG2_E), mask=row < rows)
     tl.store(out + rows, total, mask=row < rows)
