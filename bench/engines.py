@@ -89,9 +89,7 @@ def run(config: EnginesConfig) -> dict[str, Any]:
         rates = {dtype: product_rates(model, dtype, device) for dtype in sorted({*map(_dtype, engines)})}
         seconds, tables, errors = rounds(engines, sample, config.repeats, console)
         profiles = {
-            name: device_figures(partial(_seconds, engine, sample))
-            for name, engine in engines.items()
-            if name in IN_PROCESS
+            name: device_figures(partial(_seconds, engines[name], sample)) for name in IN_PROCESS if name in engines
         }
         dtypes: dict[str, Any] = {}
         if {PACKED32, PACKED16} <= engines.keys() and not config.dummy_weights:

@@ -86,10 +86,7 @@ def score(
     if cluster is not None:
         require("--ray")
     check_engine(config)
-    with (
-        shown(progress) as receiver,
-        open_dataset(data, output, config, part, fresh=fresh) as dataset,
-    ):
+    with shown(progress) as receiver, open_dataset(data, output, config, part, fresh=fresh) as dataset:
         if output is not None:
             RunWriter(output).check_usable()
         _inspect(dataset, config, None if output is None or fresh else Run(output))

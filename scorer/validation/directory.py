@@ -68,13 +68,13 @@ class ValidationFolder:
                 _remove(left)
             yield
 
-    def clear(self) -> None:
-        """Discard what is there."""
-        for name in ("arms", "verdicts", VALIDATION, "holdout.jsonl"):
-            _discard(self.path / name)
+    def begin(self, identity: Json, *, fresh: bool) -> None:
+        """Say what is validated, after what is there is discarded if `fresh`.
 
-    def begin(self, identity: Json) -> None:
-        """Say what is validated. Raises ScorerError where the folder holds another validation."""
+        Raises ScorerError where the folder holds another validation.
+        """
+        for name in ("arms", "verdicts", VALIDATION, "holdout.jsonl") if fresh else ():
+            _discard(self.path / name)
         known = read_validation(self.path)["identity"] if exists(self.path / VALIDATION) else identity
         if changes := differences(known, identity):
             raise ScorerError(

@@ -79,9 +79,7 @@ def validate(
             prepared = prepare(Source(run, records, scores), encoder, asked, receiver)
         trainings = Trainings(config, recipe, target, encoder, records, prepared, receiver)
         identity = trainings.identity(chosen)
-        if fresh:
-            folder.clear()
-        folder.begin(identity)
+        folder.begin(identity, fresh=fresh)
         write_rows(folder.path / "holdout.jsonl", [sample.value for sample in prepared.held_out])
         results = trainings.run(folder, identity)
         sizes = [(one.arm, len(one.ids), one.tokens) for one in prepared.sets]
