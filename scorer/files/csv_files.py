@@ -31,7 +31,7 @@ class CsvRows(FileRows):
         return rows_of(enumerate(self._read(self.file)), self._row, first_id, start, stop)
 
     def _row(self, record_id: int, numbered: tuple[int, dict[str, str]]) -> RawRecord:
-        return RawRecord(record_id, f"{self.path}[{numbered[0]}]", numbered[1])
+        return RawRecord(record_id, f"{self.name}[{numbered[0]}]", numbered[1])
 
     def _read(self, file: BinaryIO) -> Iterator[dict[str, str]]:
         path, delimiter = self.path, DELIMITERS[plain(self.suffix)]

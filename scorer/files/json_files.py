@@ -91,17 +91,17 @@ class JsonRows(FileRows):
                 yield number, line
 
     def _line_row(self, parsers: Parsers, record_id: int, numbered: tuple[int, bytes]) -> RawRecord:
-        return RawRecord(record_id, f"{self.path}:{numbered[0]}", *_parse(numbered[1], parsers))
+        return RawRecord(record_id, f"{self.name}:{numbered[0]}", *_parse(numbered[1], parsers))
 
     def _value_rows(self, values: list[Any], first_id: int, start: int, stop: int) -> Rows:
         end = min(len(values), stop - first_id)
         for row in range(max(0, start - first_id), end):
-            yield RawRecord(first_id + row, f"{self.path}[{row}]", values[row])
+            yield RawRecord(first_id + row, f"{self.name}[{row}]", values[row])
         return first_id + end
 
     def _text_rows(self, text: str, first_id: int, start: int, stop: int) -> Rows:
         def to_row(record_id: int, element: json_texts.Element) -> RawRecord:
-            source = f"{self.path}[{record_id - first_id}]"
+            source = f"{self.name}[{record_id - first_id}]"
             return RawRecord(record_id, source, element[0], RowStatus.OK, element[1].encode())
 
         with self._errors():

@@ -50,7 +50,7 @@ class TableRows(FileRows):
                 for row in range(max(skip, offset), end, PYTHON_ROWS):
                     part = batch.slice(row - offset, min(PYTHON_ROWS, end - row))
                     for number, value in enumerate(python_rows(part), row):
-                        yield RawRecord(first_id + number, f"{self.path}[{number}]", value)
+                        yield RawRecord(first_id + number, f"{self.name}[{number}]", value)
                 if end == last:
                     return stop
             return min(first_id + self._height, stop)
