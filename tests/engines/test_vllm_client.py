@@ -163,7 +163,7 @@ def test_a_served_model_scores_and_comes_back_in_the_middle(tiny: Tiny, tmp_path
             assert_same(Run(tmp_path / run).scores(), expected)
         wait(lambda: f"scorer: ready at {url}\n" in log.read_text())
         family = signal_all(server, signal.SIGINT)  # as a terminal does
-        _, left = psutil.wait_procs(family, timeout=30)
+        _, left = psutil.wait_procs(family, timeout=10)
         assert not left, left
         assert not folder.exists()
 
