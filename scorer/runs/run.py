@@ -196,6 +196,7 @@ def _identity(model: Resolved, data: Dataset) -> dict[str, Any]:
 
 
 def _fingerprint(identity: Mapping[str, Any]) -> str:
+    """The digest of an identity without RESUMABLE_FIELDS, but with the limit."""
     free = set(RESUMABLE_FIELDS) - {"limit"}
     bound = {**identity, "config": {k: v for k, v in identity["config"].items() if k not in free}}
     return digest(bound)
@@ -276,6 +277,7 @@ def _new_manifest(model: Resolved, data: Dataset, identity: dict[str, Any]) -> M
 
 
 def _executor(cluster: Cluster | None, data: Dataset) -> Executor:
+    """What scores the shards: Ray where a cluster is asked for, else this process."""
     if cluster is None:
         return score_locally
     from scorer.runs.ray_driver import score_on_ray
